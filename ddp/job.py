@@ -1,0 +1,350 @@
+"""The job file: TOML in, a validated and frozen `Job` out. Loads no torch.
+
+Everything a run depends on is a field here, with its unit in its name and its bounds in its type, so
+that a bad job is refused on a login node in a fraction of a second. Names of tasks, optimizers,
+schedules and transports are listed here for the same reason; the code behind them is elsewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+import tomli_w
+
+from ddp.errors import JobFileError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CUSTOM_TASK = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class Section(BaseModel):
+    """A table of the job file: no unknown keys, no silent conversions, no later change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """What the run is called, where it goes, how long it lasts."""
+
+    id: str | None = None
+    directory: str = "runs"
+    seed: NonNegative = 0
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_rank: Positive | None = Field(default=None, description="cores / local ranks where left out")
+
+    @field_validator("id")
+    @classmethod
+    def _id_is_a_file_name(cls, value: str | None) -> str | None:
+        return None if value is None else check_run_id(value)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
+
+
+class DigitsSection(Section):
+    """scikit-learn's bundled handwritten digits: 1,472 training and 325 validation images, 8x8."""
+
+    name: Literal["digits"]
+    channels: Positive = 32
+    batch_norm: bool = True
+    dropout: Fraction = 0.0
+
+
+class TextSection(Section):
+    """Byte-level language model on the source text of the running Python's standard library."""
+
+    name: Literal["text"]
+    context_length: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 4
+    width: Positive = 64
+    validation_examples: Positive = 512
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class CustomSection(Section):
+    """A user's own task: `module:attr`, called with `options` as keyword arguments."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+TASKS: Mapping[str, type[Section]] = {"digits": DigitsSection, "text": TextSection}
+
+
+def _task_tag(value: object) -> str | None:
+    """Choose the table's type by its name, so that an error speaks of that task alone."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    if not isinstance(name, str):
+        return None
+    if name in TASKS:
+        return name
+    return "custom" if CUSTOM_TASK.fullmatch(name) else None
+
+
+TaskSection = Annotated[
+    Annotated[DigitsSection, Tag("digits")]
+    | Annotated[TextSection, Tag("text")]
+    | Annotated[CustomSection, Tag("custom")],
+    Discriminator(_task_tag),
+]
+
+
+class BatchSection(Section):
+    """Examples a step over all ranks, and examples a rank holds in memory at once."""
+
+    global_batch_size: Positive
+    micro_batch_size: Positive
+
+
+class OptimizerSection(Section):
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    momentum: Fraction = Field(default=0.0, description="sgd only")
+    nesterov: bool = Field(default=False, description="sgd only")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="adam and adamw only")
+    epsilon: PositiveFloat = Field(default=1e-8, description="adam and adamw only")
+    weight_decay: NonNegativeFloat = 0.0
+    gradient_clip_norm: PositiveFloat | None = Field(default=None, description="norm of the mean gradient")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _toml_has_no_tuples(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _keys_of_this_optimizer(self) -> Self:
+        foreign = {"sgd": {"betas", "epsilon"}}.get(self.name, {"momentum", "nesterov"})
+        defaults = {key: field.default for key, field in OptimizerSection.model_fields.items()}
+        if wrong := sorted(key for key in foreign if getattr(self, key) != defaults[key]):
+            raise ValueError(f"{', '.join(wrong)} is not a setting of {self.name}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class ScheduleSection(Section):
+    name: Literal["constant", "cosine"] = "constant"
+    warmup_steps: NonNegative = 0
+    final_fraction: Fraction = Field(default=0.0, description="cosine: last learning rate / peak")
+
+
+class TransportSection(Section):
+    name: Literal["auto", "shared_memory", "c10d"] = "auto"
+    timeout_seconds: PositiveFloat = 300.0
+
+
+class NoiseScaleSection(Section):
+    enabled: bool = True
+
+
+class EvaluationSection(Section):
+    """When to evaluate, and the metric that the summary watches for its target."""
+
+    every_epochs: Positive | None = None
+    every_steps: Positive | None = None
+    metric: str = "accuracy"
+    target: float | None = Field(default=None, description="reported when `metric` first reaches it")
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError("give either every_epochs or every_steps")
+        return self
+
+
+class CheckpointSection(Section):
+    every_steps: Positive | None = Field(default=None, description="besides the one at the end")
+    keep: Positive = 2
+
+
+class MetricsSection(Section):
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=0, description="0 takes a free one")
+    hold_seconds: NonNegativeFloat = Field(default=0.0, description="keep serving after the end, for a last scrape")
+
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, value: str) -> str:
+        if value not in {"127.0.0.1", "::1", "localhost"}:
+            raise ValueError("metrics are served on loopback only: 127.0.0.1, ::1 or localhost")
+        return value
+
+
+class Job(Section):
+    """One training job; `Job.model_validate` of the parsed TOML, see `load_job`."""
+
+    run: RunSection
+    task: TaskSection
+    batch: BatchSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    transport: TransportSection = TransportSection()
+    noise_scale: NoiseScaleSection = NoiseScaleSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    metrics: MetricsSection = MetricsSection()
+
+    @model_validator(mode="after")
+    def _micro_fits_global(self) -> Self:
+        if self.batch.micro_batch_size > self.batch.global_batch_size:
+            raise ValueError("batch.micro_batch_size is larger than batch.global_batch_size")
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved job as TOML that `load_job` reads back to an equal `Job`."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read, override and validate a job file.
+
+    Args:
+        path: the TOML file.
+        overrides: `section.key=value` strings; a value is TOML where it parses as such, else a string.
+
+    Raises:
+        JobFileError: one message with a line for each fault: file, field path, what is valid.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobFileError(f"{path}: cannot read the job file: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise JobFileError(f"{path}: the job file is not UTF-8 text (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise JobFileError(f"{path}: not valid TOML: {error}") from None
+    return parse_job(apply_overrides(table, overrides), source=str(path))
+
+
+def parse_job(table: Mapping[str, Any], source: str = "job") -> Job:
+    """Validate an already parsed table; `source` names it in messages."""
+    try:
+        return Job.model_validate(table)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+        raise JobFileError("\n".join(f"{source}: {fault}" for fault in faults)) from None
+
+
+def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`table` with each `section.key=value` of `overrides` put on top; `table` stays as it is."""
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        if not equals or len(keys) < 2 or not all(keys):
+            raise JobFileError(f"--set {override}: write section.key=value, for example run.epochs=3")
+        target = result
+        for key in keys[:-1]:
+            child = target.setdefault(key, {})
+            if not isinstance(child, dict):
+                raise JobFileError(f"--set {override}: {key} is not a table")
+            target = child
+        target[keys[-1]] = _toml_value(text.strip())
+    return result
+
+
+def check_run_id(value: str) -> str:
+    """`value` if it can name a run directory, else a ValueError that says what can."""
+    if not RUN_ID.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is not a run id: 1 to 64 letters, digits, dots, hyphens or underscores, "
+            "the first a letter or digit"
+        )
+    return value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _describe(fault: ErrorDetails) -> str:
+    """One line for one pydantic error, in the job file's own terms."""
+    section, path = _resolve(fault["loc"])
+    where = ".".join(path)
+    match fault["type"]:
+        case "extra_forbidden":
+            valid = list(section.model_fields) if section else []
+            return f"{where}: unknown key{_did_you_mean(path[-1], valid)}; valid: {', '.join(valid)}"
+        case "missing":
+            return f"{where}: missing"
+        case "union_tag_not_found":
+            name = fault["input"].get("name") if isinstance(fault["input"], Mapping) else None
+            valid = f"valid: {', '.join(TASKS)} or module:attr"
+            if name is None:
+                return f"{where}.name: missing; {valid}"
+            return f"{where}.name: unknown task {name!r}{_did_you_mean(str(name), TASKS)}; {valid}"
+        case "literal_error":
+            expected = fault["ctx"]["expected"] if "ctx" in fault else ""
+            valid = re.findall(r"'([^']*)'", expected)
+            return f"{where}: {fault['input']!r} is not valid{_did_you_mean(str(fault['input']), valid)}; valid: {', '.join(valid)}"
+        case "value_error":
+            message = fault["msg"].removeprefix("Value error, ")
+            return f"{where}: {message}" if where else message
+        case _:
+            message = fault["msg"].removeprefix("Input should be ")
+            return f"{where}: should be {message}, not {_short(fault['input'])}"
+
+
+def _resolve(loc: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[str]]:
+    """The section that holds the faulty key, and the field path without the union's tag."""
+    section: type[BaseModel] | None = Job
+    path: list[str] = []
+    parts = [str(part) for part in loc]
+    if len(parts) > 1 and parts[0] == "task" and parts[1] in {*TASKS, "custom"}:
+        section = TASKS.get(parts.pop(1), CustomSection)
+        return section, parts
+    for part in parts:
+        path.append(part)
+        if len(path) < len(parts) and section is not None:
+            field = section.model_fields.get(part)
+            annotation = field.annotation if field else None
+            section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return section, path
+
+
+def _did_you_mean(word: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Gradient noise scale: numbers in, numbers out. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""What can be trained: each task brings a model, its data, a loss and metrics."""

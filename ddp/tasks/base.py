@@ -1,0 +1,60 @@
+"""What a task fills in to be trained, and the data set that most tasks need.
+
+A batch is whatever the data set's `collate` makes of several examples: a tensor, or a tuple or a
+dictionary of tensors, whose first dimension is the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+Batch = Any
+
+
+class Task(Protocol):
+    """A model, its data, a loss and metrics. Built once per rank, after the seed is set."""
+
+    def model(self) -> nn.Module:
+        """A fresh model on the CPU; initialised from torch's global generator."""
+        ...
+
+    def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
+        """Training and validation sets: `len` and `[i]`; `__getitems__` and `collate` where present are used."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each example, shape (examples,), differentiable. Calls `model` exactly once."""
+        ...
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Values of each example, shape (examples,), under `torch.no_grad`; their means are reported."""
+        ...
+
+
+class TensorExamples(Dataset[tuple[Tensor, ...]]):
+    """Examples held in memory: tensors of equal length, indexed together, a batch by one gather."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        lengths = {len(tensor) for tensor in tensors}
+        if len(lengths) != 1:
+            raise ValueError(f"the tensors hold different numbers of examples: {sorted(lengths)}")
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        rows = torch.as_tensor(indices)
+        return tuple(tensor[rows] for tensor in self.tensors)
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return batch

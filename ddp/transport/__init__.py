@@ -1,0 +1,1 @@
+"""The gradient data plane: one contract (`base`), several implementations, chosen by `select`."""

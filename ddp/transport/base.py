@@ -1,0 +1,61 @@
+"""The contract of the gradient data plane.
+
+A transport averages gradient buckets over ranks and, in the same pass, takes the squared norms that the
+noise scale needs. It also carries one small row of float64 numbers a rank and a step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.futures import Future
+
+ROW_LENGTH = 16  # float64 numbers in one rank's row of a step
+
+
+@dataclass(slots=True)
+class Reduction:
+    """One bucket on its way: `future` holds the averaged bucket; both sums are valid once it is done.
+
+    `own_squared_norm` is the sum of squares of this rank's bucket as handed in, `mean_squared_norm`
+    that of the average, both summed in float64. Where `measure` was false both are NaN.
+    """
+
+    future: Future[Tensor]
+    own_squared_norm: float = float("nan")
+    mean_squared_norm: float = float("nan")
+
+
+class Transport(ABC):
+    """Averages buckets over `world_size` ranks. Calls must come in the same order on all ranks."""
+
+    name: str
+    rank: int
+    world_size: int
+    bytes_total: int = 0  # gradient bytes handed in so far
+    wait_seconds: float = 0.0  # time spent waiting for other ranks so far
+
+    @abstractmethod
+    def all_reduce_mean_(self, bucket: Tensor, weight: float) -> Reduction:
+        """Replace `bucket` on every rank by sum over ranks of weight_r * bucket_r (weights sum to 1).
+
+        Args:
+            bucket: 1-D contiguous float tensor, the same length and dtype on all ranks; may be empty.
+            weight: this rank's weight; examples_r / examples for the mean over examples.
+
+        Raises:
+            PeerLostError: another rank died, left, or did not come before the deadline.
+            TransportError: the ranks brought buckets of different lengths.
+        """
+
+    @abstractmethod
+    def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Give this rank's row, shape (ROW_LENGTH,), and get everyone's, shape (world_size, ROW_LENGTH)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the transport holds. Safe to call twice; peers must not be waiting for this rank."""
