@@ -1,0 +1,195 @@
+"""Numba compilation and the machine primitives it lacks: atomics, pause, futex, a clock, typed pointers.
+
+Everything here is nogil and compiled ahead from explicit signatures, so that no compilation falls
+inside a deadline. Acquire and release order is stated although x86 hides its absence: ARM does not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_SOURCE = Path(__file__).resolve().parent
+
+
+def _writable_cache_directory() -> bool:
+    """Whether compiled code can be kept; picks the user's cache where the source is read-only.
+
+    Numba raises while importing a cached function if it finds nowhere to write.
+    """
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        return True
+    if os.access(_SOURCE, os.W_OK):
+        return True
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for candidate in (base / "ddp" / "numba", Path(tempfile.gettempdir()) / f"ddp-numba-{os.getuid()}"):
+        try:
+            candidate.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if candidate.stat().st_uid == os.getuid() and os.access(candidate, os.W_OK):
+            os.environ["NUMBA_CACHE_DIR"] = str(candidate)
+            return True
+    return False
+
+
+_CACHE = _writable_cache_directory()
+
+import numba  # noqa: E402  the cache directory must be chosen before numba reads its configuration
+from llvmlite import ir  # noqa: E402
+from numba import types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+
+def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: compile now for `signature`, without the GIL, cached on disk where possible."""
+    return numba.njit(signature, nogil=True, cache=_CACHE, error_model="numpy", boundscheck=False)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Decorator for parts of a kernel: compiled with, and for the types of, the kernel that calls it."""
+    return numba.njit(function, nogil=True, error_model="numpy", boundscheck=False, inline="never")
+
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_syscall = types.ExternalFunction(
+    "syscall",
+    types.int64(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64, types.int64),
+)
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+_SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_CLOCK_MONOTONIC = 1
+
+SUPPORTED = _SYS_FUTEX > 0 and platform.system() == "Linux"
+
+
+@intrinsic
+def load_acquire(typingctx: Any, address: Any) -> Any:
+    """The int64 at `address`; later reads of this thread see what its writer wrote before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def store_release(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write the int64 `value` at `address` after all earlier writes of this thread."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store_atomic(arguments[1], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at `address`, sequentially consistent; returns what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def full_fence(typingctx: Any) -> Any:
+    """No later load of this thread passes an earlier store."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def cpu_pause(typingctx: Any) -> Any:
+    """Tell the core that this is a spinning wait."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if platform.machine() == "x86_64":
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), kind), [])
+        elif platform.machine() == "aarch64":
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            yield_hint = ir.Constant(ir.IntType(32), 1)
+            builder.call(builder.module.declare_intrinsic("llvm.aarch64.hint", (), kind), [yield_hint])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def pointer_like(typingctx: Any, array: Any, address: Any) -> Any:
+    """`address` as a pointer to `array`'s element type, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
+
+    return types.CPointer(array.dtype)(array, types.int64), generate
+
+
+def _typed_pointer(element: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+int64_pointer = _typed_pointer(types.int64)
+float32_pointer = _typed_pointer(types.float32)
+float64_pointer = _typed_pointer(types.float64)
+
+
+@intrinsic
+def add_square(typingctx: Any, total: Any, value: Any) -> Any:
+    """`total + value * value`, free to be reordered: only this sum may, never the gradients beside it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flags = ("reassoc", "contract", "nsz")
+        square = builder.fmul(arguments[1], arguments[1], flags=flags)
+        return builder.fadd(arguments[0], square, flags=flags)
+
+    return total(total, value), generate
+
+
+@inlined
+def monotonic_nanoseconds(scratch: int) -> int:
+    """CLOCK_MONOTONIC; `scratch` is the address of two int64 of this thread."""
+    _clock_gettime(_CLOCK_MONOTONIC, scratch)
+    clock = numba.carray(int64_pointer(scratch), 2)
+    return clock[0] * 1_000_000_000 + clock[1]
+
+
+@inlined
+def futex_wait(address: int, expected: int, timeout_nanoseconds: int, scratch: int) -> None:
+    """Sleep while the low 32 bits at `address` equal `expected`'s, at most the timeout."""
+    timeout = numba.carray(int64_pointer(scratch), 2)
+    timeout[0] = timeout_nanoseconds // 1_000_000_000
+    timeout[1] = timeout_nanoseconds % 1_000_000_000
+    _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFFFFFF, scratch, 0, 0)
+
+
+@inlined
+def futex_wake_all(address: int) -> None:
+    _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+
+
+@inlined
+def yield_core() -> None:
+    _sched_yield()

@@ -1,0 +1,97 @@
+"""A piece of memory that the ranks of one node share, and how they find it.
+
+Rank 0 makes an anonymous file (`memfd_create`): it has no name to leave behind, no limit of /dev/shm applies,
+and it vanishes with the last process that maps it, whatever kills them. Peers open it through
+/proc/<pid>/fd/<fd>, which the kernel grants to the same user only. A random number at its start tells a
+peer that it holds the right file: locality is decided by attaching, not by what a launcher said.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ddp.errors import TransportError
+
+HEADER_BYTES = 4096
+_UNREACHABLE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`size_bytes` of zeroed memory at `address`, the same on all ranks of `pids`."""
+
+    memory: mmap.mmap
+    address: int
+    pids: tuple[int, ...]
+
+
+def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment | None:
+    """Make a segment that all ranks of `group` map, or None on all of them where one cannot.
+
+    Collective over `group`, on CPU tensors; every rank gets the same verdict.
+
+    Raises:
+        TransportError: on all ranks, where the memory itself cannot be had.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    descriptor, offer = _UNREACHABLE, torch.zeros(4, dtype=torch.int64)
+    if rank == 0:
+        descriptor, offer = _create(size_bytes)
+    dist.broadcast(offer, group_src=0, group=group)
+    pid, remote, nonce, error = offer.tolist()
+    if remote == _UNREACHABLE:
+        raise TransportError(
+            f"rank 0 cannot reserve {size_bytes} bytes of shared memory: {os.strerror(error)}; "
+            'free memory, raise the limit, or set transport.name = "c10d"'
+        )
+    if rank != 0:
+        descriptor = _open_of(pid, remote, nonce)
+    everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    mine = torch.tensor([os.getpid() if descriptor != _UNREACHABLE else _UNREACHABLE])
+    dist.all_gather(everyone, mine, group=group)
+    pids = tuple(int(each) for each in everyone)
+    try:
+        if _UNREACHABLE in pids:
+            return None
+        memory = mmap.mmap(descriptor, size_bytes)
+    finally:
+        if descriptor != _UNREACHABLE:
+            os.close(descriptor)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return Segment(memory, address, pids)
+
+
+def _create(size_bytes: int) -> tuple[int, torch.Tensor]:
+    """Rank 0: the file's descriptor, and (pid, descriptor, nonce, errno) for the peers."""
+    nonce = secrets.randbits(62)
+    try:
+        descriptor = os.memfd_create("ddp-gradients", os.MFD_CLOEXEC)
+    except OSError as error:
+        return _UNREACHABLE, torch.tensor([0, _UNREACHABLE, 0, error.errno or 0])
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)  # now, so that a limit is an error and no SIGBUS later
+        os.pwrite(descriptor, np.int64(nonce).tobytes(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        return _UNREACHABLE, torch.tensor([0, _UNREACHABLE, 0, error.errno or 0])
+    return descriptor, torch.tensor([os.getpid(), descriptor, nonce, 0])
+
+
+def _open_of(pid: int, remote: int, nonce: int) -> int:
+    """The descriptor of another process's file, or _UNREACHABLE where it is not ours to see."""
+    try:
+        descriptor = os.open(f"/proc/{pid}/fd/{remote}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return _UNREACHABLE
+    if os.pread(descriptor, 8, 0) != np.int64(nonce).tobytes():
+        os.close(descriptor)
+        return _UNREACHABLE
+    return descriptor
