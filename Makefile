@@ -1,0 +1,97 @@
+# Everything here runs in .venv, which is made when it is first needed and again when pyproject.toml changes.
+# Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX_URL (where to take torch from),
+# PYTEST_ARGS (for `make test`).
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+export TORCH_INDEX_URL
+export PIP_USER := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+python := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo demo-text test check bench clean
+
+help:
+	@echo 'make demo        train on handwritten digits with two ranks; ends with a report'
+	@echo 'make demo-text   the same with a byte-level language model'
+	@echo 'make test        the whole test suite (PYTEST_ARGS="tests/test_job.py -k name" for a part)'
+	@echo 'make check       formatting, lint, types and import layers'
+	@echo 'make bench       the tables of the README, measured here'
+	@echo 'make clean       remove .venv and everything that was built; runs/ stays'
+
+demo: .venv/.demo
+	@$(python) -m launch torchrun --nproc-per-node 2 examples/digits.toml
+
+demo-text: .venv/.demo
+	@$(python) -m launch torchrun --nproc-per-node 2 examples/text.toml
+
+test: .venv/.test
+	@$(python) -m pytest $(PYTEST_ARGS)
+
+check: .venv/.dev
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m pyright
+	$(python) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+bench: .venv/.test
+	@$(python) benchmarks/all_reduce.py
+	@$(python) benchmarks/train_step.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find ddp launch tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+# --- the environment ------------------------------------------------------------------------------------------
+
+# A larger set of extras holds the smaller ones, so that `make demo` after `make test` installs nothing.
+.venv/.demo: .venv/.made pyproject.toml
+	$(call install,examples$(comma)report)
+	@touch $@
+
+.venv/.test: .venv/.made pyproject.toml
+	$(call install,test)
+	@touch .venv/.demo $@
+
+.venv/.dev: .venv/.made pyproject.toml
+	$(call install,dev)
+	@touch .venv/.demo .venv/.test $@
+
+comma := ,
+define install
+@echo 'Installing the extra "$(1)" into .venv: torch alone is 200 MB for CPU and some GB for CUDA (TORCH_INDEX_URL=$(if $(TORCH_INDEX_URL),$(TORCH_INDEX_URL),is not set: from the default index)). This can take minutes.'
+@if [ -n "$$TORCH_INDEX_URL" ]; then \
+    $(python) -m pip install --quiet --index-url "$$TORCH_INDEX_URL" "$$($(python) -c "$$TORCH_REQUIREMENT")"; \
+fi
+@$(python) -m pip install --quiet --editable '.[$(1)]'
+endef
+
+define TORCH_REQUIREMENT
+import tomllib
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']
+print(next(line for line in project['dependencies'] if line.startswith('torch')))
+endef
+export TORCH_REQUIREMENT
+
+# An environment that lacks pip was interrupted, or its Python has been removed: it is made anew.
+.venv/.made:
+	@command -v '$(PYTHON)' >/dev/null || \
+	    { echo '$(PYTHON) was not found: install Python 3.11 to 3.14, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@'$(PYTHON)' -c "$$CHECK_PYTHON"
+	@$(python) -m pip --version >/dev/null 2>&1 || '$(PYTHON)' -m venv --clear .venv
+	@touch $@
+
+define CHECK_PYTHON
+import sys
+have = '%d.%d' % sys.version_info[:2]
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+    sys.exit('$(PYTHON) is Python ' + have + '; torch and this project need 3.11 to 3.14: make PYTHON=/path/to/python3')
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit('$(PYTHON) cannot make environments: install the package python' + have + '-venv (Debian, Ubuntu) and try again')
+endef
+export CHECK_PYTHON
