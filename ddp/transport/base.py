@@ -10,34 +10,38 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.futures import Future
 
-ROW_LENGTH = 16  # float64 numbers in one rank's row of a step
-
+from ddp.transport.row import ROW_LENGTH as ROW_LENGTH
 
 @dataclass(slots=True)
 class Reduction:
     """One bucket on its way: `future` holds the averaged bucket; both sums are valid once it is done.
 
-    `own_squared_norm` is the sum of squares of this rank's bucket as handed in, `mean_squared_norm`
-    that of the average, both summed in float64. Where `measure` was false both are NaN.
+    `own_squared_norm` is the sum of squares of this rank's bucket as handed in, `mean_squared_norm` that of
+    the average, both in float64. On an accelerator they are 0-dim tensors there, so that nobody waits for it.
     """
 
     future: Future[Tensor]
-    own_squared_norm: float = float("nan")
-    mean_squared_norm: float = float("nan")
+    own_squared_norm: float | Tensor
+    mean_squared_norm: float | Tensor
 
 
 class Transport(ABC):
     """Averages buckets over `world_size` ranks. Calls must come in the same order on all ranks."""
 
     name: str
+    dtypes: frozenset[torch.dtype]  # what `all_reduce_mean_` takes
     rank: int
     world_size: int
-    bytes_total: int = 0  # gradient bytes handed in so far
-    wait_seconds: float = 0.0  # time spent waiting for other ranks so far
+
+    @property
+    @abstractmethod
+    def wait_seconds(self) -> float:
+        """Time spent waiting for other ranks so far."""
 
     @abstractmethod
     def all_reduce_mean_(self, bucket: Tensor, weight: float) -> Reduction:
@@ -57,5 +61,9 @@ class Transport(ABC):
         """Give this rank's row, shape (ROW_LENGTH,), and get everyone's, shape (world_size, ROW_LENGTH)."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Release what the transport holds. Safe to call twice; peers must not be waiting for this rank."""
+    def close(self, *, failed: bool = False) -> None:
+        """Release what the transport holds; safe to call twice. Peers that wait for this rank are told at once.
+
+        Args:
+            failed: this rank has an error of its own, which is the one to show.
+        """

@@ -41,7 +41,7 @@ PUBLISHED, CONSUMED, ROWS_PUBLISHED, DEPARTED = 0, 64, 128, 192
 SLEEPERS = 8
 OPERATION_LENGTHS = 16
 ROWS = 256
-ROW_LENGTH = 16
+ROW_LENGTH = 16  # as in `row`, which Numba code does not import
 LEFT, FAILED = 1, 2
 
 # Layout of `state`, int64 numbers private to this rank.

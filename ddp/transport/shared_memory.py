@@ -58,7 +58,7 @@ class SharedMemoryTransport(Transport):
         self._closed = False
 
     @property
-    def wait_seconds(self) -> float:  # type: ignore[override]
+    def wait_seconds(self) -> float:
         return float(self._state[kernels.WAITED]) * 1e-9
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float) -> Reduction:
@@ -66,7 +66,6 @@ class SharedMemoryTransport(Transport):
         address, length = bucket.data_ptr(), bucket.numel()
         if kernel(self._state_address, address, length, weight) != kernels.DONE:
             self._persist(lambda: kernel(self._state_address, address, length, weight), f"{length} elements")
-        self.bytes_total += length * bucket.element_size()
         future: Future[Tensor] = Future()
         future.set_result(bucket)
         return Reduction(future, float(self._sums[kernels.OWN_SUM]), float(self._sums[kernels.MEAN_SUM]))

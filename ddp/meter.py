@@ -1,0 +1,167 @@
+"""From the comm hook to a reading: the noise scale of a DDP model, in two lines of somebody's script.
+
+    model = DistributedDataParallel(net)
+    meter = ddp.attach(model, batch_size=32)          # examples per rank and backward
+    for ...: loss.backward(); optimizer.step(); reading = meter.step(examples=len(x))
+
+The row of a step travels with the last bucket of the *next* step: by then its squared norms are there
+without waiting for a device, and the script has had the chance to say how many examples there really were.
+So a reading lags one step, and no call of `meter.step` is a collective: it may be left out, or be made on one rank.
+"""
+
+import atexit
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ddp.errors import UsageError
+from ddp.noise.moments import unbiased_moments
+from ddp.noise.noise_scale import NoiseScaleWindow, Reading
+from ddp.transport.base import Reduction, Transport
+from ddp.transport.comm_hook import GradientExchange, add_up, register
+from ddp.transport.row import StepRow
+from ddp.transport.select import select_transport
+
+logger = logging.getLogger("ddp.meter")
+
+
+def observe_step(
+    window: NoiseScaleWindow,
+    rows: list[StepRow],
+    mean_squared_norm: float,
+    *,
+    weights: list[float] | None = None,
+    population: float = float("inf"),
+) -> Reading:
+    """Enter one step's rows into the window; a step that gives no observation leaves it as it was."""
+    moments = unbiased_moments(
+        [row.own_squared_norm for row in rows],
+        [row.examples for row in rows],
+        mean_squared_norm,
+        weights=weights,
+        population=population,
+    )
+    return window.reading if moments is None else window.observe(moments)
+
+
+@dataclass(slots=True)
+class _Backward:
+    """A synchronised backward whose row is not sent yet."""
+
+    reductions: list[Reduction]
+    examples: int
+
+
+class GradientMeter:
+    """Measures the gradient noise scale of one DDP model; made by `attach`.
+
+    Attributes:
+        reading: the newest reading, one step behind; `unresolved` until enough steps were observed.
+        transport: what averages the model's gradients.
+        batch_size: examples of one forward, where `step` does not say otherwise.
+    """
+
+    def __init__(self, model: DistributedDataParallel, batch_size: int, transport: Transport) -> None:
+        self.transport = transport
+        self.batch_size = batch_size
+        self._exchange = GradientExchange(transport, model.process_group)
+        self._window = NoiseScaleWindow(training_examples=None)
+        self.reading: Reading = self._window.reading
+        self._forwards = 0
+        self._last: _Backward | None = None
+        register(model, self, _attached_hook)
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(self._count_forward),
+            register_optimizer_step_pre_hook(self._before_optimizer),
+        ]
+        atexit.register(self.close)
+
+    def step(self, examples: int | None = None) -> Reading:
+        """Say that an optimizer step is over; returns the newest reading, which lags one step.
+
+        Args:
+            examples: how many examples this rank's gradient was really taken over, accumulated backwards
+                together. Left out, it is `batch_size` times the forwards with gradients since the last step.
+
+        Raises:
+            UsageError: `examples` is negative.
+            TransportError: what went wrong inside this step's gradient exchange.
+        """
+        self._exchange.raise_error()
+        if examples is not None and self._last is not None:
+            if examples < 0:
+                raise UsageError(f"meter.step(examples={examples}): a number of examples cannot be negative")
+            self._last.examples = examples
+        return self.reading
+
+    def close(self) -> None:
+        """Take no more part in the exchange of gradients, and tell the other ranks; done at exit in any case."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        atexit.unregister(self.close)
+        self.transport.close()
+
+    def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        future = self._exchange.reduce(bucket.buffer(), bucket.is_last())
+        if bucket.is_last():
+            last, self._last = self._last, _Backward(self._exchange.detach(), self.batch_size * self._forwards)
+            self._forwards = 0
+            if last is not None:
+                self._exchange.attempt(lambda: self._observe(last))
+        return future
+
+    def _observe(self, backward: _Backward) -> None:
+        """Exchange the rows of the backward before this one: its numbers are there without waiting."""
+        sums = add_up(backward.reductions)
+        row = StepRow(examples=backward.examples, own_squared_norm=sums.own_squared_norm)
+        rows = [StepRow.unpack(each) for each in self.transport.exchange_row(row.pack())]
+        equal = [1.0 / len(rows)] * len(rows)
+        self.reading = observe_step(self._window, rows, sums.mean_squared_norm, weights=equal)
+
+    def _count_forward(self, module: nn.Module, arguments: Any) -> None:
+        self._forwards += torch.is_grad_enabled()
+
+    def _before_optimizer(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
+        self._exchange.raise_error()
+
+
+def attach(
+    model: DistributedDataParallel, batch_size: int, transport: str = "auto", timeout_seconds: float = 300.0
+) -> GradientMeter:
+    """Average the gradients of `model` and measure their noise scale on the way. Collective over its group.
+
+    Args:
+        model: a DistributedDataParallel model without a comm hook, before its first backward.
+        batch_size: examples per rank and backward.
+        transport: "auto" (shared memory on one node's CPUs, else c10d), "shared_memory" or "c10d".
+        timeout_seconds: how long a rank may stay away from an exchange before the others give it up.
+
+    Raises:
+        UsageError: not a DDP model, a batch size that is not positive, an unknown transport, or a model
+            that has a comm hook already.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise UsageError(
+            f"ddp.attach takes a torch.nn.parallel.DistributedDataParallel model, not {type(model).__name__}: "
+            "wrap it first, model = DistributedDataParallel(model)"
+        )
+    if batch_size < 1:
+        raise UsageError(f"ddp.attach(batch_size={batch_size}): give the examples per rank and backward, at least 1")
+    group = model.process_group
+    device_type = next(model.parameters()).device.type
+    chosen = select_transport(transport, device_type, timeout_seconds, group)
+    if dist.get_world_size(group) == 1:
+        logger.warning("one rank: nothing to compare its gradient with, so the noise scale stays unresolved")
+    return GradientMeter(model, batch_size, chosen)
+
+
+def _attached_hook(state: GradientMeter, bucket: dist.GradBucket) -> Future[Tensor]:
+    return state._reduce(bucket)

@@ -1,0 +1,45 @@
+"""The step's row: what each rank tells all others about its step, as a few float64 numbers.
+
+Everything that ranks must agree on in a step is read from these rows: the noise scale, the mean loss, whether
+a gradient is finite, whether a signal came, who is slow. No other control collective is needed.
+Times are those of the previous step, since the present one is not over when the row is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROW_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One rank's numbers of one step."""
+
+    examples: float
+    own_squared_norm: float  # of the gradient of the mean over this rank's examples
+    loss_sum: float = 0.0  # over this rank's examples
+    finite: float = 1.0  # loss and gradient
+    stop: float = 0.0  # a signal asked this rank to stop
+    data_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    all_reduce_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+
+    def pack(self) -> NDArray[np.float64]:
+        """Shape (ROW_LENGTH,), unused places zero."""
+        row = np.zeros(ROW_LENGTH)
+        values = astuple(self)
+        row[: len(values)] = values
+        return row
+
+    @classmethod
+    def unpack(cls, row: NDArray[np.float64]) -> Self:
+        """The inverse of `pack`."""
+        return cls(*(float(value) for value in row[: len(fields(cls))]))
