@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ddp.noise.noise_scale import Reading
 
@@ -33,6 +33,13 @@ class RunInfo:
     target: float | None  # evaluation.target
     start_step: int = 0  # > 0 after a resume
     restarts: int = 0
+    goal: Literal["max", "min"] = "max"  # the direction in which `metric` gets better
+
+    def target_reached_by(self, value: float | None) -> bool:
+        """Whether `value` of `metric` is at least as good as the target; never for NaN, None or no target."""
+        if value is None or self.target is None:
+            return False
+        return value >= self.target if self.goal == "max" else value <= self.target
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,10 @@ class EvaluationRecord:
     examples: int
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """The metric of that name, "loss" included; None where it was not taken."""
+        return self.loss if metric == "loss" else self.metrics.get(metric)
 
 
 class Sink(Protocol):

@@ -1,0 +1,236 @@
+"""The run as Prometheus sees it: one registry on rank 0, served on loopback.
+
+`Metrics` is a collector, not a set of gauges: a step stores its record, and a scrape turns the latest one
+into samples. So a scrape shows one step as a whole (the one-hot state, the point and its ends belong
+together), counters are exactly the record's totals after a resume, and a step costs microseconds.
+The run's name is the target's label (see `targets`), never a label here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import get_args
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from ddp.errors import UsageError
+from ddp.noise.noise_scale import Reading, State
+from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+
+STEP_DURATION_BUCKETS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+PLAIN = {"metric": "plain"}
+
+
+def data_efficiency(global_batch_size: float, noise_scale: float) -> float:
+    """1 / (1 + b/B): what an example is worth at batch b, as a share of its worth at a small batch; NaN if unknown."""
+    if noise_scale == 0:
+        return 0.0
+    return 1 / (1 + global_batch_size / noise_scale) if noise_scale > 0 else float("nan")
+
+
+@dataclass
+class Durations:
+    """A histogram of step durations, cumulated when it is asked for."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(STEP_DURATION_BUCKETS_SECONDS) + 1))
+    sum_seconds: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(STEP_DURATION_BUCKETS_SECONDS, seconds)] += 1
+        self.sum_seconds += seconds
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        bounds = [*(str(bound) for bound in STEP_DURATION_BUCKETS_SECONDS), "+Inf"]
+        return list(zip(bounds, itertools.accumulate(map(float, self.counts)), strict=True))
+
+
+class Metrics(Collector):
+    """A `Sink` that answers scrapes of `registry` with the latest step and evaluation."""
+
+    def __init__(self, registry: CollectorRegistry, info: RunInfo) -> None:
+        self._info = info
+        self._lock = threading.Lock()  # the trainer writes, the server's threads read
+        self._last: StepRecord | None = None
+        self._evaluations: dict[str, EvaluationRecord] = {}
+        self._durations = Durations()
+        self._phase_seconds: dict[tuple[str, int], float] = {}
+        self._all_reduce_bytes = 0
+        registry.register(self)
+
+    def step(self, record: StepRecord) -> None:
+        with self._lock:
+            self._last = record
+            self._durations.observe(record.duration_seconds)
+            self._all_reduce_bytes += record.all_reduce_bytes
+            for rank, phases in enumerate(record.phase_seconds):
+                for phase, seconds in phases.items():
+                    self._phase_seconds[phase, rank] = self._phase_seconds.get((phase, rank), 0.0) + seconds
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        with self._lock:
+            self._evaluations[record.split] = record
+
+    def close(self) -> None:
+        """Nothing to release: the server belongs to whoever started it."""
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            return [
+                *_run_families(self._info),
+                *_step_families(self._info, self._last),
+                *_time_families(self._durations, self._phase_seconds, self._all_reduce_bytes),
+                *_evaluation_families(self._last, self._evaluations),
+            ]
+
+
+def _run_families(info: RunInfo) -> Iterator[Metric]:
+    yield InfoMetricFamily(
+        "ddp_run",
+        "What is trained and how.",
+        value={"task": info.task, "optimizer": info.optimizer, "transport": info.transport, "version": info.version},
+    )
+    yield GaugeMetricFamily("ddp_world_size", "Ranks that train together.", info.world_size)
+    yield GaugeMetricFamily(
+        "ddp_global_batch_size_examples", "Examples in one step, over all ranks.", info.global_batch_size
+    )
+    yield CounterMetricFamily("ddp_restarts", "Times the run was restarted by its launcher.", info.restarts)
+
+
+def _step_families(info: RunInfo, last: StepRecord | None) -> Iterator[Metric]:
+    """What the latest step says; before the first one only the counter that a resume starts from."""
+    steps_total = info.start_step if last is None else last.step
+    yield CounterMetricFamily(
+        "ddp_steps", "Optimizer steps since the start of the run, before resumes too.", steps_total
+    )
+    if last is None:
+        return
+    yield CounterMetricFamily(
+        "ddp_examples", "Examples trained on since the start of the run, before resumes too.", last.examples_total
+    )
+    yield GaugeMetricFamily("ddp_learning_rate", "Learning rate of the latest step.", last.learning_rate)
+    yield GaugeMetricFamily(
+        "ddp_straggler_rank", "Rank whose own work took longest in the previous step; -1 unknown.", last.straggler_rank
+    )
+    yield GaugeMetricFamily(
+        "ddp_last_step_timestamp_seconds", "Unix time at the end of the latest step.", last.unix_time
+    )
+    if last.reading is not None:
+        yield from _noise_families(info.global_batch_size, last.reading)
+
+
+def _noise_families(global_batch_size: int, reading: Reading) -> Iterator[Metric]:
+    name = "ddp_gradient_noise_scale"
+    yield _gauge(f"{name}_examples", "Gradient noise scale B = <S>/<|G|^2> now.", (PLAIN, reading.noise_scale))
+    yield _gauge(f"{name}_low_examples", "Lower end of its 95 % confidence interval.", (PLAIN, reading.low))
+    yield _gauge(f"{name}_high_examples", "Upper end of its 95 % confidence interval.", (PLAIN, reading.high))
+    one_hot = [({"state": state}, float(state == reading.state)) for state in get_args(State)]
+    yield _gauge(f"{name}_state", "1 for the state of the reading, 0 for the others.", *one_hot)
+    yield GaugeMetricFamily(
+        f"{name}_steps_needed", "Observations until high/low <= 4 at the present rate.", reading.steps_needed
+    )
+    yield GaugeMetricFamily(
+        "ddp_gradient_squared_norm", "Unbiased |G|^2 of the true gradient, mean over the window.", reading.squared_norm
+    )
+    yield GaugeMetricFamily(
+        "ddp_gradient_variance_trace", "Trace of one example's gradient covariance.", reading.variance_trace
+    )
+    ends = (("low", reading.low), ("point", reading.noise_scale), ("high", reading.high))
+    efficiencies = [({"end": end}, data_efficiency(global_batch_size, value)) for end, value in ends]
+    yield _gauge("ddp_data_efficiency_ratio", "1/(1 + b/B) at each end of the noise scale B.", *efficiencies)
+
+
+def _time_families(
+    durations: Durations, phase_seconds: dict[tuple[str, int], float], all_reduce_bytes: int
+) -> Iterator[Metric]:
+    histogram = HistogramMetricFamily("ddp_step_duration_seconds", "Time of one optimizer step on rank 0.")
+    histogram.add_metric([], durations.cumulative(), durations.sum_seconds)
+    yield histogram
+    phases = CounterMetricFamily(
+        "ddp_phase_seconds",
+        "Time each rank spent in each phase of its steps, in this process.",
+        labels=("phase", "rank"),
+    )
+    for (phase, rank), seconds in phase_seconds.items():
+        phases.add_metric((phase, str(rank)), seconds)
+    yield phases
+    yield CounterMetricFamily(
+        "ddp_all_reduce_bytes", "Gradient bytes that rank 0 has averaged, in this process.", all_reduce_bytes
+    )
+
+
+def _evaluation_families(last: StepRecord | None, evaluations: dict[str, EvaluationRecord]) -> Iterator[Metric]:
+    """Training loss is the latest step's; the training sample of an evaluation is found under its metrics."""
+    losses = [] if last is None else [({"split": "training"}, last.loss)]
+    losses += [({"split": split}, record.loss) for split, record in evaluations.items() if split != "training"]
+    yield _gauge(
+        "ddp_loss", "Mean loss: the latest step's (training), the latest evaluation's (other splits).", *losses
+    )
+    values = [
+        ({"split": split, "name": name}, value)
+        for split, record in evaluations.items()
+        for name, value in {"loss": record.loss, **record.metrics}.items()
+    ]
+    yield _gauge("ddp_evaluation_metric", "Mean over the examples of a split, at the latest evaluation.", *values)
+
+
+def _gauge(name: str, documentation: str, *samples: tuple[dict[str, str], float]) -> GaugeMetricFamily:
+    labels = tuple(samples[0][0]) if samples else ()
+    family = GaugeMetricFamily(name, documentation, labels=labels)
+    for values, sample in samples:
+        family.add_metric(tuple(values.values()), sample)
+    return family
+
+
+@dataclass(frozen=True)
+class MetricsServer:
+    """The endpoint as it was really bound; `close` stops its thread and frees the port."""
+
+    host: str
+    port: int
+    _server: WSGIServer
+    _thread: threading.Thread
+
+    @property
+    def address(self) -> str:
+        """host:port, with an IPv6 host in brackets, as a URL and a Prometheus target want it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def serve(registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> MetricsServer:
+    """Serve `registry` over HTTP from a thread; port 0 takes a free one.
+
+    Raises:
+        UsageError: the address cannot be bound, with the port and what to do.
+    """
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise UsageError(_cannot_bind(error, host, port)) from None
+    bound_host, bound_port = server.server_address[:2]
+    return MetricsServer(str(bound_host), int(bound_port), server, thread)
+
+
+def _cannot_bind(error: OSError, host: str, port: int) -> str:
+    remedy = "set metrics.port to another one, or to 0 for a free one"
+    if error.errno == errno.EADDRINUSE:
+        return f"metrics.port: port {port} on {host} is in use by another process; {remedy}"
+    return f"metrics.port: cannot serve metrics on port {port} of {host}: {error.strerror or error}; {remedy}"

@@ -1,0 +1,191 @@
+"""What a run tells whoever watches it: one line while it trains. `summary` has the page at its end.
+
+On a terminal the line is redrawn in place; elsewhere (a log file, mpirun's pipe) a plain line comes every
+few seconds and at each validation. Rank 0 only.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ddp.noise.noise_scale import Reading
+from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+
+REDRAW_SECONDS = 0.2
+RATE_STEPS = 50  # steps that the rate is taken over
+BAR_WIDTH = 16
+
+
+def render_line(
+    info: RunInfo,
+    record: StepRecord,
+    evaluation: EvaluationRecord | None,
+    examples_per_second: float,
+    seconds_left: float,
+) -> str:
+    """The progress line, for example
+
+    epoch 3.2/8  loss 0.0871  accuracy 97.2 %  6,120 examples/s  noise scale 128 [82, 248]  0:12 left
+
+    Args:
+        evaluation: the latest of the validation set, if there was one.
+        examples_per_second: NaN where not known yet.
+        seconds_left: NaN where not known yet.
+    """
+    parts = [f"epoch {record.epoch:.1f}/{info.steps / info.steps_per_epoch:.3g}", f"loss {record.loss:.4g}"]
+    if evaluation is not None:
+        parts.append(validation_text(info, evaluation))
+    if not math.isnan(examples_per_second):
+        parts.append(f"{number_text(examples_per_second)} examples/s")
+    if record.reading is not None:
+        parts.append(f"noise scale {reading_text(record.reading)}")
+    if not math.isnan(seconds_left):
+        parts.append(f"{duration_text(seconds_left)} left")
+    return "  ".join(parts)
+
+
+def reading_text(reading: Reading) -> str:
+    """A reading with its interval, or its state in words where it has no interval to show."""
+    match reading.state:
+        case "unresolved":
+            return "unresolved"
+        case "beyond_data":
+            return f"beyond the data (above {number_text(reading.low)})"
+        case "lower_bound":
+            return f"above {number_text(reading.low)}"
+    interval = f"{number_text(reading.noise_scale)} [{number_text(reading.low)}, {number_text(reading.high)}]"
+    return f"{interval} (wide)" if reading.state == "wide" else interval
+
+
+def number_text(value: float) -> str:
+    """Two digits below ten, whole numbers above: 2.1, 54, 1,472."""
+    if not math.isfinite(value):
+        return "?" if math.isnan(value) else "infinity"
+    return f"{value:.2g}" if abs(value) < 9.95 else f"{value:,.0f}"
+
+
+def metric_text(name: str, value: float) -> str:
+    """Accuracies in percent, other metrics as they are."""
+    return f"{name} {100 * value:.1f} %" if "accuracy" in name else f"{name} {value:.4g}"
+
+
+def validation_text(info: RunInfo, evaluation: EvaluationRecord) -> str:
+    """The watched metric, or the loss, named so that it is not taken for the training loss."""
+    value = evaluation.value(info.metric)
+    if value is None or info.metric == "loss":
+        return f"validation loss {evaluation.loss:.4g}"
+    return metric_text(info.metric, value)
+
+
+def duration_text(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Rate:
+    """Examples a second over the latest steps, and the time left at the pace of this process so far."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self._steps = info.steps
+        self._latest: deque[StepRecord] = deque(maxlen=RATE_STEPS)
+        self._first: StepRecord | None = None
+
+    def observe(self, record: StepRecord) -> None:
+        self._first = self._first or record  # its own time is not counted: it holds what compiles and warms up
+        self._latest.append(record)
+
+    def examples_per_second(self) -> float:
+        seconds = sum(record.duration_seconds for record in self._latest)
+        return sum(record.examples for record in self._latest) / seconds if seconds > 0 else math.nan
+
+    def seconds_left(self) -> float:
+        """Evaluations in between are paid for: this goes by the clock and not by the steps' own time."""
+        if self._first is None or (done := self._latest[-1].step - self._first.step) <= 0:
+            return math.nan
+        pace = (self._latest[-1].unix_time - self._first.unix_time) / done
+        return pace * (self._steps - self._latest[-1].step)
+
+
+class Progress:
+    """A `Sink` that shows the run's line on `stream`. A stream that has gone away ends the showing, not the run."""
+
+    def __init__(self, info: RunInfo, stream: TextIO | None = None, *, interval_seconds: float = 5.0) -> None:
+        """
+        Args:
+            stream: standard error where left out, so that standard output stays for results.
+            interval_seconds: between two lines where `stream` is not a terminal.
+        """
+        self._info = info
+        self._console = Console(file=stream or sys.stderr, highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._interval_seconds = REDRAW_SECONDS if self._live else interval_seconds
+        self._rate = Rate(info)
+        self._record: StepRecord | None = None
+        self._evaluation: EvaluationRecord | None = None
+        self._shown_unix_time = -math.inf
+        self._usable = self._attempt_start()
+
+    def step(self, record: StepRecord) -> None:
+        self._record = record
+        self._rate.observe(record)
+        if record.unix_time - self._shown_unix_time >= self._interval_seconds:
+            self._show(record)
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        if record.split != "validation":
+            return
+        self._evaluation = record
+        if self._record is not None:
+            self._show(self._record)
+
+    def close(self) -> None:
+        """Show the last state and leave the terminal as it was. Safe to call twice."""
+        if self._live is not None and self._record is not None:
+            self._show(self._record)
+        if self._live is not None and self._usable:
+            self._usable = False
+            try:
+                self._live.stop()
+            except (OSError, ValueError):
+                return
+
+    def _attempt_start(self) -> bool:
+        try:
+            if self._live is not None:
+                self._live.start()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _show(self, record: StepRecord) -> None:
+        if not self._usable:
+            return
+        self._shown_unix_time = record.unix_time
+        rate, left = self._rate.examples_per_second(), self._rate.seconds_left()
+        line = render_line(self._info, record, self._evaluation, rate, left)
+        try:
+            if self._live is not None:
+                self._live.update(self._with_bar(record, line), refresh=True)
+            else:
+                self._console.file.write(line + "\n")
+                self._console.file.flush()
+        except (OSError, ValueError):  # a closed pipe or file
+            self._usable = False
+
+    def _with_bar(self, record: StepRecord, line: str) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=BAR_WIDTH)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        bar = ProgressBar(total=self._info.steps, completed=record.step, width=BAR_WIDTH)
+        grid.add_row(bar, Text(line))
+        return grid

@@ -1,0 +1,169 @@
+"""Writes every step of a run to `run.db`, on a thread of its own and off the step's path.
+
+Handing in a record puts it on a bounded queue; the thread writes what has gathered about once a second in
+one transaction. A database that is locked, full or unwritable costs records, said once, and never the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+from ddp.telemetry.recording import begin_part, create_schema, insert_evaluation, insert_step
+from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+
+log = logging.getLogger(__name__)
+
+QUEUE_LENGTH = 20_000  # records; a step at 1 ms and a database that is stuck for 20 s
+BATCH_LENGTH = 500  # records that are written without waiting for the second to pass
+LOCAL_FILESYSTEMS = frozenset(
+    {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "reiserfs", "tmpfs", "ramfs", "overlay"}
+)
+
+Record = StepRecord | EvaluationRecord
+
+
+class Recorder:
+    """A `Sink` that keeps all records in an SQLite file, continuing one that a resumed run has."""
+
+    def __init__(self, path: Path, info: RunInfo, *, interval_seconds: float = 1.0, busy_seconds: float = 3.0) -> None:
+        """
+        Args:
+            path: the database; made where missing.
+            info: the run; recorded steps after `info.start_step` are replaced.
+            interval_seconds: longest time that a record waits for others to be written with it.
+            busy_seconds: how long the thread waits for a database that somebody else has locked.
+        """
+        self._path, self._info = path, info
+        self._interval_seconds, self._busy_seconds = interval_seconds, busy_seconds
+        self._queue: queue.Queue[Record] = queue.Queue(QUEUE_LENGTH)
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._warned = False
+        self._lost = 0
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
+
+    def step(self, record: StepRecord) -> None:
+        self._put(record)
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        self._put(record)
+
+    def close(self) -> None:
+        """Write what is left; waits for a locked database, but not for ever. Safe to call twice."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout=4 * self._busy_seconds + 10)
+        if self._lost or self._thread.is_alive():
+            log.warning("%s: %d records of the run were not written", self._path, self._lost + self._queue.qsize())
+
+    def _put(self, record: Record) -> None:
+        try:
+            self._queue.put_nowait(record)
+        except queue.Full:
+            self._lost += 1
+            self._warn("it does not keep up with the run")
+        if self._queue.qsize() >= BATCH_LENGTH:
+            self._wake.set()
+
+    def _run(self) -> None:
+        """The thread: try to open until it works, then write batch after batch; a batch that fails is kept."""
+        with contextlib.ExitStack() as stack:
+            writer: Writer | None = None
+            batch: list[Record] = []
+            while True:
+                closing = self._closing.is_set()
+                try:
+                    if writer is None:
+                        writer = Writer(self._path, self._info, self._busy_seconds)
+                        stack.callback(writer.close)
+                    batch += self._drain(QUEUE_LENGTH - len(batch))
+                    writer.write(batch)
+                    batch = []
+                except (sqlite3.OperationalError, OSError) as error:  # locked, full, not there: may pass
+                    self._warn(str(error))
+                except Exception as error:  # a record that cannot be stored must not hold up those behind it
+                    self._warn(str(error))
+                    self._lost += len(batch)
+                    batch = []
+                if closing:
+                    self._lost += len(batch)
+                    return
+                self._wake.wait(self._interval_seconds)
+                self._wake.clear()
+
+    def _drain(self, limit: int) -> list[Record]:
+        records: list[Record] = []
+        with contextlib.suppress(queue.Empty):
+            while len(records) < limit:
+                records.append(self._queue.get_nowait())
+        return records
+
+    def _warn(self, cause: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("%s: the record of the run is incomplete, training goes on: %s", self._path, cause)
+
+
+class Writer:
+    """The open database of one part of a run; used by one thread."""
+
+    def __init__(self, path: Path, info: RunInfo, busy_seconds: float) -> None:
+        self._database = sqlite3.connect(path, timeout=busy_seconds)
+        try:
+            mounts = _read_mounts()
+            self._database.execute(f"PRAGMA journal_mode = {journal_mode(path.resolve(), mounts)}")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            with self._database:
+                create_schema(self._database)
+                self._part = begin_part(self._database, info, time.time())
+        except BaseException:
+            self._database.close()
+            raise
+
+    def write(self, records: list[Record]) -> None:
+        """All of `records` or, with an error, none."""
+        with self._database:
+            for record in records:
+                if isinstance(record, StepRecord):
+                    insert_step(self._database, self._part, record)
+                else:
+                    insert_evaluation(self._database, self._part, record)
+
+    def close(self) -> None:
+        """Leave one plain file, which also opens from a read-only directory."""
+        with contextlib.suppress(sqlite3.Error):
+            self._database.execute("PRAGMA journal_mode = DELETE")
+        self._database.close()
+
+
+def journal_mode(path: Path, mounts: str) -> str:
+    """`WAL` where `path` is on a filesystem known to be local, else `TRUNCATE`.
+
+    A write-ahead log needs memory shared by all who open the database, which network filesystems do not give.
+
+    Args:
+        path: absolute, without links.
+        mounts: the text of /proc/mounts; empty where there is none.
+    """
+    filesystem, longest = "", -1
+    for line in mounts.splitlines():
+        _, mount_point, kind, *_ = line.split(" ")
+        mount_point = mount_point.encode().decode("unicode_escape")
+        if path.is_relative_to(mount_point) and len(mount_point) >= longest:
+            filesystem, longest = kind, len(mount_point)
+    return "WAL" if filesystem in LOCAL_FILESYSTEMS else "TRUNCATE"
+
+
+def _read_mounts() -> str:
+    try:
+        return Path("/proc/mounts").read_text(encoding="utf-8")
+    except OSError:
+        return ""

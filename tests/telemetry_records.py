@@ -1,0 +1,126 @@
+"""Records of a run that never was, but looks like one: for the tests of what is shown, kept and served."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from ddp.noise.noise_scale import Reading, State
+from ddp.telemetry.records import PHASES, EvaluationRecord, RunInfo, Sink, StepRecord
+
+START_UNIX_TIME = 1_760_000_000.0
+EXAMPLES = 1_472
+BATCH = 64
+STEPS_PER_EPOCH = 23
+NAN = math.nan
+
+
+def run_info(*, epochs: int = 12, start_step: int = 0, restarts: int = 0, run_id: str = "digits-1") -> RunInfo:
+    return RunInfo(
+        run_id=run_id,
+        task="digits",
+        optimizer="adam",
+        transport="shared_memory",
+        version="0.1.0",
+        world_size=2,
+        global_batch_size=BATCH,
+        training_examples=EXAMPLES,
+        validation_examples=325,
+        steps=epochs * STEPS_PER_EPOCH,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        metric="accuracy",
+        target=0.97,
+        start_step=start_step,
+        restarts=restarts,
+    )
+
+
+def reading(state: State, noise_scale: float, low: float, high: float, observations: int = 100) -> Reading:
+    return Reading(
+        state=state,
+        noise_scale=noise_scale,
+        low=low,
+        high=high,
+        squared_norm=0.01,
+        variance_trace=0.01 * noise_scale,
+        observations=observations,
+        window=min(observations, 400),
+        steps_needed=40.0 if state == "resolved" else NAN,
+        drifting=False,
+    )
+
+
+def reading_at(step: int, wobble: float = 0.0) -> Reading:
+    """Grows from 30 to past the data set; unresolved, wide, resolved, a lower bound, beyond the data in turn."""
+    epoch = step / STEPS_PER_EPOCH
+    scale = 30 * math.exp(0.42 * epoch + wobble)
+    if step < 25:
+        return reading("unresolved", NAN, NAN, NAN, step)
+    if step < 40:
+        return reading("wide", scale, scale / 2.6, scale * 2.4, step)
+    if epoch < 8:
+        return reading("resolved", scale, scale / 1.45, scale * 1.6, step)
+    if epoch < 10.5:
+        return reading("lower_bound", scale, scale / 2.2, math.inf, step)
+    return reading("beyond_data", scale * 2, 1_700.0, math.inf, step)
+
+
+def step_records(info: RunInfo, last_step: int | None = None, seed: int = 1) -> list[StepRecord]:
+    """All steps after `info.start_step` up to `last_step`, of `info.steps` where left out."""
+    source = random.Random(seed)
+    return [_step(info, step, source) for step in range(info.start_step + 1, (last_step or info.steps) + 1)]
+
+
+def _step(info: RunInfo, step: int, source: random.Random) -> StepRecord:
+    epoch = step / info.steps_per_epoch
+    duration = 0.012 * source.lognormvariate(0, 0.15)
+    return StepRecord(
+        step=step,
+        epoch=epoch,
+        unix_time=START_UNIX_TIME + 0.02 * step,
+        examples=info.global_batch_size,
+        examples_total=step * info.global_batch_size,
+        loss=2.3 * math.exp(-0.75 * epoch) * source.lognormvariate(0, 0.25) + 0.004,
+        learning_rate=1e-3 * min(1, step / 20) * 0.5 * (1 + math.cos(math.pi * step / info.steps)),
+        gradient_norm=source.lognormvariate(0, 0.3),
+        duration_seconds=duration,
+        phase_seconds=tuple(_phases(rank, duration) for rank in range(info.world_size)),
+        all_reduce_bytes=4 * 75_000,
+        straggler_rank=step % info.world_size,
+        reading=reading_at(step, source.gauss(0, 0.05)),
+    )
+
+
+def _phases(rank: int, duration: float) -> dict[str, float]:
+    shares = (0.04, 0.28, 0.36 + 0.05 * rank, 0.10, 0.12 - 0.05 * rank, 0.10)
+    return {phase: share * duration for phase, share in zip(PHASES, shares, strict=True)}
+
+
+def evaluation_records(info: RunInfo, last_step: int | None = None) -> list[EvaluationRecord]:
+    """One of each split at the end of each epoch."""
+    records: list[EvaluationRecord] = []
+    first = info.start_step // info.steps_per_epoch + 1
+    for epoch in range(first, (last_step or info.steps) // info.steps_per_epoch + 1):
+        for split, gap in (("training", 0.0), ("validation", 0.006)):
+            accuracy = 1 - 0.42 * math.exp(-1.05 * epoch) - gap
+            records.append(
+                EvaluationRecord(
+                    step=epoch * info.steps_per_epoch,
+                    epoch=float(epoch),
+                    unix_time=START_UNIX_TIME + 0.02 * epoch * info.steps_per_epoch,
+                    split=split,
+                    examples=325,
+                    loss=2.3 * math.exp(-0.75 * epoch) + 0.01 + 4 * gap,
+                    metrics={"accuracy": accuracy},
+                )
+            )
+    return records
+
+
+def feed(sink: Sink, info: RunInfo, last_step: int | None = None) -> None:
+    """Hand all records to a sink in the order in which a run makes them."""
+    evaluations = evaluation_records(info, last_step)
+    for record in step_records(info, last_step):
+        sink.step(record)
+        while evaluations and evaluations[0].step == record.step:
+            sink.evaluation(evaluations.pop(0))
