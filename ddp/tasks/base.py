@@ -6,18 +6,28 @@ dictionary of tensors, whose first dimension is the examples.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ddp.errors import UsageError
+
 Batch = Any
+Goal = Literal["max", "min"]  # which way a metric gets better
 
 
 class Task(Protocol):
     """A model, its data, a loss and metrics. Built once per rank, after the seed is set."""
+
+    goals: Mapping[str, Goal]
+    """Every metric that `metrics` returns, with the direction that is better: `{"accuracy": "max"}`.
+
+    Read-only by convention. "loss" ("min") is known without being listed.
+    """
 
     def model(self) -> nn.Module:
         """A fresh model on the CPU; initialised from torch's global generator."""
@@ -34,6 +44,20 @@ class Task(Protocol):
     def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """Values of each example, shape (examples,), under `torch.no_grad`; their means are reported."""
         ...
+
+
+def metric_goal(task: Task, metric: str) -> Goal:
+    """The direction in which `metric` gets better; "loss" is always known, and "min".
+
+    Raises:
+        UsageError: the task has no such metric (the text speaks of the job's `evaluation.metric`).
+    """
+    goals: dict[str, Goal] = {**task.goals, "loss": "min"}
+    if metric not in goals:
+        close = difflib.get_close_matches(metric, goals, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"evaluation.metric: the task has no metric {metric!r}{hint}; valid: {', '.join(goals)}")
+    return goals[metric]
 
 
 class TensorExamples(Dataset[tuple[Tensor, ...]]):

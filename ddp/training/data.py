@@ -1,0 +1,135 @@
+"""Which examples a rank takes in which step, and how they are fetched.
+
+`BatchPlan` is index arithmetic: an epoch is one permutation of the training set that depends on the seed
+and the epoch alone; a global batch is a slice of it, a rank's share a slice of the batch, a micro-batch a
+slice of the share. Whatever the layout, a step sees the same examples. `batches` fetches them, without
+torch's DataLoader: that draws from torch's global generator at each start of an epoch, which would make a
+resumed run another run, and in one process it fetches no faster.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from ddp.errors import UsageError
+from ddp.tasks.base import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How the examples of an epoch are dealt out; all sizes in examples."""
+
+    examples: int
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.world_size > self.global_batch_size:
+            raise UsageError(
+                f"batch.global_batch_size: {self.global_batch_size} examples a step are fewer than the "
+                f"{self.world_size} ranks; raise it or start fewer ranks"
+            )
+        if self.world_size > self.examples:
+            raise UsageError(
+                f"the training set has {self.examples} examples, fewer than the {self.world_size} ranks; "
+                "start fewer ranks"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """A rest smaller than the number of ranks joins the batch before it."""
+        full, rest = divmod(self.examples, self.global_batch_size)
+        return full + (rest >= self.world_size)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of a rank in a full global batch."""
+        return _ceil_div(self.global_batch_size, self.world_size * self.micro_batch_size)
+
+    def batch(self, step: int) -> range:
+        """Positions in the epoch's order that step 0 <= `step` < steps_per_epoch takes, over all ranks."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch}")
+        start = step * self.global_batch_size
+        last = step == self.steps_per_epoch - 1
+        return range(start, self.examples if last else start + self.global_batch_size)
+
+    def share(self, step: int, rank: int) -> range:
+        """The part of the batch that `rank` takes: floor or ceiling of an equal share, never empty."""
+        return split(self.batch(step), self.world_size)[rank]
+
+    def micro_batches(self, step: int, rank: int) -> list[range]:
+        """The share in parts that differ by at most one and hold 1 to micro_batch_size examples.
+
+        There are gradient_accumulation_steps of them, save in the last step of an epoch: fewer where the
+        share is too small, more where a rest joined it.
+        """
+        share = self.share(step, rank)
+        parts = max(self.gradient_accumulation_steps, _ceil_div(len(share), self.micro_batch_size))
+        return split(share, min(parts, len(share)))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The permutation of all examples for `epoch`, shape (examples,): the same on every rank."""
+        return np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """What one rank trains on in one step."""
+
+    micro_batches: tuple[Batch, ...]
+    examples: int  # this rank's, over its micro-batches
+    global_examples: int  # over all ranks
+
+
+def split(positions: range, parts: int) -> list[range]:
+    """Cut into consecutive parts whose lengths differ by at most one."""
+    cuts = [len(positions) * part // parts for part in range(parts + 1)]
+    return [positions[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+
+def batches(dataset: Dataset[Any], plan: BatchPlan, rank: int, epoch: int, start_step: int = 0) -> Iterator[StepData]:
+    """The steps of `epoch` from `start_step` (0 for the first) on; earlier examples are not read."""
+    fetch = fetcher(dataset)
+    order = plan.order(epoch)
+    for step in range(start_step, plan.steps_per_epoch):
+        parts = plan.micro_batches(step, rank)
+        micro_batches = tuple(fetch(order[part.start : part.stop].tolist()) for part in parts)
+        yield StepData(micro_batches, examples=sum(map(len, parts)), global_examples=len(plan.batch(step)))
+
+
+def fetcher(dataset: Dataset[Any]) -> Callable[[Sequence[int]], Batch]:
+    """A function from indices to a collated batch, by the data set's own `__getitems__` and `collate` if any."""
+    get_many: Callable[[Sequence[int]], Any] | None = getattr(dataset, "__getitems__", None)
+    collate: Callable[[Any], Batch] = getattr(dataset, "collate", default_collate)
+    if get_many is None:
+        return lambda indices: collate([dataset[index] for index in indices])
+    return lambda indices: collate(get_many(indices))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`, through tuples, lists and mappings; other values stay as they are."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple takes its values one by one
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
