@@ -1,0 +1,106 @@
+"""Everything that rank 0 tells the outside about one run, opened and closed as one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from ddp.errors import UsageError
+from ddp.job import MetricsSection
+from ddp.noise.advice import advise
+from ddp.telemetry.metrics import Metrics, MetricsServer, serve
+from ddp.telemetry.progress import Progress
+from ddp.telemetry.recorder import Recorder
+from ddp.telemetry.recording import open_recording, read_evaluations, read_steps
+from ddp.telemetry.records import RunInfo, Sink, StepRecord
+from ddp.telemetry.report import write_report
+from ddp.telemetry.summary import History, summary
+from ddp.telemetry.targets import publish
+
+RECORD = "run.db"
+
+logger = logging.getLogger(__name__)
+
+
+class Station:
+    """Metrics from the start, the record and the progress line once the run has a directory.
+
+    Raises:
+        UsageError: the metrics port cannot be had; nothing is left open.
+    """
+
+    def __init__(self, section: MetricsSection, info: RunInfo) -> None:
+        self._section, self._info = section, info
+        self._history = History(info)
+        self._open = ExitStack()
+        self._run_directory = Path()
+        self.sinks: list[Sink] = [self._history]
+        self.server: MetricsServer | None = None
+        if section.enabled:
+            registry = CollectorRegistry()
+            self.sinks.append(Metrics(registry, info))
+            self.server = serve(registry, section.host, section.port)
+            self._open.callback(self.server.close)
+
+    def open(self, run_directory: Path) -> None:
+        """Begin to record in `run_directory`; Prometheus finds the run from now on."""
+        self._run_directory = run_directory
+        self._recall(run_directory / RECORD)
+        for sink in (Recorder(run_directory / RECORD, self._info), Progress(self._info)):
+            self.sinks.append(sink)
+            self._open.callback(sink.close)
+        if self.server is not None:
+            target = publish(run_directory.parent / "targets", self._info.run_id, self.server.address)
+            self._open.callback(target.close)
+
+    def finish(self) -> str:
+        """After the last step: close the record, write the report, and give the summary's text."""
+        for sink in self.sinks:
+            sink.close()
+        report: Path | None = None
+        try:
+            report = write_report(self._run_directory)
+        except UsageError as error:
+            logger.warning("no report: %s", error)
+        reading = self._history.advice_reading
+        return summary(
+            self._info,
+            self._history,
+            advice=None if reading is None else advise(reading, self._info.global_batch_size),
+            report_path=report,
+            metrics_address=self.server.address if self.server else None,
+        )
+
+    def hold(self) -> None:
+        """Keep serving for `metrics.hold_seconds`, so that a short run is scraped once more."""
+        if self.server is not None and self._section.hold_seconds:
+            time.sleep(self._section.hold_seconds)
+
+    def close(self) -> None:
+        """Release all of it, also after an error. Safe to call twice."""
+        self._open.close()
+
+    def _recall(self, record: Path) -> None:
+        """After a resume the summary speaks of the whole run: hand it what earlier parts recorded."""
+        if not self._info.start_step or not record.exists():
+            return
+        try:
+            database = open_recording(record)
+        except UsageError as error:
+            logger.warning("the summary will not know the steps before this part: %s", error)
+            return
+        try:
+            records = [*read_steps(database), *read_evaluations(database)]
+        finally:
+            database.close()
+        for past in sorted(records, key=lambda each: each.step):
+            if past.step > self._info.start_step:
+                break
+            if isinstance(past, StepRecord):
+                self._history.step(past)
+            else:
+                self._history.evaluation(past)

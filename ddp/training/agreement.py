@@ -1,0 +1,54 @@
+"""Ranks that decide together, outside the training step: short texts over c10d, and errors shared by all.
+
+An error that one rank alone finds (a port in use, a missing device) must end all of them with the same exit
+code and one message, and none may be left waiting in a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ddp import errors
+from ddp.errors import DdpError
+
+T = TypeVar("T")
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, in rank order. Collective."""
+    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(text.encode())]))
+    sizes = [int(length) for length in lengths]
+    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+    padded[: sizes[dist.get_rank()]] = data[: sizes[dist.get_rank()]]
+    parts = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [bytes(part[:size].tolist()).decode() for part, size in zip(parts, sizes, strict=True)]
+
+
+def from_rank_zero(text: str) -> str:
+    """Rank 0's text, on all ranks. Collective."""
+    return gather_texts(text if dist.get_rank() == 0 else "")[0]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on this rank; where any rank's raised a DdpError, raise the first of them on all. Collective."""
+    result: T | None = None
+    failure: DdpError | None = None
+    try:
+        result = action()
+    except DdpError as error:
+        failure = error
+    reports = gather_texts(f"{type(failure).__name__}\n{failure}" if failure else "")
+    first = next((report for report in reports if report), None)
+    if first is None:
+        return result  # type: ignore[return-value]  # no error: the action has returned
+    if failure is not None:
+        raise failure
+    kind, _, message = first.partition("\n")
+    raise getattr(errors, kind, DdpError)(message)

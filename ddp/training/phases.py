@@ -1,0 +1,50 @@
+"""Where a rank's time goes in one step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSeconds:
+    """One step of one rank. `all_reduce` and `wait` split what the hook and the row took."""
+
+    data: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    all_reduce: float = 0.0
+    wait: float = 0.0
+    optimizer: float = 0.0
+
+
+class PhaseClock:
+    """A stopwatch that is told when a phase ends; one object a step."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last call to `phase`."""
+        now = time.perf_counter()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since this clock was made."""
+        return time.perf_counter() - self._began
+
+    def seconds(self, *, hook_seconds: float, wait_seconds: float) -> PhaseSeconds:
+        """The phases so far; the hook's time is taken out of backward, in which it ran."""
+        lap = self._seconds.get
+        communication = hook_seconds + lap("row", 0.0)
+        return PhaseSeconds(
+            data=lap("data", 0.0),
+            forward=lap("forward", 0.0),
+            backward=max(0.0, lap("backward", 0.0) - hook_seconds),
+            all_reduce=max(0.0, communication - wait_seconds),
+            wait=min(wait_seconds, communication),
+            optimizer=lap("optimizer", 0.0),
+        )

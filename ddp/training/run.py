@@ -1,0 +1,288 @@
+"""One run from a job to its summary: builds what the trainer needs, on every rank, and takes it down again.
+
+Whatever can be refused is refused before the first step, by all ranks together, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Subset
+
+import ddp
+from ddp.errors import DdpError, PeerLostError, UsageError
+from ddp.job import Job
+from ddp.noise.noise_scale import NoiseScaleWindow
+from ddp.outcome import annotate, clear
+from ddp.process_group import initialise, shutdown
+from ddp.tasks import load_task
+from ddp.tasks.base import Task, metric_goal
+from ddp.telemetry.records import RunInfo
+from ddp.telemetry.station import Station
+from ddp.topology import Topology
+from ddp.training import checkpoint
+from ddp.training.agreement import from_rank_zero, together
+from ddp.training.data import BatchPlan
+from ddp.training.optimizers import build_optimizer
+from ddp.training.random_state import random_state, restore_random_state
+from ddp.training.resume import Origin, find_origin
+from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
+from ddp.training.signals import StopRequest, stop_on_signals
+from ddp.training.trainer import Splits, Trainer
+from ddp.transport.comm_hook import GradientExchange, comm_hook, register
+from ddp.transport.select import select_transport
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is known of a run before anything is opened."""
+
+    task: Task
+    splits: Splits
+    batches: BatchPlan
+    steps: int
+    goal: str
+
+
+def train(job: Job, topology: Topology, *, resume: str | None = None, allow_import: bool = False) -> Path:
+    """Train `job` as one of its ranks; returns the run directory once every rank is done.
+
+    Args:
+        resume: None for a new run; "auto" to go on with the run of this id, if there is one; or the path of
+            a run directory or of one checkpoint.
+        allow_import: whether a task of the form `module:attr` may be imported.
+
+    Raises:
+        UsageError: the job cannot run here; on all ranks, and nothing is left behind.
+        DivergedError, StoppedError, TransportError, CheckpointError: see `ddp.errors`; each carries the
+            attributes `step` and `run_directory`.
+    """
+    device = _device(job.run.device, topology)
+    torch.set_num_threads(job.run.threads_per_rank or _threads(topology))
+    initialise(topology, device.type, job.transport.timeout_seconds)
+    resume = resume or ("auto" if topology.restarts else None)
+    with stop_on_signals() as stop:
+        directory = _train(job, topology, device, resume, allow_import, stop)
+    shutdown()
+    return directory
+
+
+def _train(
+    job: Job, topology: Topology, device: torch.device, resume: str | None, allow_import: bool, stop: StopRequest
+) -> Path:
+    plan = together(lambda: _plan(job, topology.world_size, allow_import))
+    transport = together(lambda: select_transport(job.transport.name, device.type, job.transport.timeout_seconds))
+    exchange = GradientExchange(transport)
+    with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
+        trainer = _trainer(job, plan, exchange, device, stop)
+        trainer.sinks = station.sinks if station else ()
+        trainer.save_checkpoint = lambda trainer: _save(trainer, directory.checkpoints)
+        if origin.checkpoint is not None:
+            _restore(trainer, origin.checkpoint)
+        try:
+            trainer.run()
+        except DdpError as error:
+            annotate(error, step=trainer.step_count, run_directory=directory.path)
+            raise
+        if station is not None:
+            print(station.finish(), flush=True)
+            station.hold()
+    return directory.path
+
+
+def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
+    torch.manual_seed(job.run.seed)
+    task = load_task(job.task, allow_import=allow_import)
+    goal = metric_goal(task, job.evaluation.metric)
+    training, validation = task.datasets()
+    batch = job.batch
+    batches = BatchPlan(_size(training), batch.global_batch_size, batch.micro_batch_size, world_size, job.run.seed)
+    steps = job.run.steps or (job.run.epochs or 0) * batches.steps_per_epoch
+    return Plan(task, Splits(training, validation, _sample(training, _size(validation))), batches, steps, goal)
+
+
+@contextmanager
+def _opened(
+    job: Job, topology: Topology, plan: Plan, resume: str | None, transport: str
+) -> Iterator[tuple[RunDirectory, Origin, Station | None]]:
+    """Rank 0's directory and telemetry; the other ranks learn the paths. A usage error leaves nothing."""
+
+    def open_on_rank_zero() -> tuple[RunDirectory, Origin, Station] | None:
+        if topology.rank != 0:
+            return None
+        origin = find_origin(job, os.environ, resume, datetime.now(UTC), secrets.token_hex(2))
+        station = Station(job.metrics, _run_info(job, topology, plan, origin, transport))
+        try:
+            directory = open_run_directory(origin.job, origin.run_id, resume=resume is not None)
+        except UsageError:
+            station.close()
+            raise
+        return directory, origin, station
+
+    opened = together(open_on_rank_zero)
+    if opened is None:
+        path, _, source = from_rank_zero("").partition("\n")
+        yield RunDirectory(Path(path)), Origin(job, "", Path(source) if source else None, 0), None
+        return
+    directory, origin, station = opened
+    from_rank_zero(f"{directory.path}\n{origin.checkpoint or ''}")
+    try:
+        with discarded_on_usage_error(directory):
+            clear(directory.path)
+            station.open(directory.path)
+            yield directory, origin, station
+    finally:
+        station.close()
+        directory.close()
+
+
+@contextmanager
+def _closing(exchange: GradientExchange) -> Iterator[None]:
+    """Leave the exchange, and let the other ranks know at once if this one failed."""
+    try:
+        yield
+    except BaseException as error:
+        exchange.transport.close(failed=not isinstance(error, PeerLostError))
+        raise
+    exchange.transport.close()
+
+
+def _trainer(job: Job, plan: Plan, exchange: GradientExchange, device: torch.device, stop: StopRequest) -> Trainer:
+    torch.manual_seed(job.run.seed)
+    model = DistributedDataParallel(
+        plan.task.model().to(device),
+        **_keep_buffers_apart(),
+        gradient_as_bucket_view=True,
+    )
+    register(model, exchange, comm_hook)
+    _seed_rank(job.run.seed, exchange.transport.rank)
+    model.train()
+    return Trainer(
+        job=job,
+        task=plan.task,
+        splits=plan.splits,
+        plan=plan.batches,
+        steps=plan.steps,
+        device=device,
+        model=model,
+        optimizer=build_optimizer(job.optimizer, model.parameters()),
+        exchange=exchange,
+        window=NoiseScaleWindow(training_examples=plan.batches.examples),
+        stop=stop,
+    )
+
+
+def _keep_buffers_apart() -> dict[str, Any]:
+    """Each rank keeps its running statistics, evaluation averages them. torch 2.13 gave the switch a new name."""
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+
+
+def _save(trainer: Trainer, directory: Path) -> None:
+    module = trainer.model.module
+    checkpoint.save(
+        directory,
+        trainer.step_count,
+        shared={
+            "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
+            "optimizer": trainer.optimizer.state_dict(),
+            "noise_scale": trainer.window.state_dict(),
+            "step": trainer.step_count,
+            "examples_total": trainer.examples_total,
+        },
+        own={"buffers": dict(module.named_buffers()), "random": random_state()},
+        rank=trainer.rank,
+        world_size=trainer.world_size,
+        barrier=dist.barrier,
+        keep=trainer.job.checkpoint.keep,
+    )
+
+
+def _restore(trainer: Trainer, path: Path) -> None:
+    shared, own = together(lambda: checkpoint.load(path, trainer.rank, trainer.world_size))
+    module = trainer.model.module
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(shared["parameters"][name])
+        for name, buffer in module.named_buffers():
+            buffer.copy_(own["buffers"][name])
+    trainer.optimizer.load_state_dict(shared["optimizer"])
+    trainer.window.load_state_dict(shared["noise_scale"])
+    trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
+    restore_random_state(own["random"])
+
+
+def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transport: str) -> RunInfo:
+    return RunInfo(
+        run_id=origin.run_id,
+        task=job.task.name,
+        optimizer=job.optimizer.name,
+        transport=transport,
+        version=ddp.__version__,
+        world_size=topology.world_size,
+        global_batch_size=job.batch.global_batch_size,
+        training_examples=plan.batches.examples,
+        validation_examples=_size(plan.splits.validation),
+        steps=plan.steps,
+        steps_per_epoch=plan.batches.steps_per_epoch,
+        metric=job.evaluation.metric,
+        target=job.evaluation.target,
+        start_step=origin.step,
+        restarts=topology.restarts,
+    )
+
+
+def _device(name: str, topology: Topology) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError('run.device: "cuda" asked for, but torch finds no CUDA device here; use "cpu" or "auto"')
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    if topology.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"run.device: local rank {topology.local_rank} has no CUDA device, this node has "
+            f"{torch.cuda.device_count()}: start one rank a device"
+        )
+    device = torch.device("cuda", topology.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _threads(topology: Topology) -> int:
+    """Cores a rank: a launcher that binds ranks has shared them out already."""
+    cores = len(os.sched_getaffinity(0))
+    bound = topology.under_mpi and cores < (os.cpu_count() or cores)
+    return max(1, cores if bound else cores // topology.local_world_size)
+
+
+def _seed_rank(seed: int, rank: int) -> None:
+    """From here on each rank draws its own numbers (dropout), again the same ones in the next run."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))
+
+
+def _size(dataset: Dataset[Any]) -> int:
+    size = len(dataset)  # type: ignore[arg-type]
+    if size < 1:
+        raise UsageError("task: a data set has no examples")
+    return size
+
+
+def _sample(dataset: Dataset[Any], size: int) -> Dataset[Any]:
+    """A fixed random sample for evaluation, with the data set's own way of making a batch."""
+    chosen = np.random.default_rng(0).permutation(_size(dataset))[:size]
+    sample = Subset(dataset, [int(index) for index in sorted(chosen)])
+    if hasattr(dataset, "collate"):
+        sample.collate = dataset.collate  # type: ignore[attr-defined]
+    return sample

@@ -1,0 +1,270 @@
+"""The training step, from top to bottom, and the loop around it.
+
+One step: fetch the batch; forward and backward, whose buckets the comm hook averages; exchange the step's row;
+judge it (finite? stop?); enter it into the noise scale; clip and update; hand one record to the sinks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ddp.errors import DivergedError, StoppedError
+from ddp.job import Job
+from ddp.meter import observe_step
+from ddp.noise.noise_scale import NoiseScaleWindow, Reading
+from ddp.tasks.base import Batch, Task
+from ddp.telemetry.records import EvaluationRecord, Sink, StepRecord
+from ddp.training.data import BatchPlan, StepData, batches, to_device
+from ddp.training.evaluation import averaged_buffers, evaluate
+from ddp.training.optimizers import clip_
+from ddp.training.phases import PhaseClock, PhaseSeconds
+from ddp.training.schedules import learning_rate
+from ddp.training.signals import StopRequest
+from ddp.transport.comm_hook import GradientExchange, GradientSums
+from ddp.transport.row import StepRow
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The data sets of a run. `training_sample` is as large as the validation set and fixed, for evaluation."""
+
+    training: Dataset[Any]
+    validation: Dataset[Any]
+    training_sample: Dataset[Any]
+
+
+@dataclass
+class Trainer:
+    """All that changes while a run trains, on one rank; `step_count` and `examples_total` are its position."""
+
+    job: Job
+    task: Task
+    splits: Splits
+    plan: BatchPlan
+    steps: int
+    device: torch.device
+    model: DistributedDataParallel
+    optimizer: Optimizer
+    exchange: GradientExchange
+    window: NoiseScaleWindow
+    stop: StopRequest
+    sinks: Sequence[Sink] = ()
+    save_checkpoint: Callable[[Trainer], None] = lambda trainer: None
+    step_count: int = 0
+    examples_total: int = 0
+    _previous_phases: PhaseSeconds = PhaseSeconds()
+    _evaluated_at: int = -1
+
+    def __post_init__(self) -> None:
+        self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
+        self._population = _population(self.model, self.plan.examples)
+
+    def run(self) -> None:
+        """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
+        self._settle_buckets()
+        while self.step_count < self.steps:
+            epoch, first = divmod(self.step_count, self.plan.steps_per_epoch)
+            steps = batches(self.splits.training, self.plan, self.rank, epoch, first)
+            for _ in range(min(self.plan.steps_per_epoch - first, self.steps - self.step_count)):
+                rows = self._step(steps)
+                if self._evaluation_is_due():
+                    self._evaluate()
+                self._save_or_stop(rows)
+        if self._evaluated_at != self.step_count:
+            self._evaluate()
+        self.save_checkpoint(self)
+
+    def _step(self, steps: Iterator[StepData]) -> list[StepRow]:
+        clock = PhaseClock()
+        hook_before, wait_before = self.exchange.hook_seconds, self.exchange.transport.wait_seconds
+        bytes_before = self.exchange.bytes_total
+        data = next(steps)
+        clock.lap("data")
+
+        loss_sum = self._forward_backward(data, clock)
+        sums = self.exchange.take()
+        rows = self._exchange_rows(data, loss_sum, sums)
+        clock.lap("row")
+
+        self.step_count += 1
+        self.examples_total += data.global_examples
+        self._raise_if_not_finite(rows)
+        reading = self._observe(rows, sums)
+        rate = self._update(sums)
+        clock.lap("optimizer")
+
+        record = StepRecord(
+            step=self.step_count,
+            epoch=self._epochs_done(),
+            unix_time=time.time(),
+            examples=data.global_examples,
+            examples_total=self.examples_total,
+            loss=sum(row.loss_sum for row in rows) / data.global_examples,
+            learning_rate=rate,
+            gradient_norm=math.sqrt(sums.mean_squared_norm),
+            duration_seconds=clock.elapsed_seconds,
+            phase_seconds=tuple(_phases(row) for row in rows),
+            all_reduce_bytes=self.exchange.bytes_total - bytes_before,
+            straggler_rank=_straggler(rows),
+            reading=reading,
+        )
+        for sink in self.sinks:
+            sink.step(record)
+        self._previous_phases = clock.seconds(
+            hook_seconds=self.exchange.hook_seconds - hook_before,
+            wait_seconds=self.exchange.transport.wait_seconds - wait_before,
+        )
+        return rows
+
+    def _forward_backward(self, data: StepData, clock: PhaseClock) -> float:
+        """Accumulate the gradient of the mean over this rank's examples; the last backward averages over ranks."""
+        self.exchange.weight = data.examples / data.global_examples
+        loss_sum = 0.0
+        for index, micro_batch in enumerate(data.micro_batches):
+            last = index == len(data.micro_batches) - 1
+            with nullcontext() if last else self.model.no_sync():
+                loss = self._loss_sum(micro_batch)
+                clock.lap("forward")
+                (loss / data.examples).backward()
+                clock.lap("backward")
+            loss_sum += loss.item()
+        return loss_sum
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        return self.task.loss(self.model, to_device(batch, self.device)).sum()
+
+    def _exchange_rows(self, data: StepData, loss_sum: float, sums: GradientSums) -> list[StepRow]:
+        phases = self._previous_phases
+        row = StepRow(
+            examples=data.examples,
+            own_squared_norm=sums.own_squared_norm,
+            loss_sum=loss_sum,
+            finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
+            stop=float(self.stop.asked),
+            data_seconds=phases.data,
+            forward_seconds=phases.forward,
+            backward_seconds=phases.backward,
+            all_reduce_seconds=phases.all_reduce,
+            wait_seconds=phases.wait,
+            optimizer_seconds=phases.optimizer,
+        )
+        return [StepRow.unpack(each) for each in self.exchange.transport.exchange_row(row.pack())]
+
+    def _raise_if_not_finite(self, rows: list[StepRow]) -> None:
+        bad = [str(rank) for rank, row in enumerate(rows) if not row.finite]
+        if bad:
+            raise DivergedError(
+                f"the loss or the gradient is not finite on rank {', '.join(bad)} in step {self.step_count} "
+                f"(epoch {self._epochs_done():.2f}): lower optimizer.learning_rate, add schedule.warmup_steps or "
+                "optimizer.gradient_clip_norm, or look for bad values in the data"
+            )
+
+    def _observe(self, rows: list[StepRow], sums: GradientSums) -> Reading | None:
+        if not self.job.noise_scale.enabled:
+            return None
+        return observe_step(self.window, rows, sums.mean_squared_norm, population=self._population)
+
+    def _update(self, sums: GradientSums) -> float:
+        """Clip, schedule and step; returns the learning rate used."""
+        section = self.job.optimizer
+        rate = learning_rate(self.step_count, self.steps, section.learning_rate, self.job.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if section.gradient_clip_norm is not None:
+            norm = math.sqrt(sums.mean_squared_norm)
+            clip_(self.optimizer, self.model.parameters(), norm, section.gradient_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return rate
+
+    def _evaluation_is_due(self) -> bool:
+        section = self.job.evaluation
+        if section.every_steps is not None:
+            return self.step_count % section.every_steps == 0
+        return self.step_count % ((section.every_epochs or 1) * self.plan.steps_per_epoch) == 0
+
+    def _evaluate(self) -> None:
+        """Both splits, with running statistics averaged over ranks in a copy; training keeps its own."""
+        self._evaluated_at = self.step_count
+        model = averaged_buffers(self.model.module, world_size=self.world_size)
+        for split, dataset in (("training", self.splits.training_sample), ("validation", self.splits.validation)):
+            loss, metrics, examples = evaluate(
+                self.task,
+                model,
+                dataset,
+                rank=self.rank,
+                world_size=self.world_size,
+                batch_size=max(64, self.job.batch.micro_batch_size),
+                device=self.device,
+            )
+            record = EvaluationRecord(
+                self.step_count, self._epochs_done(), time.time(), split, examples, loss, metrics
+            )
+            for sink in self.sinks:
+                sink.evaluation(record)
+
+    def _save_or_stop(self, rows: list[StepRow]) -> None:
+        asked = [str(rank) for rank, row in enumerate(rows) if row.stop]
+        every = self.job.checkpoint.every_steps
+        if asked:
+            self.save_checkpoint(self)
+            raise StoppedError(
+                f"stopped by {self.stop.signal_name or f'a signal to rank {asked[0]}'} after step {self.step_count}; "
+                "a checkpoint is saved: run again with --resume auto"
+            )
+        if every is not None and self.step_count % every == 0 and self.step_count < self.steps:
+            self.save_checkpoint(self)
+
+    def _epochs_done(self) -> float:
+        return self.step_count / self.plan.steps_per_epoch
+
+    def _settle_buckets(self) -> None:
+        """One backward whose gradient is thrown away, so that DDP rebuilds its buckets before the first step.
+
+        DDP reduces its first backward as one bucket. Sums of squares depend on the buckets in their last
+        bits, so a resumed run would differ from one that went on: this way all steps have the same buckets.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        random_state = torch.get_rng_state()
+        data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
+        self._loss_sum(data.micro_batches[0]).backward()
+        self.exchange.take()
+        self.optimizer.zero_grad()
+        for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+        torch.set_rng_state(random_state)
+
+
+def _phases(row: StepRow) -> dict[str, float]:
+    return {
+        "data": row.data_seconds,
+        "forward": row.forward_seconds,
+        "backward": row.backward_seconds,
+        "all_reduce": row.all_reduce_seconds,
+        "wait": row.wait_seconds,
+        "optimizer": row.optimizer_seconds,
+    }
+
+
+def _straggler(rows: list[StepRow]) -> int:
+    """The rank with the longest way to its last gradient in the previous step, waiting not counted."""
+    own = [row.data_seconds + row.forward_seconds + row.backward_seconds for row in rows]
+    return int(np.argmax(own)) if len(rows) > 1 and any(own) else -1
+
+
+def _population(model: nn.Module, training_examples: int) -> float:
+    """Examples that a batch is drawn from without replacement; infinite where dropout makes each draw new."""
+    random = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
+    return math.inf if random else float(training_examples)
