@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ranks import RankFailure, RankPool, connect_store, process_group, run_ranks
 
 

@@ -96,8 +96,8 @@ def save(
     parts = {_rank_file(rank): own} | ({SHARED: shared} if rank == 0 else {})
     fault = _attempt(_prepare, directory, partial) if rank == 0 else None
     barrier()
-    entries: dict[str, FileEntry] = {}
-    fault = fault or _attempt(_write_parts, partial, parts, entries)
+    fault = fault or _attempt(_write_parts, partial, parts)
+    written = _identity(partial)
     barrier()
     if rank == 0:
         fault = fault or _attempt(_publish, partial, final, step, world_size)
@@ -105,7 +105,7 @@ def save(
     barrier()
     if fault:
         raise CheckpointError(f"{final}: rank {rank} could not save step {step}: {_reason(fault)}") from fault
-    if not _holds(final, entries):
+    if _identity(final) != written:
         raise CheckpointError(f"{final}: step {step} is not saved, because another rank could not; see its message")
     if rank == 0:
         _remove_older(directory, step, keep)
@@ -128,8 +128,8 @@ def _prepare(directory: Path, partial: Path) -> None:
     partial.mkdir(mode=0o700)
 
 
-def _write_parts(partial: Path, parts: Mapping[str, Mapping[str, Any]], entries: dict[str, FileEntry]) -> None:
-    """This rank's files, into `entries` too, each with a note of its size and hash for rank 0's manifest."""
+def _write_parts(partial: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """This rank's files, each with a note of its size and hash for rank 0's manifest."""
     for name, value in parts.items():
         _check_plain(value, name)
         with _create(partial / name) as file:
@@ -137,7 +137,6 @@ def _write_parts(partial: Path, parts: Mapping[str, Mapping[str, Any]], entries:
             _flush(file)
         with (partial / name).open("rb") as file:
             entry = FileEntry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
-        entries[name] = entry
         (partial / f"{name}.note").write_text(json.dumps(asdict(entry)), encoding="ascii")
 
 
@@ -167,12 +166,13 @@ def _publish(partial: Path, final: Path, step: int, world_size: int) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _holds(final: Path, entries: Mapping[str, FileEntry]) -> bool:
-    """Whether the checkpoint is the one this rank just wrote a part of, and not an earlier one of that step."""
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What a directory keeps when it is renamed: it tells this save's from an earlier one of the same step."""
     try:
-        return entries.items() <= read_manifest(final).files.items()
-    except CheckpointError:
-        return False
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _remove_older(directory: Path, step: int, keep: int) -> None:
@@ -348,5 +348,9 @@ def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
-def _reason(fault: Exception) -> str:
-    return (fault.strerror if isinstance(fault, OSError) else None) or str(fault)
+def _reason(fault: BaseException) -> str:
+    """The operating system's word where there is one: torch reports a full disk as a wrong file position."""
+    cause: BaseException | None = fault
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return (cause.strerror if cause is not None else None) or str(fault)
