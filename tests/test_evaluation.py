@@ -146,6 +146,16 @@ def test_one_process_needs_no_process_group(batch_size: int) -> None:
     assert_agrees(evaluate_as(0, 1, examples=11, batch_size=batch_size), 1, 11)
 
 
+def test_small_values_are_not_lost_beside_large_ones() -> None:
+    """2^24 + 1 is no float32: a sum in single precision would stay at the large value."""
+    values = torch.tensor([2.0**24] + [1.0] * 1000)
+    task = SimpleNamespace(goals={"a": "max"}, loss=lambda _, batch: batch[0], metrics=lambda _, batch: {"a": batch[0]})
+    loss, metrics, _ = evaluate(
+        cast(Task, task), nn.Identity(), TensorExamples(values), rank=0, world_size=1, batch_size=1, device=CPU
+    )
+    assert loss == metrics["a"] == (2**24 + 1000) / 1001
+
+
 def test_modes_and_the_global_generator_are_restored() -> None:
     task = Regression(5)
     model = task.model()
