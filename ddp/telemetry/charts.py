@@ -132,7 +132,7 @@ def noise_chart(
     )
     resolved, wide = _in_state(measured, "resolved"), _in_state(measured, "wide")
     bounded, unresolved = _in_state(measured, "lower_bound", "beyond_data"), _in_state(measured, "unresolved")
-    bottom, top = _noise_limits(np.where(unresolved, np.nan, [point, low, high]), global_batch_size)
+    bottom, top = _noise_limits(np.where(unresolved, np.nan, [point, low, high]), global_batch_size, training_examples)
 
     _shade(axes, epochs, low, high, resolved, 0.22)
     _shade(axes, epochs, low, high, wide, 0.10)
@@ -222,7 +222,7 @@ def _log_axis(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e7 else f"{value:g}")
 
 
 def _view_box(svg: str) -> str:
@@ -249,11 +249,15 @@ def _only(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.f
     return np.where(where, values, np.nan)
 
 
-def _noise_limits(values: NDArray[np.float64], global_batch_size: int) -> tuple[float, float]:
-    """A log axis that holds the batch size and the middle 98 % of the values: a few wild ends do not set the scale."""
+def _noise_limits(values: NDArray[np.float64], global_batch_size: int, training_examples: int) -> tuple[float, float]:
+    """Ends of a log axis that holds the batch size and the middle 98 % of the values.
+
+    A few wild ends do not set it, nor does what lies far beyond the training set, where a reading means little.
+    """
     known = values[np.isfinite(values) & (values > 0)]
     low, high = (float(end) for end in np.percentile(known, (1, 99))) if len(known) else (1.0, 1.0)
-    return min(low, global_batch_size) / 2, max(high, global_batch_size) * 2
+    high = min(high, 20.0 * max(training_examples, global_batch_size))
+    return max(0.1, min(low, global_batch_size) / 2), max(high, global_batch_size) * 2
 
 
 def _shade(

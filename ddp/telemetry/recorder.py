@@ -61,8 +61,8 @@ class Recorder:
         self._closing.set()
         self._wake.set()
         self._thread.join(timeout=4 * self._busy_seconds + 10)
-        if self._lost or self._thread.is_alive():
-            log.warning("%s: %d records of the run were not written", self._path, self._lost + self._queue.qsize())
+        if missing := self._lost + self._queue.qsize():
+            log.warning("%s: %d records of the run were not written", self._path, missing)
 
     def _put(self, record: Record) -> None:
         try:

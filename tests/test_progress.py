@@ -1,0 +1,157 @@
+"""The line's text, and what comes out of a pipe and of a real terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import threading
+from dataclasses import replace
+
+import pytest
+
+from ddp.noise.noise_scale import Reading
+from ddp.telemetry.progress import (
+    Progress,
+    Rate,
+    duration_text,
+    metric_text,
+    number_text,
+    reading_text,
+    render_line,
+)
+from telemetry_records import NAN, evaluation_records, feed, reading, run_info, step_records
+
+INFO = run_info(epochs=8)
+RECORD = replace(step_records(INFO, 74)[-1], loss=0.08713, reading=reading("resolved", 128.4, 82.2, 247.6))
+VALIDATION = replace(evaluation_records(INFO)[-1], loss=0.1234567, metrics={"accuracy": 0.9723})
+
+
+def test_the_whole_line() -> None:
+    assert render_line(INFO, RECORD, VALIDATION, 6123.4, 12.4) == (
+        "epoch 3.2/8  loss 0.08713  accuracy 97.2 %  6,123 examples/s  noise scale 128 [82, 248]  0:12 left"
+    )
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    assert render_line(INFO, replace(RECORD, reading=None), None, NAN, NAN) == "epoch 3.2/8  loss 0.08713"
+
+
+def test_a_nan_loss_is_said() -> None:
+    assert "loss nan" in render_line(INFO, replace(RECORD, loss=NAN), None, NAN, NAN)
+
+
+def test_a_run_counted_in_steps_shows_a_fraction_of_an_epoch() -> None:
+    line = render_line(replace(INFO, steps=300), RECORD, None, NAN, NAN)
+    assert line.startswith("epoch 3.2/13 ")
+
+
+@pytest.mark.parametrize("metric", ["bits_per_byte", "loss"])
+def test_another_metric_than_accuracy(metric: str) -> None:
+    info, record = replace(INFO, metric=metric), replace(VALIDATION, metrics={"bits_per_byte": 2.71828})
+    expected = "bits_per_byte 2.718" if metric == "bits_per_byte" else "validation loss 0.1235"
+    assert f"  {expected}  " in render_line(info, RECORD, record, 10.0, NAN)
+
+
+@pytest.mark.parametrize(
+    ("noise", "text"),
+    [
+        (reading("resolved", 54.3, 40.1, 75.0), "54 [40, 75]"),
+        (reading("resolved", 2.31, 1.96, 3.04), "2.3 [2, 3]"),
+        (reading("wide", 30.0, 9.96, 1472.0), "30 [10, 1,472] (wide)"),
+        (reading("lower_bound", 500.0, 83.4, math.inf), "above 83"),
+        (reading("beyond_data", 9e5, 1700.2, math.inf), "beyond the data (above 1,700)"),
+        (reading("unresolved", NAN, NAN, NAN), "unresolved"),
+    ],
+)
+def test_readings_in_words(noise: Reading, text: str) -> None:
+    assert reading_text(noise) == text
+
+
+def test_numbers() -> None:
+    assert [number_text(value) for value in (0.123, 9.94, 9.96, 1234567.8)] == ["0.12", "9.9", "10", "1,234,568"]
+    assert [number_text(value) for value in (NAN, math.inf)] == ["?", "infinity"]
+    assert [duration_text(value) for value in (-3, 0.4, 59.6, 3599.4, 3600, 86_399)] == [
+        *("0:00", "0:00", "1:00", "59:59", "1:00:00", "23:59:59")
+    ]
+    assert metric_text("top5_accuracy", 1.0) == "top5_accuracy 100.0 %"
+
+
+def test_rate_and_time_left_go_by_steps_and_clock() -> None:
+    rate = Rate(INFO)
+    assert math.isnan(rate.examples_per_second())
+    assert math.isnan(rate.seconds_left())
+    for step in range(1, 101):  # 64 examples in 0.1 s, but a step comes only every 0.25 s
+        rate.observe(replace(RECORD, step=step, unix_time=1000 + 0.25 * step, duration_seconds=0.1))
+    assert rate.examples_per_second() == pytest.approx(640)
+    assert rate.seconds_left() == pytest.approx((INFO.steps - 100) * 0.25)
+
+
+def test_plain_lines_come_at_intervals_and_at_each_validation() -> None:
+    stream = io.StringIO()
+    progress = Progress(INFO, stream, interval_seconds=5.0)
+    for step in range(1, 101):
+        progress.step(replace(RECORD, step=step, epoch=step / 23, unix_time=1000.0 + step))
+    assert len(stream.getvalue().splitlines()) == 20
+    progress.evaluation(replace(VALIDATION, split="training"))
+    assert len(stream.getvalue().splitlines()) == 20
+    progress.evaluation(VALIDATION)
+    progress.close()
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 21
+    assert "accuracy" not in lines[19]
+    assert lines[20].startswith("epoch 4.3/8  loss 0.08713  accuracy 97.2 %  ")
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_an_evaluation_before_the_first_step_shows_nothing() -> None:
+    stream = io.StringIO()
+    progress = Progress(INFO, stream)
+    progress.evaluation(VALIDATION)
+    progress.close()
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_shows_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    controller, terminal = os.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        while True:
+            try:
+                shown.extend(os.read(controller, 65536))
+            except OSError:  # the terminal's end is closed
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(terminal, "w", encoding="utf-8") as stream:
+        progress = Progress(INFO, stream)
+        feed(progress, INFO)
+        progress.close()
+    reader.join(timeout=30)
+    os.close(controller)
+    text = shown.decode()
+    assert text.count("\n") == 1  # all of it was drawn in one place
+    assert "accuracy" in text
+    last = text[text.rindex("epoch ") :]
+    assert last.startswith("epoch 8.0/8  loss ")
+    assert "\x1b[?25h" in last  # the cursor is back
+
+
+def test_a_closed_stream_does_not_stop_the_run() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w", buffering=1)
+    progress = Progress(INFO, stream, interval_seconds=0.0)
+    feed(progress, INFO, last_step=30)
+    progress.close()
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+    feed(Progress(INFO, stream, interval_seconds=0.0), INFO, last_step=30)

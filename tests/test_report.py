@@ -1,0 +1,297 @@
+"""The page against the database it was made from; and in a real browser."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from ddp.errors import UsageError
+from ddp.telemetry.charts import running_mean
+from ddp.telemetry.recorder import Recorder
+from ddp.telemetry.records import RunInfo
+from ddp.telemetry.report import DRAWN_STEPS, write_report
+from telemetry_records import evaluation_records, feed, run_info, step_records
+
+SVG = "{http://www.w3.org/2000/svg}"
+XLINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def record_run(directory: Path, info: RunInfo, last_step: int | None = None) -> Path:
+    recorder = Recorder(directory / "run.db", info)
+    feed(recorder, info, last_step)
+    recorder.close()
+    return directory
+
+
+def parse(path: Path) -> ElementTree.Element:
+    """The page as XML, which also says that every element is closed and every string escaped."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>\n")
+    return ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+
+
+def words(element: ElementTree.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    (directory / "job.toml").write_text('[run]\nid = "<b>digits & co</b>"\n')
+    return write_report(record_run(directory, run_info()))
+
+
+def test_the_cards_are_the_record(page: Path) -> None:
+    with closing(sqlite3.connect(page.parent / "run.db")) as database:
+        (accuracy,) = database.execute(
+            "SELECT value FROM evaluation_metrics WHERE split = 'validation' ORDER BY step DESC LIMIT 1"
+        ).fetchone()
+        (low, state) = database.execute("SELECT low, state FROM steps ORDER BY step DESC LIMIT 1").fetchone()
+        (reached,) = database.execute(
+            "SELECT min(epoch) FROM evaluations JOIN evaluation_metrics USING (step, split) "
+            "WHERE split = 'validation' AND value >= 0.97"
+        ).fetchone()
+    root = parse(page)
+    cards = {
+        words(card.find("dt")): (words(card.find("dd/div[1]")), words(card.find("dd/div[2]")))  # type: ignore[arg-type]
+        for card in root.iter("div")
+        if card.get("class") == "card"
+    }
+    assert cards["Validation accuracy"][0] == f"{100 * accuracy:.1f} %"
+    assert cards["Target reached"][0] == f"epoch {reached:g}"
+    assert (cards["Noise scale at the end"][0], state) == (f"> {low:,.0f}", "beyond_data")
+    assert cards["Global batch size"] == ("64", "examples over 2 ranks")
+
+
+def test_the_table_is_the_record(page: Path) -> None:
+    rows = [[words(cell) for cell in row.iter("td")] for row in parse(page).iter("tr") if row.find("td") is not None]
+    assert len(rows) == 12
+    with closing(sqlite3.connect(page.parent / "run.db")) as database:
+        for step, epoch, point, interval, state, _ in rows:
+            query = "SELECT epoch, noise_scale, low, high, state FROM steps WHERE step = ?"
+            expected = database.execute(query, (int(step),)).fetchone()
+            assert (epoch, state) == (f"{expected[0]:.2f}", expected[4].replace("_", " "))
+            if state == "resolved":
+                assert (point, interval) == (f"{expected[1]:,.0f}", f"{expected[2]:,.0f} to {expected[3]:,.0f}")
+    assert {row[4] for row in rows} == {"unresolved", "wide", "resolved", "lower bound", "beyond data"}
+
+
+def figure(root: ElementTree.Element, title: str) -> ElementTree.Element:
+    return next(each for each in root.iter("figure") if words(each.find("h2")) == title)  # type: ignore[arg-type]
+
+
+def test_the_points_of_the_accuracy_chart_are_the_record(page: Path) -> None:
+    uses = [
+        (use.get("style", ""), float(use.get("x", "nan")), float(use.get("y", "nan")))
+        for use in figure(parse(page), "Accuracy").iter(f"{SVG}use")
+    ]
+    drawn = {colour: [(x, y) for style, x, y in uses if f"--{colour}" in style] for colour in ("green", "orange")}
+    records = evaluation_records(run_info())
+    for colour, split in (("green", "training"), ("orange", "validation")):
+        chosen = [record for record in records if record.split == split]
+        x, y = np.array(drawn[colour]).T
+        assert np.corrcoef(x, [record.epoch for record in chosen])[0, 1] > 0.999999
+        assert np.corrcoef(y, [record.metrics["accuracy"] for record in chosen])[0, 1] < -0.999999  # y goes down
+
+
+def paths(svg: ElementTree.Element, colour: str, *, dashed: bool | None = None) -> list[np.ndarray]:
+    """Points of the stroked paths of a colour, one array a path."""
+    found: list[np.ndarray] = []
+    for path in svg.iter(f"{SVG}path"):
+        style = path.get("style", "")
+        if f"stroke: var(--{colour})" in style and dashed in (None, "stroke-dasharray" in style):
+            numbers = re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))
+            found.append(np.array(numbers, dtype=float))
+    return found
+
+
+def test_the_noise_chart_is_the_record(page: Path) -> None:
+    """Two known levels, the batch of 64 and the training set of 1,472, give the axis; the line is then read off."""
+    svg = next(figure(parse(page), "Gradient noise scale").iter(f"{SVG}svg"))
+    batch_y = paths(svg, "red", dashed=True)[0][0, 1]
+    training_y = next(p[0, 1] for p in paths(svg, "muted", dashed=True) if len(p) == 2)
+    (line,) = [p for p in paths(svg, "blue", dashed=False) if len(p) > 20]
+    scale = math.log(1_472 / 64) / (training_y - batch_y)
+    drawn = 64 * np.exp((line[:, 1] - batch_y) * scale)
+    measured = [r for r in step_records(run_info()) if r.reading and r.reading.state in ("resolved", "wide")]
+    per_epoch = (line[-1, 0] - line[0, 0]) / (measured[-1].epoch - measured[0].epoch)
+    epochs = measured[0].epoch + (line[:, 0] - line[0, 0]) / per_epoch
+    for epoch, value in zip(epochs, drawn, strict=True):
+        record = measured[round(epoch * 23) - measured[0].step]
+        assert record.reading is not None
+        assert value == pytest.approx(record.reading.noise_scale, rel=0.01)
+
+
+def test_all_figures_are_there_and_legends_say_what_is_drawn(page: Path) -> None:
+    root = parse(page)
+    titles = [words(each.find("h2")) for each in root.iter("figure")]  # type: ignore[arg-type]
+    assert titles == ["Gradient noise scale", "Loss", "Accuracy", "Where the time of a step went", "Learning rate"]
+    legend = [words(item) for item in figure(root, "Gradient noise scale").iter("li")]
+    assert legend == [
+        *("noise scale", "95 % interval", "lower bound only", "unresolved"),
+        *("global batch size 64", "training set 1,472"),
+    ]
+    phases = [words(item) for item in figure(root, "Where the time of a step went").iter("li")]
+    assert phases == ["data", "forward", "backward", "all-reduce", "wait", "optimizer"]
+
+
+def test_bars_are_as_long_as_the_mean_times(page: Path) -> None:
+    svg = next(figure(parse(page), "Where the time of a step went").iter(f"{SVG}svg"))
+    fills = [p for p in svg.iter(f"{SVG}path") if "fill: var(--" in p.get("style", "") and p.get("clip-path")]
+    widths = [np.ptp(np.array(re.findall(r"[ML] (\S+) (\S+)", p.get("d", "")), dtype=float)[:, 0]) for p in fills]
+    records = step_records(run_info())
+    means = [
+        sum(record.phase_seconds[rank][phase] for record in records)
+        for phase in ("data", "forward", "backward", "all_reduce", "wait", "optimizer")
+        for rank in (0, 1)
+    ]
+    assert len(widths) == 12
+    assert np.array(widths) / sum(widths) == pytest.approx(np.array(means) / sum(means), abs=1e-4)
+
+
+def test_user_written_strings_are_escaped_and_nothing_is_fetched(tmp_path: Path) -> None:
+    hostile = '<script>alert("$x_1$")</script>&'
+    info = replace(run_info(), task=hostile, metric=hostile, transport=hostile)
+    recorder = Recorder(tmp_path / "run.db", info)
+    for record in step_records(info, 30):
+        recorder.step(record)
+    for record in evaluation_records(info, 30):
+        recorder.evaluation(replace(record, metrics={hostile: 0.5}))
+    recorder.close()
+    (tmp_path / "job.toml").write_text("# </pre>" + hostile)
+    path = write_report(tmp_path)
+    root, text = parse(path), path.read_text()
+    assert not list(root.iter("script"))
+    assert words(next(root.iter("pre"))) == "# </pre>" + hostile
+    assert "<script" not in text
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            if name in (XLINK, "href", "src", "srcset", "data", "action"):
+                assert value.startswith("#"), (element.tag, name, value)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert "@import" not in text
+
+
+def test_a_run_in_progress_and_one_that_has_only_begun(tmp_path: Path) -> None:
+    info = run_info()
+    recorder = Recorder(tmp_path / "run.db", info, interval_seconds=0.01)
+    page = retry_until_recorded(tmp_path)
+    assert "No step is recorded yet." in words(parse(page))
+    feed(recorder, info, last_step=20)
+    recorder.close()
+    text = words(parse(write_report(tmp_path)))
+    assert "Step 20 of 276, epoch 0.87." in text
+    assert "unresolved" in text
+
+
+def retry_until_recorded(directory: Path) -> Path:
+    deadline = time.monotonic() + 60.0
+    while time.monotonic() < deadline:
+        try:
+            return write_report(directory)
+        except UsageError:
+            time.sleep(0.02)
+    pytest.fail("the recorder never began")
+
+
+def test_a_run_without_noise_scale_metrics_or_finite_losses(tmp_path: Path) -> None:
+    info = replace(run_info(), target=None)
+    recorder = Recorder(tmp_path / "run.db", info)
+    for record in step_records(info, 5):
+        recorder.step(replace(record, reading=None, loss=math.nan, phase_seconds=()))
+    recorder.close()
+    root = parse(write_report(tmp_path))
+    assert [words(each.find("h2")) for each in root.iter("figure")] == ["Loss", "Learning rate"]  # type: ignore[arg-type]
+
+
+def test_a_long_run_is_thinned(tmp_path: Path) -> None:
+    info = run_info(epochs=400)
+    page = write_report(record_run(tmp_path, info))
+    points = max(len(each) for each in paths(parse(page), "blue"))
+    assert points <= DRAWN_STEPS * 1.5
+    assert page.stat().st_size < 2_000_000
+    assert "Step 9,200 of 9,200" in words(parse(page))
+
+
+def test_a_resumed_run_says_so(tmp_path: Path) -> None:
+    record_run(tmp_path, run_info(), last_step=60)
+    record_run(tmp_path, run_info(start_step=46, restarts=1))
+    assert "Step 276 of 276, epoch 12. Resumed from step 46." in words(parse(write_report(tmp_path)))
+
+
+def test_running_mean_against_a_loop() -> None:
+    values = np.array([1.0, 2.0, np.nan, 4.0, 8.0, np.nan, np.nan, np.nan])
+    expected = [np.nanmean(values[max(0, i - 2) : i + 1]) for i in range(7)]
+    assert running_mean(values, 3)[:7] == pytest.approx(expected)
+    assert math.isnan(running_mean(values, 3)[7])
+
+
+def test_what_cannot_be_reported_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no record of a run here"):
+        write_report(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=re.escape("pip install 'ddp-noise-scale[report]'")):
+        write_report(record_run(tmp_path, run_info(), last_step=5))
+
+
+@pytest.fixture
+def proxy() -> Iterator[tuple[str, list[str]]]:
+    """An HTTP proxy that lets nothing through and notes what it was asked for."""
+    asked: list[str] = []
+
+    class Refuse(BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            asked.append(self.path)
+            self.send_error(403)
+
+        do_GET = do_CONNECT = do_POST = refuse  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_a_browser_draws_it_without_network(page: Path, proxy: tuple[str, list[str]], tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI needs chromium")
+        pytest.skip("needs chromium")
+    address, asked = proxy
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--proxy-server={address}", "--disable-background-networking", "--disable-component-update"]
+    done = subprocess.run(
+        [*command, "--window-size=1280,1000", "--dump-dom", page.as_uri()],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<figure") == 5
+    assert html.escape("<b>digits & co</b>", quote=False) in done.stdout
+    assert "Content Security Policy" not in done.stderr  # nothing was tried that the page forbids
+    assert [url for url in asked if "google" not in url and "gvt1" not in url] == []

@@ -1,0 +1,119 @@
+"""What a run keeps for its end, and the text it ends with."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ddp.telemetry.summary import KEPT_READINGS, History, sparkline, summary
+from telemetry_records import NAN, evaluation_records, feed, reading, reading_at, run_info, step_records
+
+
+def history_of(epochs: int = 12) -> History:
+    info = run_info(epochs=epochs)
+    history = History(info)
+    feed(history, info)
+    history.close()
+    return history
+
+
+def test_a_run_that_reached_its_target() -> None:
+    info, history = run_info(), history_of()
+    text = summary(
+        info, history, advice="Try 128.", report_path=Path("runs/digits-1/report.html"), metrics_address="127.0.0.1:9"
+    )
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    reached = next(r for r in evaluation_records(info) if r.split == "validation" and r.metrics["accuracy"] >= 0.97)
+    then = step_records(info)[reached.step - 1].reading
+    assert then is not None
+    assert lines[0] == "run digits-1: 276 steps, 12 epochs, 2 ranks"
+    assert lines[1].startswith("validation accuracy 99.4 %, loss ")
+    assert lines[2] == (
+        f"target accuracy 97.0 % reached at epoch {reached.epoch:.0f}, "
+        f"noise scale {then.noise_scale:.0f} [{then.low:.0f}, {then.high:.0f}]"
+    )
+    assert lines[3] == "noise scale beyond the data (above 1,700) at the end"
+    assert lines[4] == "global batch 64 examples"
+    assert lines[5].startswith("its path ")
+    assert sum("epoch" in line for line in lines[5:]) == 6
+    assert lines[-3:] == [
+        "advice Try 128.",
+        "report runs/digits-1/report.html",
+        "metrics http://127.0.0.1:9/metrics",
+    ]
+
+
+def test_a_target_that_was_missed_and_one_that_was_not_set() -> None:
+    history = history_of(epochs=2)
+    assert "accuracy 97.0 % was not reached" in summary(run_info(epochs=2), history)
+    assert "target" not in summary(replace(run_info(epochs=2), target=None), history)
+
+
+def test_a_target_for_a_metric_that_falls() -> None:
+    info = replace(run_info(), metric="loss", goal="min", target=0.3)
+    history = History(info)
+    feed(history, info)
+    reached = history.target_reached
+    assert reached is not None
+    losses = [record.loss for record in evaluation_records(info) if record.split == "validation"]
+    assert reached.loss == next(loss for loss in losses if loss <= 0.3)
+    assert "loss 0.3 reached at epoch 3, noise scale" in summary(info, history)
+
+
+def test_nothing_measured_is_said() -> None:
+    info = run_info()
+    assert "no steps" in summary(info, History(info))
+    history = History(info)
+    history.step(replace(step_records(info, 1)[0], reading=None))
+    text = summary(info, history)
+    assert "not measured" in text
+    assert "validation" not in text
+    assert history.advice_reading is None
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [
+        (reading("resolved", 54, 40, 75), "54 [40, 75] examples, resolved at the end"),
+        (reading("wide", 54, 20, 175), "54 [20, 175] examples, wide at the end"),
+        (reading("lower_bound", 54, 20, NAN), "above 20 at the end"),
+        (reading("unresolved", NAN, NAN, NAN), "unresolved at the end"),
+    ],
+)
+def test_the_state_at_the_end_is_in_words(last: object, text: str) -> None:
+    info = run_info()
+    history = History(info)
+    history.step(replace(step_records(info, 1)[0], reading=last))  # type: ignore[arg-type]
+    assert text in summary(info, history)
+
+
+def test_advice_rests_on_the_first_resolved_reading_else_on_the_latest() -> None:
+    info, history = run_info(), history_of(epochs=12)
+    first = next(r.reading for r in step_records(info) if r.reading and r.reading.state == "resolved")
+    assert history.advice_reading == first
+    short = History(info)
+    for record in step_records(info, 30):
+        short.step(record)
+    assert short.advice_reading == step_records(info, 30)[-1].reading
+    assert short.first_resolved is None
+
+
+def test_a_long_run_is_kept_in_bounded_memory_and_evenly() -> None:
+    history, template = History(run_info()), step_records(run_info(), 1)[0]
+    for step in range(1, 20_001):
+        history.step(replace(template, step=step, reading=reading_at(100)))
+    kept = [timed.step for timed in history.readings]
+    assert KEPT_READINGS // 2 <= len(kept) <= KEPT_READINGS
+    assert len({after - before for before, after in itertools.pairwise(kept)}) == 1
+    assert history.latest is not None
+    assert history.latest.step == 20_000
+
+
+def test_sparkline() -> None:
+    assert sparkline([1, 10, 100]) == "1 ▁▄█ 100" or sparkline([1, 10, 100]) == "1 ▁▅█ 100"
+    assert sparkline([10, NAN, 1000, NAN]) == "10 ▁ █ 1,000"
+    assert sparkline([5, NAN]) == ""
+    assert sparkline([]) == ""
