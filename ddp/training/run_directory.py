@@ -19,7 +19,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +110,22 @@ def open_run_directory(job: Job, run_id: str, *, resume: bool) -> RunDirectory:
     path = Path(job.run.directory) / _checked(run_id)
     try:
         made = _make(path)
+        if not made:
+            _check_reopened(path, resume)
     except OSError as fault:
         raise UsageError(f"run.directory: cannot make {path}: {fault.strerror}") from None
-    if not made:
-        _check_reopened(path, resume)
-    run = RunDirectory(path, not made, made, _take_lock(path))
+    run = RunDirectory(path, not made, made)
     try:
+        run = replace(run, _lock=_take_lock(path))
         if run.job_file.exists():
             _check_same_numbers(run, job)
         _write_job(run.job_file, job)
-    except OSError as fault:
+    except (OSError, UsageError) as fault:
         run.close()
         run.discard()
+        if isinstance(fault, UsageError):
+            raise
         raise UsageError(f"run.directory: cannot write to {path}: {fault.strerror}") from None
-    except UsageError:
-        run.close()
-        raise
     return run
 
 
