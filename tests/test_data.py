@@ -92,7 +92,7 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert all(sorted(order) == list(range(101)) for order in orders)
 
 
-@pytest.mark.parametrize("batch, micro, ranks", [(16, 16, 1), (16, 8, 2), (16, 4, 4), (16, 3, 2), (16, 5, 3)])
+@pytest.mark.parametrize(("batch", "micro", "ranks"), [(16, 16, 1), (16, 8, 2), (16, 4, 4), (16, 3, 2), (16, 5, 3)])
 def test_a_step_sees_the_same_examples_whatever_the_layout(batch: int, micro: int, ranks: int) -> None:
     dataset = TensorExamples(torch.arange(100, 151))  # 51: a last batch of 3
     plan = plan_of(51, batch, micro, ranks, seed=7)

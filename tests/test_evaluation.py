@@ -131,7 +131,7 @@ def assert_agrees(got: dict[str, Any], world_size: int, examples: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "world_size, examples, batch_size", [(2, 23, 5), (3, 23, 4), (3, 2, 8)], ids=["2", "3", "idle-rank"]
+    ("world_size", "examples", "batch_size"), [(2, 23, 5), (3, 23, 4), (3, 2, 8)], ids=["2", "3", "idle-rank"]
 )
 def test_ranks_find_together_what_one_process_finds(
     world_size: int, examples: int, batch_size: int, tmp_path: Path
@@ -186,7 +186,7 @@ def test_the_copy_shares_parameters_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "losses, metrics, message",
+    ("losses", "metrics", "message"),
     [
         (torch.zeros(()), {"a": torch.zeros(2)}, r"loss has the shape \(\)"),
         (torch.zeros(2), {"a": torch.zeros(())}, r"a has the shape \(\)"),

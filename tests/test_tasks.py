@@ -87,7 +87,7 @@ def test_a_custom_task_needs_the_flag_and_runs_nothing_without(module: str) -> N
 
 
 @pytest.mark.parametrize(
-    "attribute, options, message",
+    ("attribute", "options", "message"),
     [
         ("Missing", {}, r"module 'some_tasks_of_a_user' \(.*some_tasks_of_a_user.py\) has no attribute 'Missing'"),
         ("NUMBER", {}, "is a int; name a class or function"),
