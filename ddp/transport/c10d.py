@@ -58,14 +58,14 @@ class C10dTransport(Transport):
         return reduction
 
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
-        rows = torch.empty(self.world_size, ROW_LENGTH, dtype=torch.float64)
+        rows = [torch.empty(ROW_LENGTH, dtype=torch.float64) for _ in range(self.world_size)]
         began = time.perf_counter()
         try:
-            dist.all_gather_into_tensor(rows, torch.from_numpy(np.ascontiguousarray(row)), group=self._control)
+            dist.all_gather(rows, torch.from_numpy(np.ascontiguousarray(row)), group=self._control)
         except RuntimeError as error:
             raise self._lost(error) from error
         self._waited_seconds += time.perf_counter() - began
-        return rows.numpy()
+        return torch.stack(rows).numpy()
 
     def close(self, *, failed: bool = False) -> None:
         """Nothing of its own to release: the process group belongs to whoever made it."""

@@ -116,8 +116,9 @@ class SharedMemoryTransport(Transport):
         line = self._segment.address + HEADER_BYTES + kernels.CONTROL_BYTES * late + kernels.DEPARTED
         departed = kernels.load(line)
         if departed:
-            how = "failed" if departed == kernels.FAILED else "left"
-            raise PeerLostError(f"{where} {how} while rank {self.rank} waited for it with {what}", consequence=True)
+            failed = departed == kernels.FAILED
+            how = "failed" if failed else "left"
+            raise PeerLostError(f"{where} {how} while rank {self.rank} waited for it with {what}", consequence=failed)
         if late in self._pidfds and _has_exited(self._pidfds[late]):
             raise PeerLostError(f"{where} died while rank {self.rank} waited for it with {what}")
         if waited_seconds > self._timeout_seconds:
