@@ -38,7 +38,9 @@ def _moments(
 ) -> Moments:
     """What ranks would hand in that drew these examples, rank by rank."""
     ends = np.cumsum(counts)
-    units = np.array([gradients[list(drawn[end - count : end])].mean(axis=0) for count, end in zip(counts, ends, strict=True)])
+    units = np.array(
+        [gradients[list(drawn[end - count : end])].mean(axis=0) for count, end in zip(counts, ends, strict=True)]
+    )
     mean = np.average(units, axis=0, weights=counts if weights is None else weights)
     moments = unbiased_moments((units**2).sum(axis=1), counts, float(mean @ mean), weights, population)
     assert moments is not None
