@@ -39,7 +39,7 @@ def test_a_resolved_reading_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    "batch, low, high", [(64, 56.0, 92.0), (1, 30.0, 31.0), (1000, 7.0, 21.0), (37, 900.0, 3000.0)]
+    ("batch", "low", "high"), [(64, 56.0, 92.0), (1, 30.0, 31.0), (1000, 7.0, 21.0), (37, 900.0, 3000.0)]
 )
 def test_ranges_come_from_the_two_curves(batch: int, low: float, high: float) -> None:
     """S = S_min (1 + B/b) and E = E_min (1 + b/B), at b and at 2b, at both ends of the interval."""
@@ -66,7 +66,7 @@ def test_the_other_states_give_no_advice() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    ("name", "words"),
     [
         ("unmeasured", "at least two ranks"),
         ("early", "12 of 25 observations"),
@@ -104,7 +104,7 @@ def test_small_and_large_noise_scales_are_readable() -> None:
 
 
 @pytest.mark.parametrize(
-    "noise_scale, data, step", [(64.0, 0.5, 0.5), (192.0, 0.75, 0.25), (0.0, 0.0, 1.0), (math.inf, 1, 0)]
+    ("noise_scale", "data", "step"), [(64.0, 0.5, 0.5), (192.0, 0.75, 0.25), (0.0, 0.0, 1.0), (math.inf, 1, 0)]
 )
 def test_efficiencies(noise_scale: float, data: float, step: float) -> None:
     assert data_efficiency(noise_scale, 64) == pytest.approx(data)

@@ -53,7 +53,7 @@ def _delta_method(means: PairedMeans, t: float) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("steps", [25, 100])
-@pytest.mark.parametrize("noise_scale, batch", [(21, 64), (192, 64), (1920, 64)])
+@pytest.mark.parametrize(("noise_scale", "batch"), [(21, 64), (192, 64), (1920, 64)])
 def test_covers_as_often_as_it_says(steps: int, noise_scale: float, batch: int) -> None:
     t = t_quantile(0.95, 2 * (steps - 1) / 3)
     intervals = [fieller(means, t) for means in _repeat(steps, noise_scale, batch)]
@@ -119,7 +119,7 @@ def test_ends_are_the_roots_of_the_quadratic() -> None:
 
 
 @pytest.mark.parametrize(
-    "means, expected",
+    ("means", "expected"),
     [
         (PairedMeans(6.0, 2.0, 0.0, 0.0, 0.0), (3.0, 3.0)),  # no noise at all
         (PairedMeans(0.0, 2.0, 0.0, 0.0, 0.0), (0.0, 0.0)),  # all examples alike
@@ -139,12 +139,12 @@ def test_t_quantile_agrees_with_scipy(confidence: float, degrees: float) -> None
     assert t_quantile(confidence, degrees) == pytest.approx(stats.t.isf((1 - confidence) / 2, degrees), rel=1e-10)
 
 
-@pytest.mark.parametrize("degrees, printed", [(1, 12.706), (5, 2.571), (16, 2.120), (30, 2.042), (120, 1.980)])
+@pytest.mark.parametrize(("degrees", "printed"), [(1, 12.706), (5, 2.571), (16, 2.120), (30, 2.042), (120, 1.980)])
 def test_t_quantile_agrees_with_printed_tables(degrees: float, printed: float) -> None:
     assert round(t_quantile(0.95, degrees), 3) == printed
 
 
-@pytest.mark.parametrize("confidence, degrees", [(0.0, 5), (1.0, 5), (0.95, 0), (0.95, math.inf), (math.nan, 5)])
+@pytest.mark.parametrize(("confidence", "degrees"), [(0.0, 5), (1.0, 5), (0.95, 0), (0.95, math.inf), (math.nan, 5)])
 def test_t_quantile_refuses_what_has_none(confidence: float, degrees: float) -> None:
     with pytest.raises(ValueError, match="no t-quantile"):
         t_quantile(confidence, degrees)

@@ -53,7 +53,7 @@ def _average(all_moments: Iterable[Moments]) -> tuple[float, float]:
     return float(squared_norm), float(variance_trace)
 
 
-@pytest.mark.parametrize("counts, weights", LAYOUTS)
+@pytest.mark.parametrize(("counts", "weights"), LAYOUTS)
 def test_unbiased_over_all_draws_with_replacement(counts: tuple[int, ...], weights: tuple[float, ...] | None) -> None:
     gradients = _data(3)
     draws = itertools.product(range(3), repeat=sum(counts))
@@ -64,7 +64,7 @@ def test_unbiased_over_all_draws_with_replacement(counts: tuple[int, ...], weigh
 
 
 @pytest.mark.parametrize("population", [5, 6])
-@pytest.mark.parametrize("counts, weights", LAYOUTS)
+@pytest.mark.parametrize(("counts", "weights"), LAYOUTS)
 def test_unbiased_over_all_draws_without_replacement(
     counts: tuple[int, ...], weights: tuple[float, ...] | None, population: int
 ) -> None:
@@ -133,7 +133,7 @@ def test_an_empty_unit_that_held_weight_only_shrank_the_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "norms, counts, mean, weights",
+    ("norms", "counts", "mean", "weights"),
     [
         ([], [], 0.0, None),
         ([1.0], [8], 1.0, None),
@@ -157,7 +157,7 @@ def test_an_honest_estimate_may_be_negative() -> None:
 
 
 @pytest.mark.parametrize(
-    "norms, counts, weights, population, message",
+    ("norms", "counts", "weights", "population", "message"),
     [
         ([1.0, 2.0], [8], None, math.inf, "2 squared norms, 1 example counts"),
         ([1.0, 2.0], [8, 8], [1.0], math.inf, "1 weights"),

@@ -170,7 +170,7 @@ def _alternating(steps: int, trace: float, trace_swing: float, norm: float, norm
 
 
 @pytest.mark.parametrize(
-    "steps, trace_swing, norm_swing, training_examples, state",
+    ("steps", "trace_swing", "norm_swing", "training_examples", "state"),
     [
         (24, 1.0, 0.1, 1472, "unresolved"),
         (25, 1.0, 0.1, 1472, "resolved"),
