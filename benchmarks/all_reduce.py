@@ -1,0 +1,84 @@
+"""All-reduce of float32 gradients on one node: ours, Gloo and Open MPI, beside scaling the same bytes in place.
+
+    python benchmarks/all_reduce.py [--ranks 2] [--json FILE]
+
+Ours includes both squared norms and the mean; the others only sum. All run in the same processes, in turn;
+figures are medians in milliseconds of the slowest rank. "In place" is every rank scaling its own copy of the
+same bytes at once, what an all-reduce that touches each byte once can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from ddp.process_group import initialise, shutdown
+from ddp.topology import from_environment
+from ddp.transport.select import select_transport
+from harness import inside_ranks, interleaved_medians, machine, slowest_of_ranks, start_ranks, table, write_json
+
+SIZES = {"4 KiB": 4 << 10, "64 KiB": 64 << 10, "1 MiB": 1 << 20, "25 MiB": 25 << 20, "100 MiB": 100 << 20, "400 MiB": 400 << 20}
+BYTES_A_ROUND = 256 << 20
+
+
+def measure(largest_bytes: int) -> dict[str, dict[str, float]]:
+    """Seconds by size and contender; collective over all ranks."""
+    from mpi4py import MPI
+
+    transport = select_transport("shared_memory", "cpu", 120.0)
+    figures: dict[str, dict[str, float]] = {}
+    for label, size in SIZES.items():
+        if size > largest_bytes:
+            continue
+        bucket = torch.full((size // 4,), 1.0)
+        array, weight = bucket.numpy(), 1.0 / transport.world_size
+        contenders: dict[str, Callable[[], object]] = {
+            "in place": lambda bucket=bucket: bucket.mul_(1.0),
+            "ours": lambda bucket=bucket: transport.all_reduce_mean_(bucket, weight),
+            "Open MPI": lambda array=array: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, array),
+            "Gloo": lambda bucket=bucket: dist.all_reduce(bucket),
+        }
+        bucket.zero_()  # sums of zeros stay finite however often they are taken; their cost is the same
+        calls = max(1, min(200, BYTES_A_ROUND // 8 // size))
+        seconds = interleaved_medians(contenders, rounds=11, calls=calls, barrier=MPI.COMM_WORLD.Barrier)
+        figures[label] = slowest_of_ranks(seconds)
+    transport.close()
+    return figures
+
+
+def show(figures: dict[str, dict[str, float]], ranks: int) -> str:
+    header = ["bytes", "in place", "ours", "Open MPI", "Gloo", "ours / in place", "Open MPI / ours", "Gloo / ours"]
+    rows = [
+        [label, *(f"{1e3 * row[name]:.3g}" for name in ("in place", "ours", "Open MPI", "Gloo"))]
+        + [f"{row['ours'] / row['in place']:.2f}", f"{row['Open MPI'] / row['ours']:.1f}", f"{row['Gloo'] / row['ours']:.1f}"]
+        for label, row in figures.items()
+    ]
+    return f"All-reduce, {ranks} ranks, float32, ms ({machine()})\n\n{table(header, rows)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--largest-bytes", type=int, default=400 << 20)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    if not inside_ranks():
+        return start_ranks(options.ranks)
+    topology = from_environment(os.environ)
+    torch.set_num_threads(1)
+    initialise(topology, "cpu", 120.0)
+    figures = measure(options.largest_bytes)
+    if topology.rank == 0:
+        print(show(figures, topology.world_size), flush=True)
+        write_json(options.json, figures)
+    shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
