@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import threading
 from dataclasses import replace
 
@@ -114,20 +115,19 @@ def test_an_evaluation_before_the_first_step_shows_nothing() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_shows_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def show_on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
+    """All that a whole run writes to a real terminal."""
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", str(columns))
     controller, terminal = os.openpty()
     shown = bytearray()
 
     def read() -> None:
-        while True:
-            try:
+        with contextlib.suppress(OSError):  # comes when the terminal's other end is closed
+            while True:
                 shown.extend(os.read(controller, 65536))
-            except OSError:  # the terminal's end is closed
-                return
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -137,12 +137,23 @@ def test_a_terminal_shows_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPat
         progress.close()
     reader.join(timeout=30)
     os.close(controller)
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_shows_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = show_on_terminal(monkeypatch, columns=140)
     assert text.count("\n") == 1  # all of it was drawn in one place
-    assert "accuracy" in text
+    assert "━" in text
     last = text[text.rindex("epoch ") :]
     assert last.startswith("epoch 8.0/8  loss ")
+    assert "0:00 left" in last
     assert "\x1b[?25h" in last  # the cursor is back
+
+
+def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = show_on_terminal(monkeypatch, columns=60)
+    last = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text[text.rindex("epoch ") :]).split())
+    assert re.fullmatch(r"epoch 8\.0/8 loss \S+ accuracy \S+ % \S+ examples/s noise scale above 410 0:00 left", last)
 
 
 def test_a_closed_stream_does_not_stop_the_run() -> None:

@@ -121,7 +121,7 @@ def noise_chart(
     """The noise scale with its interval on a log scale, where there is one, beside the global batch size.
 
     Where only a lower bound is known (beyond the data too) that bound is dotted and all above it shaded; a wide
-    interval has a paler shade; unresolved stretches show nothing but a grey bar at the foot.
+    interval is paler; unresolved stretches show nothing but a grey bar at the foot.
     """
     figure, axes = _figure(size_inches)
     measured = [record for record in steps if record.reading is not None]
@@ -134,8 +134,8 @@ def noise_chart(
     bounded, unresolved = _in_state(measured, "lower_bound", "beyond_data"), _in_state(measured, "unresolved")
     bottom, top = _noise_limits(np.where(unresolved, np.nan, [point, low, high]), global_batch_size, training_examples)
 
-    _shade(axes, epochs, low, high, resolved, 0.22)
-    _shade(axes, epochs, low, high, wide, 0.10)
+    _shade(axes, epochs, low, high, resolved | wide, 0.12)
+    _shade(axes, epochs, low, high, resolved, 0.14)
     _shade(axes, epochs, low, np.full_like(low, top), bounded, 0.06)
     axes.plot(epochs, _only(point, resolved | wide), color=PALETTE["blue"])
     axes.plot(epochs, _only(low, bounded), color=PALETTE["blue"], linestyle=":")
@@ -268,5 +268,7 @@ def _shade(
     where: NDArray[np.bool_],
     alpha: float,
 ) -> None:
+    """Between `low` and `high`, up to the step after each stretch, so that a single step shows too."""
     if where.any():
+        where = where | np.concatenate([[False], where[:-1]])
         axes.fill_between(epochs, low, high, where=where.tolist(), color=PALETTE["blue"], alpha=alpha, linewidth=0)

@@ -183,9 +183,11 @@ class Progress:
             self._usable = False
 
     def _with_bar(self, record: StepRecord, line: str) -> Table:
+        """The line after a bar where there is room for both; a narrow terminal wraps it, nothing is cut."""
         grid = Table.grid(padding=(0, 1))
+        if len(line) + BAR_WIDTH + 1 > self._console.width:
+            grid.add_row(Text(line))
+            return grid
         grid.add_column(width=BAR_WIDTH)
-        grid.add_column(no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(total=self._info.steps, completed=record.step, width=BAR_WIDTH)
-        grid.add_row(bar, Text(line))
+        grid.add_row(ProgressBar(total=self._info.steps, completed=record.step, width=BAR_WIDTH), Text(line))
         return grid
