@@ -7,13 +7,16 @@ schedules and transports are listed here for the same reason; the code behind th
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
+import tomli_w
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,9 +28,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
-import tomli_w
 
-from ddp.errors import JobFileError
+from ddp.errors import JobFileError, UsageError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -36,6 +38,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RUN_ID_VARIABLE = "DDP_RUN_ID"  # set by `launch`, so that every rank and every restart finds one run
 CUSTOM_TASK = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -106,7 +109,7 @@ TASKS: Mapping[str, type[Section]] = {"digits": DigitsSection, "text": TextSecti
 
 def _task_tag(value: object) -> str | None:
     """Choose the table's type by its name, so that an error speaks of that task alone."""
-    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    name = _name_in(value) if isinstance(value, Mapping) else getattr(value, "name", None)
     if not isinstance(name, str):
         return None
     if name in TASKS:
@@ -142,7 +145,7 @@ class OptimizerSection(Section):
     @field_validator("betas", mode="before")
     @classmethod
     def _toml_has_no_tuples(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+        return tuple(cast(list[Any], value)) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _keys_of_this_optimizer(self) -> Self:
@@ -262,7 +265,7 @@ def parse_job(table: Mapping[str, Any], source: str = "job") -> Job:
 
 def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """`table` with each `section.key=value` of `overrides` put on top; `table` stays as it is."""
-    result: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    result: dict[str, Any] = copy.deepcopy(dict(table))
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = [key.strip() for key in path.split(".")]
@@ -270,10 +273,10 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
             raise JobFileError(f"--set {override}: write section.key=value, for example run.epochs=3")
         target = result
         for key in keys[:-1]:
-            child = target.setdefault(key, {})
+            child: object = target.setdefault(key, {})
             if not isinstance(child, dict):
                 raise JobFileError(f"--set {override}: {key} is not a table")
-            target = child
+            target = cast(dict[str, Any], child)
         target[keys[-1]] = _toml_value(text.strip())
     return result
 
@@ -286,6 +289,32 @@ def check_run_id(value: str) -> str:
             "the first a letter or digit"
         )
     return value
+
+
+def resolve_run_id(job_run_id: str | None, environ: Mapping[str, str], generated: str) -> str:
+    """The run's id: the job's own, else `launch`'s, Slurm's or torchrun's, so that a restart finds its run.
+
+    Raises:
+        UsageError: the variable that decides does not hold a valid run id.
+    """
+    if job_run_id is not None:
+        return job_run_id
+    for name in (RUN_ID_VARIABLE, "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        value = environ.get(name, "")
+        if value in ("", "none"):  # "none" is what torchrun says where it was given no id
+            continue
+        try:
+            return check_run_id(value)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}; set run.id in the job file") from None
+    return generated
+
+
+def generate_run_id(name: str, utc: datetime, token: str) -> str:
+    """A fresh run id: `name`, cut and cleaned until it can begin one, the time, and `token` against collisions."""
+    tail = f"-{utc:%Y%m%d-%H%M%S}-{token}"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[: 64 - len(tail)] or "run"
+    return check_run_id(stem + tail)
 
 
 def _toml_value(text: str) -> Any:
@@ -306,7 +335,7 @@ def _describe(fault: ErrorDetails) -> str:
         case "missing":
             return f"{where}: missing"
         case "union_tag_not_found":
-            name = fault["input"].get("name") if isinstance(fault["input"], Mapping) else None
+            name = _name_in(fault["input"])
             valid = f"valid: {', '.join(TASKS)} or module:attr"
             if name is None:
                 return f"{where}.name: missing; {valid}"
@@ -338,6 +367,10 @@ def _resolve(loc: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[s
             annotation = field.annotation if field else None
             section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     return section, path
+
+
+def _name_in(table: object) -> object:
+    return cast(Mapping[str, object], table).get("name") if isinstance(table, Mapping) else None
 
 
 def _did_you_mean(word: str, valid: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Subset
 
 import ddp
-from ddp.errors import DdpError, PeerLostError, UsageError
+from ddp.errors import PeerLostError, UsageError
 from ddp.job import Job
 from ddp.noise.noise_scale import NoiseScaleWindow
 from ddp.outcome import annotate, clear
@@ -93,7 +93,7 @@ def _train(
             _restore(trainer, origin.checkpoint)
         try:
             trainer.run()
-        except DdpError as error:
+        except BaseException as error:  # the task's own errors too
             annotate(error, step=trainer.step_count, run_directory=directory.path)
             raise
         if station is not None:

@@ -1,0 +1,216 @@
+"""The command line, and the one place where an error becomes a message, an outcome and an exit code.
+
+The worker is the same program whatever started it. Ranks fail together, so this module also sees to it that a
+cause is shown once: by `launch` where that started the ranks (it reads the outcome file), else by one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from ddp import outcome, topology
+from ddp.errors import DdpError, DivergedError, StoppedError, UsageError
+from ddp.job import Job, load_job
+from ddp.outcome import OUTCOME_FILE_VARIABLE, STDERR_VARIABLE, Outcome
+from ddp.topology import SINGLE_PROCESS, Topology
+
+GRACE_SECONDS = 2.0  # for a rank with a better claim to be heard first
+MEET_SECONDS = 5.0  # for all ranks to leave together
+EXIT_SECONDS = 20  # for the interpreter to shut down, MPI_Finalize included
+
+app = typer.Typer(
+    help="Data-parallel training that measures the gradient noise scale.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def train(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a value of the job file.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from PATH.")
+    ] = None,
+    allow_import: Annotated[
+        bool, typer.Option("--allow-import", help="Admit a task named module:attr, which runs that module's code.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the job as resolved, as TOML, and stop.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job, print what would run, and stop.")] = False,
+) -> None:
+    """Train a job, as one process or as one rank of several (torchrun, mpirun, srun)."""
+    here = SINGLE_PROCESS
+    try:
+        _stop_cleanly_outside_training()
+        here = topology.from_environment(os.environ)
+        _show_errors_to_the_user(here)
+        job = load_job(job_file, overrides or ())
+        if print_config or dry_run:
+            _print_on_rank_0(job.to_toml() if print_config else plan(job, here), here)
+            return
+        from ddp.training import run
+
+        run_directory = run.train(job, here, resume=resume, allow_import=allow_import)
+        if here.rank == 0:
+            _record(outcome.success(here.rank, here.world_size), run_directory)
+    except BaseException as error:
+        _leave(error, here)
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")]) -> None:
+    """Write RUN_DIR/report.html, one self-contained page, from the run's record."""
+    from ddp.telemetry.report import write_report
+
+    print(write_report(run_directory))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `ddp` and `python -m ddp`."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(None if arguments is None else list(arguments), prog_name="ddp", standalone_mode=False)
+    except DdpError as error:
+        _leave(error, SINGLE_PROCESS)
+    except Exception as error:
+        if (message := getattr(error, "format_message", None)) is None:  # not one of click, or of typer's copy of it
+            raise
+        _leave(UsageError(message()), _topology_or_single())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def plan(job: Job, here: Topology) -> str:
+    """What a dry run prints: how the job's batch is laid out over the ranks, and for how long."""
+    batch, ranks = job.batch, here.world_size
+    accumulation = math.ceil(batch.global_batch_size / (ranks * batch.micro_batch_size))
+    length = f"steps {job.run.steps}" if job.run.steps is not None else f"epochs {job.run.epochs}"
+    return (
+        f"task {job.task.name}, {length}\n"
+        f"ranks {ranks} ({here.launcher}, {here.local_world_size} on this node)\n"
+        f"global_batch_size {batch.global_batch_size}, micro_batch_size {batch.micro_batch_size}, "
+        f"gradient_accumulation_steps {accumulation}\n"
+    )
+
+
+def _print_on_rank_0(text: str, here: Topology) -> None:
+    if here.rank == 0:
+        sys.stdout.write(text)
+
+
+def _topology_or_single() -> Topology:
+    try:
+        return topology.from_environment(os.environ)
+    except UsageError:
+        return SINGLE_PROCESS
+
+
+def _stop_cleanly_outside_training() -> None:
+    """While the trainer has no handlers of its own, a signal to stop ends this rank with the code for it."""
+
+    def stop(signal_number: int, _: FrameType | None) -> NoReturn:
+        raise StoppedError(f"stopped by {signal.Signals(signal_number).name} outside of training: run again")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, stop)
+
+
+def _show_errors_to_the_user(here: Topology) -> None:
+    """Write errors where `launch` said; on another node, or where that cannot be opened, leave them as they are."""
+    path = os.environ.get(STDERR_VARIABLE)
+    if path and here.one_node:
+        with contextlib.suppress(OSError):
+            user = os.open(path, os.O_WRONLY | os.O_APPEND)
+            os.dup2(user, sys.stderr.fileno())
+            os.close(user)
+
+
+def _leave(error: BaseException, here: Topology) -> NoReturn:
+    """Record why this rank ends, show it where nobody else does, and end so that the other ranks end too."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    mine = outcome.failure(error, here.rank, here.world_size, consequence=_is_consequence(error))
+    if _is_heard(mine, _record(mine, getattr(error, "run_directory", None))):
+        _show(error, mine)
+    signal.alarm(EXIT_SECONDS)  # an MPI_Finalize or a thread may wait for ranks that are gone
+    _end(mine.code, here)
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Whether c10d's control plane lost a peer. Asked only where torch is loaded already."""
+    if "torch.distributed" not in sys.modules:
+        return False
+    from ddp.process_group import is_peer_gone
+
+    return is_peer_gone(error)
+
+
+def _record(mine: Outcome, run_directory: Path | None) -> Path | None:
+    """Claim the outcome files there are; the one that decides which rank's cause counts, None without any."""
+    launched = os.environ.get(OUTCOME_FILE_VARIABLE)
+    files = [Path(launched)] if launched else []
+    if run_directory is not None and mine.code != UsageError.exit_code:  # that leaves nothing behind
+        files.append(run_directory / outcome.FILE_NAME)
+    for file in files:
+        with contextlib.suppress(OSError):  # a full disk must not hide the cause
+            outcome.claim(file, mine)
+    return files[0] if files else None
+
+
+def _is_heard(mine: Outcome, file: Path | None) -> bool:
+    """Whether this rank's cause is the one to show. Ranks that yield stay a moment: their end would end the others."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(mine.code))  # another rank has ended, and was heard before
+    if file is None:  # too early for a file: rank 0 speaks, others if its end has not ended them meanwhile
+        time.sleep(GRACE_SECONDS * (mine.rank != 0) + GRACE_SECONDS * mine.consequence)
+        return True
+    deadline = time.monotonic() + GRACE_SECONDS
+    while mine.consequence and outcome.read(file) == mine and time.monotonic() < deadline:
+        time.sleep(0.02)
+    held = outcome.read(file)
+    if held is None or held == mine:
+        return True
+    time.sleep(GRACE_SECONDS / 2)
+    return False
+
+
+def _show(error: BaseException, mine: Outcome) -> None:
+    expected = isinstance(error, DdpError) or mine.consequence
+    if not expected:
+        traceback.print_exception(error)
+    is_said = not expected and mine.line() == mine.cause
+    if OUTCOME_FILE_VARIABLE not in os.environ and not is_said:
+        sys.stderr.write(f"{mine.message()}\n")
+    sys.stderr.flush()
+
+
+def _end(code: int, here: Topology) -> NoReturn:
+    """Leave with `code`. Where all ranks leave by agreement they leave together, else MPI's others are ended."""
+    agreed = code in (UsageError.exit_code, DivergedError.exit_code, StoppedError.exit_code)
+    launched = os.environ.get(OUTCOME_FILE_VARIABLE)
+    if launched and agreed and outcome.meet(Path(launched), here.rank, here.world_size, MEET_SECONDS):
+        sys.exit(0)  # `launch` knows the code; torchrun and mpirun would only make noise about it
+    if "mpi4py.MPI" in sys.modules:
+        from ddp import process_group
+
+        if not (agreed and process_group.meet(MEET_SECONDS)):
+            process_group.abort(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

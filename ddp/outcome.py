@@ -1,0 +1,142 @@
+"""How a run ended, as one small JSON file that launchers can trust. Loads no torch.
+
+Launchers swallow exit codes (torchrun answers 1 for a worker's 75), so a rank that ends writes an `Outcome`:
+where `launch` asked for it, and in the run directory. Ranks fail in droves, and the file must hold the cause:
+the first rank with an error of its own wins; one that only lost its peer gives way to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ddp.errors import DdpError, PeerLostError, StoppedError
+
+OUTCOME_FILE_VARIABLE = "DDP_OUTCOME_FILE"  # set by `launch` for the ranks it starts
+STDERR_VARIABLE = "DDP_STDERR"  # likewise: where the user reads errors, while the launcher's own go to a file
+FILE_NAME = "outcome.json"  # in the run directory
+
+_TYPES: Mapping[str, Any] = {
+    "code": int,
+    "rank": int,
+    "world_size": int,
+    "host": str,
+    "step": int | None,
+    "cause": str,
+    "consequence": bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one rank ended. `consequence`: only because another rank failed, or went away without a word."""
+
+    code: int
+    rank: int
+    world_size: int
+    host: str
+    step: int | None
+    cause: str
+    consequence: bool = False
+
+    @property
+    def weight(self) -> int:
+        """0 success, 1 a consequence, 2 a cause: what weighs more replaces what weighs less."""
+        return 0 if self.code == 0 else 1 if self.consequence else 2
+
+    def line(self) -> str:
+        """The cause with where it was, for a person."""
+        where = [f"rank {self.rank} on {self.host}"] if self.world_size > 1 else []
+        where += [f"step {self.step}"] if self.step is not None else []
+        return f"{', '.join(where)}: {self.cause}" if where else self.cause
+
+    def message(self) -> str:
+        """`line` as it is shown at the end; a stop that was asked for is no error."""
+        return self.line() if self.code == StoppedError.exit_code else f"error: {self.line()}"
+
+
+def success(rank: int, world_size: int, step: int | None = None) -> Outcome:
+    """Training came to its end."""
+    return Outcome(0, rank, world_size, socket.gethostname(), step, "done")
+
+
+def failure(error: BaseException, rank: int, world_size: int, *, consequence: bool = False) -> Outcome:
+    """What `error` ends this rank with; its step is the error's attribute `step`, where it has one."""
+    expected = isinstance(error, DdpError)
+    return Outcome(
+        code=error.exit_code if expected else 1,
+        rank=rank,
+        world_size=world_size,
+        host=socket.gethostname(),
+        step=getattr(error, "step", None),
+        cause=str(error) if expected else f"{type(error).__name__}: {error}".rstrip(": "),
+        consequence=consequence or isinstance(error, PeerLostError),
+    )
+
+
+def annotate(error: BaseException, *, step: int | None = None, run_directory: Path | None = None) -> None:
+    """Note on `error` where training was, for `failure` and for whoever writes the outcome. First note wins."""
+    for name, value in (("step", step), ("run_directory", run_directory)):
+        if value is not None and getattr(error, name, None) is None:
+            setattr(error, name, value)
+
+
+def claim(path: Path, outcome: Outcome) -> bool:
+    """Write `outcome` unless `path` holds one of equal or more weight; whether it was written.
+
+    A success followed by a failure becomes the failure, and a lost peer becomes that peer's own cause. Of
+    several ranks with a cause, the first wins.
+    """
+    # Linking a finished file is atomic and fails where the name is taken: no reader sees half an outcome.
+    temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+            return True
+        held = read(path)
+        if held is not None and held.weight >= outcome.weight:
+            return False
+        os.replace(temporary, path)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Outcome | None:
+    """The outcome in `path`; None where there is none, or something else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(fields, dict) or fields.keys() != _TYPES.keys():
+        return None
+    known = cast(dict[str, Any], fields)
+    return Outcome(**known) if all(isinstance(known[name], kind) for name, kind in _TYPES.items()) else None
+
+
+def clear(run_directory: Path) -> None:
+    """Forget how an earlier attempt at this run ended; for the rank that owns the directory, before it starts."""
+    (run_directory / FILE_NAME).unlink(missing_ok=True)
+
+
+def meet(path: Path, rank: int, world_size: int, seconds: float) -> bool:
+    """Whether all ranks have come here with the same `path`, at most `seconds` from now.
+
+    Works before any process group and after its end, on one node: each rank leaves a mark beside `path`.
+    """
+    path.with_name(f"{path.name}.left.{rank}").touch()
+    marks = [path.with_name(f"{path.name}.left.{other}") for other in range(world_size)]
+    deadline = time.monotonic() + seconds
+    while not all(mark.exists() for mark in marks):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

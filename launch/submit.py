@@ -1,0 +1,225 @@
+"""Runs a launcher's command and answers for everything that it starts.
+
+The command gets a session of its own; signals are passed on as the launcher at hand understands them; the exit
+code is the one that a rank wrote into the outcome file; and no process that was started here outlives this one:
+orphans fall to us (PR_SET_CHILD_SUBREAPER) and are ended, and the kernel tells the launcher when we die.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from ddp import outcome
+from ddp.outcome import Outcome
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+STOP_SECONDS = 40.0  # after a signal to stop; torchrun itself gives the ranks 30
+END_SECONDS = 3.0  # between SIGTERM and SIGKILL for what a launcher left behind
+
+
+def submit(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    signals: Mapping[int, int],
+    stop_seconds: float = STOP_SECONDS,
+) -> int:
+    """Run `argv` to its end and return the exit code of the run; its cause, if any, goes to stderr last.
+
+    Args:
+        argv: the launcher's command.
+        environment: variables to set on top of this process's.
+        signals: what is passed on to the launcher for each signal that this process gets.
+        stop_seconds: how long everything may go on after SIGTERM or SIGINT; a second SIGINT ends it at once.
+    """
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with tempfile.TemporaryDirectory(prefix="ddp-launch-") as folder:
+        file = Path(folder, outcome.FILE_NAME)
+        noise = Path(folder, "launcher.log")
+        variables = {**os.environ, **environment, outcome.OUTCOME_FILE_VARIABLE: str(file)}
+        with noise.open("w+b") as log:
+            stderr = _users_stderr()
+            if stderr is not None:
+                variables[outcome.STDERR_VARIABLE] = stderr
+            code = _run(argv, variables, signals, stop_seconds, log if stderr is not None else None)
+        ended = outcome.read(file)
+        if ended is None or (ended.code == 0 and code != 0):
+            _show_noise(noise)
+        return conclude(ended, code, argv[0])
+
+
+def conclude(ended: Outcome | None, code: int, program: str) -> int:
+    """The run's exit code from what a rank wrote and from the launcher's own code; prints the cause."""
+    if ended is not None and ended.code != 0:
+        print(ended.message(), file=sys.stderr)
+        return ended.code
+    if code == 0:
+        return 0
+    by = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+    print(f"error: {program} ended with {by}, and no rank said why", file=sys.stderr)
+    return code if 0 < code < 128 else 1
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that is free at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def core_count() -> int:
+    """Physical cores that this process may use: what Open MPI counts as slots."""
+    siblings: set[str] = set()
+    for cpu in os.sched_getaffinity(0):
+        with contextlib.suppress(OSError):
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+    return len(siblings) or len(os.sched_getaffinity(0))
+
+
+def _run(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    signals: Mapping[int, int],
+    stop_seconds: float,
+    log: IO[bytes] | None,
+) -> int:
+    with _signals_passed_on(signals, stop_seconds) as watch:
+        try:
+            child = subprocess.Popen(
+                argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  there is one thread here
+            )
+            watch(child)
+            return child.wait()
+        finally:
+            _end_descendants()
+
+
+@contextlib.contextmanager
+def _signals_passed_on(
+    signals: Mapping[int, int], stop_seconds: float
+) -> Generator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Handlers that pass signals on to the child once it is known, and see that it ends."""
+    child: subprocess.Popen[bytes] | None = None
+    seen: list[int] = []
+
+    def watch(started: subprocess.Popen[bytes]) -> None:
+        nonlocal child
+        child = started
+        for number in seen:
+            child.send_signal(signals[number])
+
+    def handle(number: int, _: FrameType | None) -> None:
+        is_impatient = number == signal.SIGINT and number in seen
+        seen.append(number)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            signal.alarm(max(1, round(stop_seconds)))
+        if is_impatient:
+            _signal_descendants(signal.SIGKILL)
+        elif child is not None:
+            child.send_signal(signals[number])
+
+    def give_up(_number: int, _: FrameType | None) -> None:
+        _signal_descendants(signal.SIGKILL)
+
+    before = {number: signal.signal(number, handle) for number in signals}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, give_up)
+    try:
+        yield watch
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_descendants() -> None:
+    """End every process below this one: ask, wait, kill; then collect them."""
+    _signal_descendants(signal.SIGTERM)
+    deadline = time.monotonic() + END_SECONDS
+    while _descendants():
+        if time.monotonic() > deadline:
+            _signal_descendants(signal.SIGKILL)
+        _collect_ended()
+        time.sleep(0.02)
+
+
+def _signal_descendants(number: int) -> None:
+    for process in _descendants():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _collect_ended() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _descendants() -> list[int]:
+    """Ids of all processes below this one, by /proc; orphans are below it since it adopts them."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found = list(children.get(os.getpid(), ()))
+    for process in found:
+        found += children.get(process, ())
+    return found
+
+
+def _users_stderr() -> str | None:
+    """A path under which the ranks can open this process's stderr; None where that would not be the same.
+
+    A socket cannot be opened again; a file can, but the position in it would be another one, and the ranks and
+    the shell would write over each other.
+    """
+    number = sys.stderr.fileno()
+    if stat.S_ISREG(os.fstat(number).st_mode) and not fcntl.fcntl(number, fcntl.F_GETFL) & os.O_APPEND:
+        return None
+    path = f"/proc/{os.getpid()}/fd/{number}"
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+    except OSError:
+        return None
+    return path
+
+
+def _show_noise(log: Path) -> None:
+    """What the launcher itself wrote, for want of a better account."""
+    sys.stderr.write(log.read_text(errors="replace"))
+    sys.stderr.flush()
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Run in the child before exec: SIGTERM when the parent dies, however that happens."""
+
+    def prepare() -> None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(AttributeError, OSError):  # not Linux: what is orphaned stays so
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
