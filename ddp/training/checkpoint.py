@@ -73,7 +73,7 @@ def save(
     *,
     rank: int,
     world_size: int,
-    barrier: Callable[[], None],
+    barrier: Callable[[], object],
     keep: int,
 ) -> Path:
     """Write one checkpoint; all ranks call it together, and all return or all raise.

@@ -41,13 +41,17 @@ _CACHE = _writable_cache_directory()
 
 import numba  # noqa: E402  the cache directory must be chosen before numba reads its configuration
 from llvmlite import ir  # noqa: E402
-from numba import types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
+from numba import extending, types  # noqa: E402
 
 
 def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile now for `signature`, without the GIL, cached on disk where possible."""
     return numba.njit(signature, nogil=True, cache=_CACHE, error_model="numpy", boundscheck=False)
+
+
+def intrinsic(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: machine code by hand; kernels call it without the typing context that the definition starts with."""
+    return extending.intrinsic(definition)
 
 
 def inlined(function: Callable[..., Any]) -> Any:

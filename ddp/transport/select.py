@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import torch.distributed as dist
 
@@ -32,7 +33,9 @@ def select_transport(
         if transport is not None:
             return transport
         if name == "shared_memory":
-            raise UsageError('transport "shared_memory": the ranks cannot map each other\'s memory; use "auto" or "c10d"')
+            raise UsageError(
+                'transport "shared_memory": the ranks cannot map each other\'s memory; use "auto" or "c10d"'
+            )
         if dist.get_rank(group) == 0:
             logger.warning("the ranks cannot map each other's memory: gradients go through c10d")
     return C10dTransport(group, _control_group(group))
@@ -50,4 +53,5 @@ def _control_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """A group of the same ranks that takes CPU tensors: `group` itself where it can. Collective."""
     if "gloo" in str(dist.get_backend_config(group)) or "mpi" in str(dist.get_backend_config(group)):
         return group
-    return dist.new_group(dist.get_process_group_ranks(group or dist.group.WORLD), backend="gloo")
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    return cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo"))  # never the non-member's number
