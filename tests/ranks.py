@@ -121,9 +121,18 @@ def process_group(
     store = connect_store(store_address, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     try:
+        _meet(store, world_size)  # a rank that left at once would look like a crash to one that is still connecting
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet(store: dist.TCPStore, world_size: int) -> None:
+    arrived = store.add("arrived", 1)
+    meeting = f"meeting {(arrived - 1) // world_size}"
+    if arrived % world_size == 0:
+        store.set(meeting, "complete")
+    store.wait([meeting])
 
 
 class _Worker:
