@@ -22,7 +22,14 @@ from ddp.topology import from_environment
 from ddp.transport.select import select_transport
 from harness import inside_ranks, interleaved_medians, machine, slowest_of_ranks, start_ranks, table, write_json
 
-SIZES = {"4 KiB": 4 << 10, "64 KiB": 64 << 10, "1 MiB": 1 << 20, "25 MiB": 25 << 20, "100 MiB": 100 << 20, "400 MiB": 400 << 20}
+SIZES = {
+    "4 KiB": 4 << 10,
+    "64 KiB": 64 << 10,
+    "1 MiB": 1 << 20,
+    "25 MiB": 25 << 20,
+    "100 MiB": 100 << 20,
+    "400 MiB": 400 << 20,
+}
 BYTES_A_ROUND = 256 << 20
 
 
@@ -55,7 +62,11 @@ def show(figures: dict[str, dict[str, float]], ranks: int) -> str:
     header = ["bytes", "in place", "ours", "Open MPI", "Gloo", "ours / in place", "Open MPI / ours", "Gloo / ours"]
     rows = [
         [label, *(f"{1e3 * row[name]:.3g}" for name in ("in place", "ours", "Open MPI", "Gloo"))]
-        + [f"{row['ours'] / row['in place']:.2f}", f"{row['Open MPI'] / row['ours']:.1f}", f"{row['Gloo'] / row['ours']:.1f}"]
+        + [
+            f"{row['ours'] / row['in place']:.2f}",
+            f"{row['Open MPI'] / row['ours']:.1f}",
+            f"{row['Gloo'] / row['ours']:.1f}",
+        ]
         for label, row in figures.items()
     ]
     return f"All-reduce, {ranks} ranks, float32, ms ({machine()})\n\n{table(header, rows)}"

@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from ddp.errors import PeerLostError, TransportError, UsageError
@@ -73,7 +72,9 @@ def shutdown() -> None:
     Open MPI ends all other ranks at the first exit code that is not zero, so they have to meet before.
     """
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        # Not a collective over a Python tensor: gloo's thread may still let go of that while the interpreter
+        # ends, which aborts the process ("terminate called without an active exception", torch 2.13).
+        dist.barrier()
         dist.destroy_process_group()
 
 

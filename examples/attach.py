@@ -1,6 +1,6 @@
 """A plain torchrun DDP script that gained two lines: `ddp.attach` and `meter.step`.
 
-    torchrun --nproc-per-node 2 examples/attach.py
+torchrun --nproc-per-node 2 examples/attach.py
 """
 
 import torch

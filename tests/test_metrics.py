@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ddp.errors import UsageError
-from ddp.telemetry.metrics import STEP_DURATION_BUCKETS_SECONDS, Metrics, data_efficiency, serve
+from ddp.telemetry.metrics import STEP_DURATION_BUCKETS_SECONDS, Metrics, serve
 from telemetry_records import evaluation_records, feed, reading, run_info, step_records
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -140,13 +140,6 @@ def test_nan_and_infinity_are_samples() -> None:
     assert one(samples, "ddp_data_efficiency_ratio", end="low") == pytest.approx(16 / (16 + 64))
     assert math.isnan(one(samples, "ddp_data_efficiency_ratio", end="point"))
     assert one(samples, "ddp_data_efficiency_ratio", end="high") == 1.0
-
-
-@pytest.mark.parametrize(
-    ("noise_scale", "expected"), [(64, 0.5), (192, 0.75), (math.inf, 1), (0, 0), (-5, math.nan), (math.nan, math.nan)]
-)
-def test_data_efficiency(noise_scale: float, expected: float) -> None:
-    assert data_efficiency(64, noise_scale) == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_resume_continues_its_counters() -> None:

@@ -71,7 +71,7 @@ def test_nothing_measured_is_said() -> None:
     text = summary(info, history)
     assert "not measured" in text
     assert "validation" not in text
-    assert history.advice_reading is None
+    assert history.first_resolved is None and history.latest is None
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_the_state_at_the_end_is_in_words(last: object, text: str) -> None:
     assert text in summary(info, history)
 
 
-def test_advice_rests_on_the_first_resolved_reading_else_on_the_latest() -> None:
+def test_the_first_resolved_reading_and_the_latest_are_kept_for_advice() -> None:
     info, history = run_info(), history_of(epochs=12)
     first = next(r.reading for r in step_records(info) if r.reading and r.reading.state == "resolved")
-    assert history.advice_reading == first
+    assert history.first_resolved is not None and history.first_resolved.reading == first
     short = History(info)
     for record in step_records(info, 30):
         short.step(record)
-    assert short.advice_reading == step_records(info, 30)[-1].reading
+    assert short.latest is not None and short.latest.reading == step_records(info, 30)[-1].reading
     assert short.first_resolved is None
 
 

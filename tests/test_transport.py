@@ -35,7 +35,9 @@ SIZES = (0, 1, 1009, CHUNK - 1, CHUNK + 1, (DEPTH + 2) * CHUNK + 17)
 def _gradients(world_size: int, size: int, dtype: torch.dtype, round_: int = 0) -> list[Tensor]:
     """One gradient a rank, each of its own scale and signs; the same list on every rank."""
     generator = torch.Generator().manual_seed(1000 * size + 10 * round_ + world_size)
-    return [(torch.randn(size, generator=generator, dtype=torch.float64) * (r + 1) + r).to(dtype) for r in range(world_size)]
+    return [
+        (torch.randn(size, generator=generator, dtype=torch.float64) * (r + 1) + r).to(dtype) for r in range(world_size)
+    ]
 
 
 def _weights(world_size: int) -> list[float]:
@@ -253,7 +255,8 @@ def _refuse(rank: int, world_size: int, store: str, name: str, device_type: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "device_type", "words"), [("shm", "cpu", "valid: auto, shared_memory, c10d"), ("shared_memory", "cuda", "cuda")]
+    ("name", "device_type", "words"),
+    [("shm", "cpu", "valid: auto, shared_memory, c10d"), ("shared_memory", "cuda", "cuda")],
 )
 def test_impossible_transports_are_refused(rank_pool: RankPool, name: str, device_type: str, words: str) -> None:
     assert all(words in message for message in rank_pool.run(2, _refuse, name, device_type))

@@ -14,8 +14,10 @@ from ddp.noise.noise_scale import SMALLEST_WINDOW, Reading
 
 
 def data_efficiency(noise_scale: float, global_batch_size: float) -> float:
-    """1/(1 + b/B): examples a run would need at a tiny batch, over those it needs at b. NaN stays NaN."""
-    return 0.0 if noise_scale == 0 else 1.0 / (1.0 + global_batch_size / noise_scale)
+    """1/(1 + b/B): examples a run would need at a tiny batch, over those it needs at b. NaN where B is unknown."""
+    if noise_scale == 0:
+        return 0.0
+    return 1.0 / (1.0 + global_batch_size / noise_scale) if noise_scale > 0 else math.nan
 
 
 def step_efficiency(noise_scale: float, global_batch_size: float) -> float:

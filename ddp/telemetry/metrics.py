@@ -28,18 +28,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ddp.errors import UsageError
+from ddp.noise.advice import data_efficiency
 from ddp.noise.noise_scale import Reading, State
 from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 
 STEP_DURATION_BUCKETS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 PLAIN = {"metric": "plain"}
-
-
-def data_efficiency(global_batch_size: float, noise_scale: float) -> float:
-    """1 / (1 + b/B): what an example is worth at batch b, as a share of its worth at a small batch; NaN if unknown."""
-    if noise_scale == 0:
-        return 0.0
-    return 1 / (1 + global_batch_size / noise_scale) if noise_scale > 0 else float("nan")
 
 
 @dataclass
@@ -149,7 +143,7 @@ def _noise_families(global_batch_size: int, reading: Reading) -> Iterator[Metric
         "ddp_gradient_variance_trace", "Trace of one example's gradient covariance.", reading.variance_trace
     )
     ends = (("low", reading.low), ("point", reading.noise_scale), ("high", reading.high))
-    efficiencies = [({"end": end}, data_efficiency(global_batch_size, value)) for end, value in ends]
+    efficiencies = [({"end": end}, data_efficiency(value, global_batch_size)) for end, value in ends]
     yield _gauge("ddp_data_efficiency_ratio", "1/(1 + b/B) at each end of the noise scale B.", *efficiencies)
 
 

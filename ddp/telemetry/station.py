@@ -61,16 +61,11 @@ class Station:
         """After the last step: close the record, write the report, and give the summary's text."""
         for sink in self.sinks:
             sink.close()
-        report: Path | None = None
-        try:
-            report = write_report(self._run_directory)
-        except UsageError as error:
-            logger.warning("no report: %s", error)
-        reading = self._history.advice_reading
+        report = self._report()
         return summary(
             self._info,
             self._history,
-            advice=None if reading is None else advise(reading, self._info.global_batch_size),
+            advice=self._advice(),
             report_path=report,
             metrics_address=self.server.address if self.server else None,
         )
@@ -83,6 +78,21 @@ class Station:
     def close(self) -> None:
         """Release all of it, also after an error. Safe to call twice."""
         self._open.close()
+
+    def _report(self) -> Path | None:
+        """Its path; a report that cannot be drawn must not fail a run that is done."""
+        try:
+            return write_report(self._run_directory)
+        except Exception as error:
+            logger.warning("no report of this run: %s", error)
+            return None
+
+    def _advice(self) -> str | None:
+        """From the first resolved reading, else what the latest one's state means."""
+        timed = self._history.first_resolved or self._history.latest
+        if timed is None:
+            return None
+        return advise(timed.reading, self._info.global_batch_size, f"epoch {timed.epoch:.2g}")
 
     def _recall(self, record: Path) -> None:
         """After a resume the summary speaks of the whole run: hand it what earlier parts recorded."""

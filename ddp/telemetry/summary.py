@@ -45,12 +45,6 @@ class History:
         """The latest reading, None before the first or where the noise scale is off."""
         return self._latest
 
-    @property
-    def advice_reading(self) -> Reading | None:
-        """What advice should rest on: the first resolved reading, else the latest."""
-        timed = self.first_resolved or self._latest
-        return None if timed is None else timed.reading
-
     def step(self, record: StepRecord) -> None:
         self.last = record
         if record.reading is None:
@@ -86,7 +80,7 @@ def summary(
     """The text at the end of a run, without a newline at its end.
 
     Args:
-        advice: one sentence from `history.advice_reading`.
+        advice: one sentence from the first resolved reading, or the state in words.
         metrics_address: host:port that metrics were served on.
     """
     rows = [("run", _run_text(info, history)), *_validation_rows(info, history), *_noise_rows(info, history)]

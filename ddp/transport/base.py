@@ -17,6 +17,7 @@ from torch.futures import Future
 
 from ddp.transport.row import ROW_LENGTH as ROW_LENGTH
 
+
 @dataclass(slots=True)
 class Reduction:
     """One bucket on its way: `future` holds the averaged bucket; both sums are valid once it is done.
