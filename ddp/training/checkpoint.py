@@ -250,12 +250,17 @@ def load(path: Path, rank: int, world_size: int) -> tuple[dict[str, Any], dict[s
             the ranks share can be read at any number with `load_shared`.
     """
     manifest = read_manifest(path)
+    check_world_size(path, manifest, world_size)
+    return _load_file(path, SHARED, manifest), _load_file(path, _rank_file(rank), manifest)
+
+
+def check_world_size(path: Path, manifest: Manifest, world_size: int) -> None:
+    """Refuse to go on with another number of ranks than wrote the checkpoint, with a CheckpointError."""
     if manifest.world_size != world_size:
         raise CheckpointError(
             f"{path}: written by {manifest.world_size} rank(s) and cannot be resumed on {world_size}: running "
             f"statistics and random generators are each rank's own. Resume it on {manifest.world_size} rank(s)"
         )
-    return _load_file(path, SHARED, manifest), _load_file(path, _rank_file(rank), manifest)
 
 
 def load_shared(path: Path) -> dict[str, Any]:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Seed all generators of this process: each rank draws its own numbers, and the same ones in the next run."""
+    for_torch, for_numpy, for_python = np.random.SeedSequence((seed, rank)).generate_state(3).tolist()
+    torch.manual_seed(for_torch)
+    np.random.seed(for_numpy)
+    random.seed(for_python)
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, afterwards the generators go on as if nothing had been."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(state)
 
 
 def random_state() -> dict[str, Any]:

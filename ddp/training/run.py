@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Subset
 
@@ -28,7 +29,7 @@ from ddp.noise.noise_scale import NoiseScaleWindow
 from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
 from ddp.tasks import load_task
-from ddp.tasks.base import Task, metric_goal
+from ddp.tasks.base import Goal, Task, metric_goal
 from ddp.telemetry.records import RunInfo
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
@@ -36,7 +37,7 @@ from ddp.training import checkpoint
 from ddp.training.agreement import from_rank_zero, together
 from ddp.training.data import BatchPlan
 from ddp.training.optimizers import build_optimizer
-from ddp.training.random_state import random_state, restore_random_state
+from ddp.training.random_state import random_state, restore_random_state, seed_rank
 from ddp.training.resume import Origin, find_origin
 from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
 from ddp.training.signals import StopRequest, stop_on_signals
@@ -50,10 +51,11 @@ class Plan:
     """What is known of a run before anything is opened."""
 
     task: Task
+    module: nn.Module
     splits: Splits
     batches: BatchPlan
     steps: int
-    goal: str
+    goal: Goal
 
 
 def train(job: Job, topology: Topology, *, resume: str | None = None, allow_import: bool = False) -> Path:
@@ -105,12 +107,14 @@ def _train(
 def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
     torch.manual_seed(job.run.seed)
     task = load_task(job.task, allow_import=allow_import)
+    torch.manual_seed(job.run.seed)  # whatever building the task drew
+    module = task.model()
     goal = metric_goal(task, job.evaluation.metric)
     training, validation = task.datasets()
     batch = job.batch
     batches = BatchPlan(_size(training), batch.global_batch_size, batch.micro_batch_size, world_size, job.run.seed)
     steps = job.run.steps or (job.run.epochs or 0) * batches.steps_per_epoch
-    return Plan(task, Splits(training, validation, _sample(training, _size(validation))), batches, steps, goal)
+    return Plan(task, module, Splits(training, validation, _sample(training, _size(validation))), batches, steps, goal)
 
 
 @contextmanager
@@ -122,7 +126,9 @@ def _opened(
     def open_on_rank_zero() -> tuple[RunDirectory, Origin, Station] | None:
         if topology.rank != 0:
             return None
-        origin = find_origin(job, os.environ, resume, datetime.now(UTC), secrets.token_hex(2))
+        origin = find_origin(
+            job, os.environ, resume, datetime.now(UTC), secrets.token_hex(2), world_size=topology.world_size
+        )
         station = Station(job.metrics, _run_info(job, topology, plan, origin, transport))
         try:
             directory = open_run_directory(origin.job, origin.run_id, resume=resume is not None)
@@ -160,14 +166,13 @@ def _closing(exchange: GradientExchange) -> Iterator[None]:
 
 
 def _trainer(job: Job, plan: Plan, exchange: GradientExchange, device: torch.device, stop: StopRequest) -> Trainer:
-    torch.manual_seed(job.run.seed)
     model = DistributedDataParallel(
-        plan.task.model().to(device),
+        plan.module.to(device),
         **_keep_buffers_apart(),
         gradient_as_bucket_view=True,
     )
     register(model, exchange, comm_hook)
-    _seed_rank(job.run.seed, exchange.transport.rank)
+    seed_rank(job.run.seed, exchange.transport.rank)
     model.train()
     return Trainer(
         job=job,
@@ -241,6 +246,7 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         target=job.evaluation.target,
         start_step=origin.step,
         restarts=topology.restarts,
+        goal=plan.goal,
     )
 
 
@@ -265,11 +271,6 @@ def _threads(topology: Topology) -> int:
     cores = len(os.sched_getaffinity(0))
     bound = topology.under_mpi and cores < (os.cpu_count() or cores)
     return max(1, cores if bound else cores // topology.local_world_size)
-
-
-def _seed_rank(seed: int, rank: int) -> None:
-    """From here on each rank draws its own numbers (dropout), again the same ones in the next run."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))
 
 
 def _size(dataset: Dataset[Any]) -> int:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ddp.errors import DivergedError, StoppedError
+from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.job import Job
 from ddp.meter import observe_step
 from ddp.noise.noise_scale import NoiseScaleWindow, Reading
@@ -30,6 +30,7 @@ from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import averaged_buffers, evaluate
 from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
+from ddp.training.random_state import preserved_random_state
 from ddp.training.schedules import learning_rate
 from ddp.training.signals import StopRequest
 from ddp.transport.comm_hook import GradientExchange, GradientSums
@@ -143,7 +144,12 @@ class Trainer:
         return loss_sum
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        return self.task.loss(self.model, to_device(batch, self.device)).sum()
+        losses = self.task.loss(self.model, to_device(batch, self.device))
+        if losses.dim() != 1:
+            raise UsageError(
+                f"task: loss has the shape {tuple(losses.shape)}; one value an example is needed, (examples,)"
+            )
+        return losses.sum()
 
     def _exchange_rows(self, data: StepData, loss_sum: float, sums: GradientSums) -> list[StepRow]:
         phases = self._previous_phases
@@ -198,6 +204,10 @@ class Trainer:
     def _evaluate(self) -> None:
         """Both splits, with running statistics averaged over ranks in a copy; training keeps its own."""
         self._evaluated_at = self.step_count
+        with preserved_random_state():
+            self._evaluate_splits()
+
+    def _evaluate_splits(self) -> None:
         model = averaged_buffers(self.model.module, world_size=self.world_size)
         for split, dataset in (("training", self.splits.training_sample), ("validation", self.splits.validation)):
             loss, metrics, examples = evaluate(
@@ -209,9 +219,7 @@ class Trainer:
                 batch_size=max(64, self.job.batch.micro_batch_size),
                 device=self.device,
             )
-            record = EvaluationRecord(
-                self.step_count, self._epochs_done(), time.time(), split, examples, loss, metrics
-            )
+            record = EvaluationRecord(self.step_count, self._epochs_done(), time.time(), split, examples, loss, metrics)
             for sink in self.sinks:
                 sink.evaluation(record)
 
@@ -237,14 +245,13 @@ class Trainer:
         bits, so a resumed run would differ from one that went on: this way all steps have the same buckets.
         """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        random_state = torch.get_rng_state()
-        data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
-        self._loss_sum(data.micro_batches[0]).backward()
+        with preserved_random_state():
+            data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
+            self._loss_sum(data.micro_batches[0]).backward()
         self.exchange.take()
         self.optimizer.zero_grad()
         for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(saved)
-        torch.set_rng_state(random_state)
 
 
 def _phases(row: StepRow) -> dict[str, float]:

@@ -1,0 +1,163 @@
+"""A resumed run is the same run, bit for bit; and what `--resume` accepts and refuses."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddp.errors import UsageError
+from ddp.job import Job
+from ddp.training.resume import find_origin
+from ranks import RankPool
+from training_runs import differences, job, saved, steps_of, train_ranks
+
+# 1,472 = 4 x 350 + 72: steps 5 and 10 end an epoch, their batch is uneven.
+DIGITS = {
+    "task__name": "digits",
+    "task__channels": 3,
+    "task__batch_norm": True,
+    "task__dropout": 0.2,
+    "batch__global_batch_size": 350,
+    "batch__micro_batch_size": 100,
+    "optimizer__name": "adamw",
+    "optimizer__learning_rate": 0.01,
+    "optimizer__gradient_clip_norm": 0.3,
+    "transport__name": "shared_memory",
+}
+
+
+def digits(folder: Path, **settings: Any) -> Job:
+    return job(folder, **{**DIGITS, **settings})
+
+
+def all_but_times(run_directory: Path) -> list[str]:
+    """Every step's record without what a clock measured."""
+    records = steps_of(run_directory)
+    return [
+        repr((r.step, r.epoch, r.examples, r.examples_total, r.loss, r.learning_rate, r.gradient_norm, r.reading))
+        for r in records
+    ]
+
+
+def assert_the_same_run(one: Path, other: Path, steps: int, world_size: int) -> None:
+    assert all_but_times(one) == all_but_times(other)
+    assert len(all_but_times(one)) == steps
+    assert differences(saved(one, steps, world_size), saved(other, steps, world_size)) == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_five_and_five_steps_are_ten(rank_pool: RankPool, tmp_path: Path, world_size: int) -> None:
+    """The first run ends in the middle of the second epoch (7 steps), then at its end, then goes on to the third."""
+    train_ranks(rank_pool, world_size, digits(tmp_path / "whole", run__steps=12))
+    for steps in (5, 7, 12):
+        (ended, *_) = train_ranks(rank_pool, world_size, digits(tmp_path, run__steps=steps), resume="auto")
+        assert ended.kind == "" and f"{steps} steps" in ended.printed
+    whole = tmp_path / "whole" / "run"
+    assert_the_same_run(tmp_path / "run", whole, 12, world_size)
+    if world_size > 1:
+        norms = [record.gradient_norm for record in steps_of(whole)]
+        assert max(norms) > 0.3  # clipped somewhere
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_checkpoint_in_the_middle_of_a_run_with_a_schedule(
+    rank_pool: RankPool, tmp_path: Path, world_size: int
+) -> None:
+    """From a path, under a new id; the readings reach a full window."""
+    cosine = {"schedule__name": "cosine", "schedule__warmup_steps": 3, "run__steps": 33, "task__channels": 1}
+    cosine |= {"checkpoint__every_steps": 4, "checkpoint__keep": 9}
+    train_ranks(rank_pool, world_size, digits(tmp_path, **cosine))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000028"
+    train_ranks(rank_pool, world_size, digits(tmp_path, run__id="branch", **cosine), resume=str(checkpoint))
+    whole, branch = tmp_path / "run", tmp_path / "branch"
+    assert all_but_times(branch) == all_but_times(whole)[28:]
+    assert differences(saved(branch, 33, world_size), saved(whole, 33, world_size)) == []
+    if world_size > 1:
+        readings = [record.reading for record in steps_of(branch)]
+        assert readings[-1] is not None and readings[-1].observations == 33
+
+
+def test_a_path_continues_its_own_run(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Without an id in the job: the directory's name is the run's. Later steps of the record are taken again."""
+    settings = {"run__steps": 11, "checkpoint__every_steps": 4, "checkpoint__keep": 9}
+    train_ranks(rank_pool, 2, job(tmp_path, **settings))
+    before = all_but_times(tmp_path / "run")
+    elsewhere = job(tmp_path / "elsewhere", **{**settings, "run__id": None})
+    for path in (tmp_path / "run" / "checkpoints" / "step-00000004", tmp_path / "run"):
+        (ended, _) = train_ranks(rank_pool, 2, elsewhere, resume=str(path))
+        assert ended.kind == "" and "run           run:" in ended.printed
+        assert all_but_times(tmp_path / "run") == before
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_every_generator_goes_on(rank_pool: RankPool, tmp_path: Path) -> None:
+    """A data set that draws from Python's, numpy's and torch's generators, evaluation in between."""
+    random = {"task__options": {"action": "random"}, "transport__name": "shared_memory"}
+    train_ranks(rank_pool, 3, job(tmp_path / "whole", run__steps=9, **random))
+    for steps in (4, 9):
+        train_ranks(rank_pool, 3, job(tmp_path, run__steps=steps, **random), resume="auto")
+    assert_the_same_run(tmp_path / "run", tmp_path / "whole" / "run", 9, 3)
+
+
+def test_another_number_of_ranks_is_refused_by_all(rank_pool: RankPool, tmp_path: Path) -> None:
+    train_ranks(rank_pool, 2, job(tmp_path))
+    before = all_but_times(tmp_path / "run")
+    for resume, run_id in (("auto", "run"), (str(tmp_path / "run"), "branch")):
+        ended = train_ranks(rank_pool, 3, job(tmp_path, run__id=run_id), resume=resume)
+        assert [one.kind for one in ended] == ["CheckpointError"] * 3
+        (message,) = {one.message for one in ended}
+        assert "written by 2 rank(s)" in message and "cannot be resumed on 3" in message
+    assert all_but_times(tmp_path / "run") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_finished_run_ends_well_again(rank_pool: RankPool, tmp_path: Path) -> None:
+    train_ranks(rank_pool, 2, digits(tmp_path, run__steps=3))
+    before, records = saved(tmp_path / "run", 3, 2), all_but_times(tmp_path / "run")
+    ended = train_ranks(rank_pool, 2, digits(tmp_path, run__steps=3), resume="auto")
+    assert [one.kind for one in ended] == ["", ""]
+    assert "3 steps" in ended[0].printed
+    assert differences(saved(tmp_path / "run", 3, 2), before) == []
+    assert all_but_times(tmp_path / "run") == records
+    ended = train_ranks(rank_pool, 2, digits(tmp_path, run__steps=2), resume="auto")  # shorter than it was
+    assert [one.kind for one in ended] == ["", ""]
+    assert differences(saved(tmp_path / "run", 3, 2), before) == []
+
+
+NOW = datetime(2031, 2, 3, 4, 5, 6, tzinfo=UTC)
+
+
+def test_auto_without_a_run_id_is_refused() -> None:
+    nameless = job(Path("runs"), run__id=None)
+    with pytest.raises(UsageError, match="which run"):
+        find_origin(nameless, {}, "auto", NOW, "abcd", world_size=1)
+    assert find_origin(nameless, {}, None, NOW, "abcd", world_size=1).run_id.endswith("-20310203-040506-abcd")
+    assert find_origin(nameless, {"DDP_RUN_ID": "given"}, "auto", NOW, "abcd", world_size=1).run_id == "given"
+
+
+def test_auto_of_a_run_that_has_not_begun_begins_it(tmp_path: Path) -> None:
+    origin = find_origin(job(tmp_path), {}, "auto", NOW, "abcd", world_size=1)
+    assert (origin.run_id, origin.checkpoint, origin.step) == ("run", None, 0)
+
+
+@pytest.mark.parametrize("folders", ["", "run", "run/checkpoints"])
+def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path, folders: str) -> None:
+    (tmp_path / folders).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UsageError, match=f"--resume {tmp_path / 'run'}"):
+        find_origin(job(tmp_path), {}, str(tmp_path / "run"), NOW, "abcd", world_size=1)
+
+
+def test_a_relative_path_names_the_same_run_from_inside(
+    rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_ranks(rank_pool, 1, job(tmp_path, run__steps=2))
+    nameless = job(tmp_path / "elsewhere", run__id=None)
+    for start, path in ((tmp_path, "run"), (tmp_path / "run", "."), (tmp_path / "run/checkpoints", "step-00000002")):
+        monkeypatch.chdir(start)
+        origin = find_origin(nameless, {}, path, NOW, "abcd", world_size=1)
+        assert (origin.run_id, origin.step) == ("run", 2)
+        assert os.path.samefile(Path(origin.job.run.directory) / origin.run_id, tmp_path / "run")
