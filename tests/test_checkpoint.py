@@ -127,11 +127,11 @@ def test_one_that_gave_way_is_found_if_the_new_one_never_got_its_name(tmp_path: 
     assert _names(tmp_path) == ["step-00000007"]
 
 
-def test_newer_ones_are_left_alone_after_going_back(tmp_path: Path) -> None:
+def test_newer_ones_go_after_going_back(tmp_path: Path) -> None:
     for step in (30, 40, 50):
         _save(tmp_path, step, keep=9)
-    _save(tmp_path, 35, keep=1)
-    assert _names(tmp_path) == ["step-00000035", "step-00000040", "step-00000050"]
+    _save(tmp_path, 35, keep=9)
+    assert _names(tmp_path) == ["step-00000030", "step-00000035"]
 
 
 def test_everything_is_private(tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def save(
         shared: what all ranks hold alike; only rank 0's is written, the others may pass `{}`.
         own: what this rank alone holds.
         barrier: returns once every rank has called it; called three times, also after a failure.
-        keep: how many checkpoints stay, counted back from this one; newer ones are left alone.
+        keep: how many checkpoints stay, counted back from this one. Newer ones go: the run went back to an
+            older checkpoint and left them behind.
 
     Returns:
         The checkpoint's directory.
@@ -108,7 +109,7 @@ def save(
     if _identity(final) != written:
         raise CheckpointError(f"{final}: step {step} is not saved, because another rank could not; see its message")
     if rank == 0:
-        _remove_older(directory, step, keep)
+        _remove_others(directory, step, keep)
     return final
 
 
@@ -175,10 +176,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _remove_older(directory: Path, step: int, keep: int) -> None:
-    """Leave `keep` checkpoints up to `step`. One that cannot be removed is no reason to fail."""
-    older = [path for found, _, path in _candidates(directory) if found <= step][keep:]
-    for path in older:
+def _remove_others(directory: Path, step: int, keep: int) -> None:
+    """Leave `keep` checkpoints up to `step` and none after it. One that cannot be removed is no reason to fail."""
+    candidates = _candidates(directory)
+    abandoned = [path for found, _, path in candidates if found > step]
+    for path in abandoned + [path for found, _, path in candidates if found <= step][keep:]:
         doomed = directory / f".{path.name}.removed"  # a half-removed one must not look like a checkpoint
         try:
             path.rename(doomed)

@@ -1,0 +1,118 @@
+"""The job file: what is accepted, and what each mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddp.errors import JobFileError
+from ddp.job import Job, apply_overrides, load_job, parse_job
+
+VALID: dict[str, Any] = {
+    "run": {"steps": 10},
+    "task": {"name": "digits"},
+    "batch": {"global_batch_size": 64, "micro_batch_size": 16},
+}
+
+
+def test_defaults_fill_what_is_left_out() -> None:
+    job = parse_job(VALID)
+    assert job.optimizer.name == "adamw" and job.transport.name == "auto" and job.metrics.host == "127.0.0.1"
+    assert job.run.id is None and job.run.epochs is None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["run.id=a-1.b_c", "optimizer.betas=[0.8, 0.99]", "optimizer.gradient_clip_norm=1"],
+        ["task.name=text", "task.width=32", "optimizer.name=sgd", "optimizer.momentum=0.9", "optimizer.nesterov=true"],
+        ["task.name=my.module:Task", "task.options={size = 3, names = ['a', 'b']}", "evaluation.target=0.5"],
+    ],
+)
+def test_the_resolved_job_reads_back_equal(tmp_path: Path, overrides: list[str]) -> None:
+    job = parse_job(apply_overrides(VALID, overrides))
+    path = tmp_path / "job.toml"
+    path.write_text(job.to_toml())
+    assert load_job(path) == job
+
+
+def test_overrides_leave_the_table_alone_and_take_toml_values() -> None:
+    result = apply_overrides(VALID, ["run.steps=3", "task.name=text", "metrics.enabled=false", "run.id = x"])
+    assert result["run"] == {"steps": 3, "id": "x"} and result["task"]["name"] == "text"
+    assert result["metrics"]["enabled"] is False
+    assert VALID["run"] == {"steps": 10}
+
+
+@pytest.mark.parametrize("override", ["run.steps", "steps=3", "run.=3", ".steps=3", "=3", "run.steps.more=3"])
+def test_malformed_overrides_are_named(override: str) -> None:
+    with pytest.raises(JobFileError, match="--set"):
+        apply_overrides(VALID, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "words"),
+    [
+        ("run.stps=3", "run.stps", ["unknown key", "did you mean steps?", "valid: id, directory"]),
+        ("batsh.size=3", "batsh", ["unknown key", "did you mean batch?"]),
+        ("task.chanels=3", "task.chanels", ["did you mean channels?", "valid: name, channels"]),
+        ("task.name=digit", "task.name", ["'digit'", "did you mean digits?", "module:attr"]),
+        ("task.name=3", "task.name", ["3"]),
+        ("optimizer.name=addam", "optimizer.name", ["did you mean adam?", "valid: sgd, adam, adamw"]),
+        ("transport.name=nccl", "transport.name", ["'nccl' is not valid", "auto, shared_memory, c10d"]),
+        ("batch.global_batch_size=0", "batch.global_batch_size", ["greater than 0, not 0"]),
+        ("batch.global_batch_size=-4", "batch.global_batch_size", ["greater than 0"]),
+        ("batch.global_batch_size=6.5", "batch.global_batch_size", ["integer", "6.5"]),
+        ("batch.global_batch_size='64'", "batch.global_batch_size", ["integer", "'64'"]),
+        ("batch.micro_batch_size=65", "batch.micro_batch_size", ["larger than batch.global_batch_size"]),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate", ["finite", "nan"]),
+        ("optimizer.learning_rate=true", "optimizer.learning_rate", ["number", "True"]),
+        ("optimizer.momentum=0.9", "optimizer", ["momentum is not a setting of adamw"]),
+        ("run.epochs=3", "run", ["either epochs or steps"]),
+        ("run.id=../elsewhere", "run.id", ["'../elsewhere' is not a run id"]),
+        ("run.id=a/b", "run.id", ["'a/b' is not a run id"]),
+        ("run.id=..", "run.id", ["'..' is not a run id"]),
+        ("run.id=", "run.id", ["'' is not a run id"]),
+        ("metrics.port=65536", "metrics.port", ["65535"]),
+        ("metrics.host=0.0.0.0", "metrics.host", ["loopback"]),
+        ("evaluation.every_steps=0", "evaluation.every_steps", ["greater than 0"]),
+    ],
+)
+def test_a_mistake_is_told_with_its_path(tmp_path: Path, override: str, path: str, words: list[str]) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(parse_job(VALID).to_toml())
+    with pytest.raises(JobFileError) as caught:
+        load_job(file, [override])
+    message = str(caught.value)
+    assert message.startswith(f"{file}: ") and path in message and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(JobFileError) as caught:
+        parse_job({"run": {"steps": 1, "sed": 3}, "task": {"name": "digits"}})
+    assert {line.split(": ")[1] for line in str(caught.value).splitlines()} == {"run.sed", "batch"}
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(JobFileError, match="cannot read the job file: No such file"):
+        load_job(tmp_path / "absent.toml")
+    with pytest.raises(JobFileError, match="cannot read the job file: Is a directory"):
+        load_job(tmp_path)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\nsteps = 3")
+    with pytest.raises(JobFileError, match=r"not valid TOML.*line 1"):
+        load_job(broken)
+    broken.write_bytes(b"[run]\n\xff = 3")
+    with pytest.raises(JobFileError, match=r"not UTF-8 text \(byte 6\)"):
+        load_job(broken)
+
+
+def test_a_job_does_not_change() -> None:
+    job = parse_job(VALID)
+    with pytest.raises(ValueError, match="frozen"):
+        job.run.steps = 3  # type: ignore[misc]
+    assert isinstance(job, Job)
