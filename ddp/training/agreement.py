@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 def gather_texts(text: str) -> list[str]:
     """Every rank's text, in rank order. Collective."""
-    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+    mine = text.encode(errors="surrogatepass")  # a file's name need not be UTF-8
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(text.encode())]))
+    dist.all_gather(lengths, torch.tensor([len(mine)]))
     sizes = [int(length) for length in lengths]
-    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-    padded[: sizes[dist.get_rank()]] = data[: sizes[dist.get_rank()]]
+    padded = torch.frombuffer(bytearray(mine.ljust(max(1, *sizes), b"\0")), dtype=torch.uint8)
     parts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return [bytes(part[:size].tolist()).decode() for part, size in zip(parts, sizes, strict=True)]
+    texts = (bytes(part[:size].tolist()) for part, size in zip(parts, sizes, strict=True))
+    return [each.decode(errors="surrogatepass") for each in texts]
 
 
 def from_rank_zero(text: str) -> str:
@@ -45,10 +45,10 @@ def together(action: Callable[[], T]) -> T:
     except DdpError as error:
         failure = error
     reports = gather_texts(f"{type(failure).__name__}\n{failure}" if failure else "")
-    first = next((report for report in reports if report), None)
+    first = next((rank for rank, report in enumerate(reports) if report), None)
     if first is None:
         return result  # type: ignore[return-value]  # no error: the action has returned
-    if failure is not None:
+    if failure is not None and first == dist.get_rank():
         raise failure
-    kind, _, message = first.partition("\n")
+    kind, _, message = reports[first].partition("\n")
     raise getattr(errors, kind, DdpError)(message)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PhaseSeconds:
-    """One step of one rank. `all_reduce` and `wait` split what the hook and the row took."""
+    """One step of one rank. `all_reduce` and `wait` split what the averaging and the row took."""
 
     data: float = 0.0
     forward: float = 0.0
@@ -25,9 +25,9 @@ class PhaseClock:
         self._began = self._last = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
-    def lap(self, phase: str) -> None:
-        """Add the time since the last call to `phase`."""
-        now = time.perf_counter()
+    def lap(self, phase: str, at: float | None = None) -> None:
+        """Add the time since the last lap to `phase`; `at`, a `time.perf_counter`, ends it earlier than now."""
+        now = time.perf_counter() if at is None else max(at, self._last)
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
@@ -37,9 +37,12 @@ class PhaseClock:
         return time.perf_counter() - self._began
 
     def seconds(self, *, hook_seconds: float, wait_seconds: float) -> PhaseSeconds:
-        """The phases so far; the hook's time is taken out of backward, in which it ran."""
+        """The phases so far; the hook's time is taken out of backward, in which it ran.
+
+        From the last hook on, a rank waits for gradients on their way and for the rows: lap "exchange".
+        """
         lap = self._seconds.get
-        communication = hook_seconds + lap("row", 0.0)
+        communication = hook_seconds + lap("exchange", 0.0)
         return PhaseSeconds(
             data=lap("data", 0.0),
             forward=lap("forward", 0.0),

@@ -97,7 +97,7 @@ class Trainer:
         loss_sum = self._forward_backward(data, clock)
         sums = self.exchange.take()
         rows = self._exchange_rows(data, loss_sum, sums)
-        clock.lap("row")
+        clock.lap("exchange")
 
         self.step_count += 1
         self.examples_total += data.global_examples
@@ -139,7 +139,7 @@ class Trainer:
                 loss = self._loss_sum(micro_batch)
                 clock.lap("forward")
                 (loss / data.examples).backward()
-                clock.lap("backward")
+                clock.lap("backward", self.exchange.handed_over_at if last else None)
             loss_sum += loss.item()
         return loss_sum
 

@@ -38,6 +38,7 @@ class GradientExchange:
     Attributes:
         weight: this rank's weight in the mean, set before backward; 1 / world_size unless told.
         hook_seconds: time spent inside the hook so far, waiting included.
+        handed_over_at: `time.perf_counter` when the hook last returned; gradients may still be on their way.
         bytes_total: gradient bytes handed to the transport so far.
     """
 
@@ -45,6 +46,7 @@ class GradientExchange:
         self.transport = transport
         self.weight = 1.0 / transport.world_size
         self.hook_seconds = 0.0
+        self.handed_over_at = 0.0
         self.bytes_total = 0
         self._fallback: C10dTransport | None = None
         self._group = group
@@ -59,7 +61,8 @@ class GradientExchange:
             self._reductions.clear()
         self._complete = is_last
         future = self.attempt(lambda: self._send(bucket))
-        self.hook_seconds += time.perf_counter() - began
+        self.handed_over_at = time.perf_counter()
+        self.hook_seconds += self.handed_over_at - began
         return _completed(bucket) if future is None else future
 
     def attempt(self, action: Callable[[], T]) -> T | None:

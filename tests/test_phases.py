@@ -1,0 +1,79 @@
+"""The stopwatch of a step, and what a training run says about where its time went."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from ddp.telemetry.records import PHASES, StepRecord
+from ddp.training.phases import PhaseClock
+from ranks import RankPool
+from training_runs import job, steps_of, train_ranks
+
+
+def test_laps_add_up_to_the_elapsed_time() -> None:
+    clock = PhaseClock()
+    for phase in ("data", "forward", "backward", "forward", "backward", "exchange", "optimizer"):
+        clock.lap(phase)
+    phases = clock.seconds(hook_seconds=0.0, wait_seconds=0.0)
+    total = sum(getattr(phases, phase) for phase in PHASES)
+    assert 0 < total <= clock.elapsed_seconds
+    assert phases.wait == 0
+
+
+def test_the_hook_is_communication_and_not_backward() -> None:
+    clock = PhaseClock()
+    began = time.perf_counter()
+    clock.lap("data", began + 1)
+    clock.lap("forward", began + 3)
+    clock.lap("backward", began + 10)
+    clock.lap("exchange", began + 12)
+    clock.lap("optimizer", began + 13)
+    phases = clock.seconds(hook_seconds=4.0, wait_seconds=5.0)
+    assert (phases.forward, phases.backward, phases.optimizer) == pytest.approx((2, 3, 1))
+    assert (phases.all_reduce, phases.wait) == pytest.approx((1, 5))
+
+
+def test_a_lap_that_ended_before_the_one_before_it_is_empty() -> None:
+    clock = PhaseClock()
+    began = time.perf_counter()
+    clock.lap("forward", began + 3)
+    clock.lap("backward", began + 2)
+    clock.lap("exchange", began + 4)
+    phases = clock.seconds(hook_seconds=0.0, wait_seconds=9.0)
+    assert (phases.backward, phases.all_reduce) == (0, 0)
+    assert phases.wait == pytest.approx(1)  # never more than there was
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "c10d"])
+@pytest.mark.parametrize("slow_rank", [0, 2])
+def test_phases_fill_the_step_and_the_straggler_is_named(
+    rank_pool: RankPool, tmp_path: Path, transport: str, slow_rank: int
+) -> None:
+    options = {"action": "slow", "rank": slow_rank}
+    here = job(tmp_path, run__steps=8, micro_batch_size=2, task__options=options, transport__name=transport)
+    assert {ended.kind for ended in train_ranks(rank_pool, 3, here)} == {""}
+    records = steps_of(tmp_path / "run")
+    assert records[0].straggler_rank == -1
+    # In the first step's forward DDP agrees on its buckets, so everyone waits there for the slow rank.
+    assert [record.straggler_rank for record in records[2:]] == [slow_rank] * 6
+    for before, record in pairwise(records[1:]):
+        assert all(set(phases) == set(PHASES) and min(phases.values()) >= 0 for phases in record.phase_seconds)
+        assert sum(record.phase_seconds[0].values()) <= before.duration_seconds  # which is rank 0's
+    for phase in PHASES:
+        assert sum(record.phase_seconds[0][phase] for record in records) > 0
+    total = sum(sum(record.phase_seconds[0].values()) for record in records[1:])
+    assert total > 0.8 * sum(record.duration_seconds for record in records[:-1])
+    own, others = zip(*(own_and_others(records, rank) for rank in range(3)), strict=True)
+    assert own[slow_rank] > max(seconds for rank, seconds in enumerate(own) if rank != slow_rank)
+    assert others[slow_rank] < min(seconds for rank, seconds in enumerate(others) if rank != slow_rank)
+
+
+def own_and_others(records: list[StepRecord], rank: int) -> tuple[float, float]:
+    """Seconds up to the rank's own last gradients, and seconds in the exchange, from the second step on."""
+    phases = [record.phase_seconds[rank] for record in records[2:]]
+    own = sum(each["data"] + each["forward"] + each["backward"] for each in phases)
+    return own, sum(each["all_reduce"] + each["wait"] for each in phases)
