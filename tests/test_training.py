@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from ddp.job import DigitsSection, Job
 from ddp.tasks.digits import DigitsTask, build_network
 from ddp.training.data import BatchPlan
+from ddp.training.run import hold
+from ddp.training.signals import StopRequest
 from ranks import RankPool
 from training_runs import EXAMPLES, differences, job, losses_of, saved, steps_of, train_ranks
 
@@ -66,9 +71,7 @@ def digits(folder: Path, optimizer: str, **settings: object) -> Job:
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "c10d"])
-@pytest.mark.parametrize(
-    "world_size, micro_batch_size", [(1, 64), (2, 32), (4, 16), (2, 16), (3, 64), (3, 5)], ids=str
-)
+@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 64), (2, 32), (4, 16), (2, 16), (3, 64), (3, 5)], ids=str)
 def test_the_losses_are_those_of_a_plain_loop(
     rank_pool: RankPool, tmp_path: Path, transport: str, world_size: int, micro_batch_size: int
 ) -> None:
@@ -215,6 +218,37 @@ def test_one_rank_that_refuses_is_heard_by_all(rank_pool: RankPool, tmp_path: Pa
     message = refused(rank_pool, 3, job(tmp_path / "runs", task__options=options, metrics__enabled=True))
     assert message == "this rank refuses"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("every_steps, kept", [(3, True), (None, False)])
+def test_a_usage_error_in_the_middle_of_a_run_keeps_what_can_be_resumed(
+    rank_pool: RankPool, tmp_path: Path, every_steps: int | None, kept: bool
+) -> None:
+    interval = {"checkpoint__every_steps": every_steps} if every_steps else {}
+    options = {"action": "extra_metric"}
+    here = job(tmp_path / "runs", task__options=options, evaluation__every_steps=2, **interval)
+    message = refused(rank_pool, 2, here)
+    assert "extra" in message
+    assert [path.name for path in tmp_path.glob("runs/run/checkpoints/*")] == ["step-00000003"] * kept
+    assert (tmp_path / "runs").exists() == kept
+
+
+def test_all_ranks_hold_while_the_metrics_are_scraped(rank_pool: RankPool, tmp_path: Path) -> None:
+    """For longer than any of them would wait for rank 0 in a collective."""
+    here = job(tmp_path, metrics__enabled=True, metrics__hold_seconds=3.0, transport__timeout_seconds=2.0)
+    began = time.monotonic()
+    ended = train_ranks(rank_pool, 2, here)
+    assert [(one.kind, one.threads) for one in ended] == [("", 0)] * 2
+    assert time.monotonic() - began > 3
+
+
+def test_a_signal_ends_the_hold(tmp_path: Path) -> None:
+    stop = StopRequest()
+    timer = threading.Timer(0.1, stop.handle, (signal.SIGTERM, None))
+    timer.start()
+    hold(job(tmp_path, metrics__enabled=True, metrics__hold_seconds=1e6), stop)
+    timer.join()
+    hold(job(tmp_path, metrics__enabled=False, metrics__hold_seconds=1e6), StopRequest())  # nobody could scrape
 
 
 @pytest.mark.parametrize("dropout, population", [(0.0, TRAINING_EXAMPLES), (0.25, math.inf)])

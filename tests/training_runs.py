@@ -89,8 +89,6 @@ def train_one(rank: int, world_size: int, store_address: str, jobs: Sequence[Job
             run.train(jobs[rank], place, resume=resume, allow_import=True)
         except DdpError as caught:
             error = caught
-    assert not dist.is_initialized()
-    model = Misbehaving.last_model
     return Ended(
         kind=type(error).__name__ if error else "",
         message=str(error or ""),
@@ -98,8 +96,13 @@ def train_one(rank: int, world_size: int, store_address: str, jobs: Sequence[Job
         run_directory=getattr(error, "run_directory", None),
         printed=printed.getvalue(),
         threads=threading.active_count() - threads,
-        parameters=[parameter.detach().clone() for parameter in model.parameters()] if model else [],
+        parameters=_last_parameters(),
     )
+
+
+def _last_parameters() -> list[Tensor]:
+    model = Misbehaving.last_model
+    return [] if model is None else [parameter.detach().clone() for parameter in model.parameters()]
 
 
 @contextlib.contextmanager
@@ -160,7 +163,8 @@ class Misbehaving:
     Args:
         action: none; nan_loss, nan_gradient (of that example); signal (to the rank that fetches it); random
             (every example is augmented from Python's, numpy's and torch's generators);
-            slow (the rank `rank` sleeps in its data set); refuse (the rank `rank` has a usage error).
+            slow (the rank `rank` sleeps in its data set); refuse (the rank `rank` has a usage error);
+            extra_metric (from the third evaluation on there is one that `goals` does not name).
     """
 
     goals: Mapping[str, Goal] = {"error": "min"}
@@ -171,6 +175,7 @@ class Misbehaving:
     ) -> None:
         self.action, self.example, self.examples, self.where = action, example, examples, where
         self.is_the_one = dist.get_rank() == rank
+        self.metrics_taken = 0
         self._refuse("task")
 
     def model(self) -> nn.Module:
@@ -197,7 +202,10 @@ class Misbehaving:
         return losses
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Mapping[str, Tensor]:
-        return {"error": (model(batch[1])[:, 0] - batch[2]).abs()}
+        self.metrics_taken += 1
+        errors = (model(batch[1])[:, 0] - batch[2]).abs()
+        extra = self.action == "extra_metric" and self.metrics_taken > 4  # two splits, a batch each
+        return {"error": errors, "extra": errors} if extra else {"error": errors}
 
     def act(self, indices: Sequence[int]) -> None:
         if self.action == "slow" and self.is_the_one:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,7 +33,7 @@ class Station:
     """
 
     def __init__(self, section: MetricsSection, info: RunInfo) -> None:
-        self._section, self._info = section, info
+        self._info = info
         self._history = History(info)
         self._open = ExitStack()
         self._run_directory = Path()
@@ -69,11 +68,6 @@ class Station:
             report_path=report,
             metrics_address=self.server.address if self.server else None,
         )
-
-    def hold(self) -> None:
-        """Keep serving for `metrics.hold_seconds`, so that a short run is scraped once more."""
-        if self.server is not None and self._section.hold_seconds:
-            time.sleep(self._section.hold_seconds)
 
     def close(self) -> None:
         """Release all of it, also after an error. Safe to call twice."""

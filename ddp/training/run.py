@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _train(
             raise
         if station is not None:
             print(station.finish(), flush=True)
-            station.hold()
+        hold(job, stop)
     return directory.path
 
 
@@ -152,6 +153,13 @@ def _opened(
     finally:
         station.close()
         directory.close()
+
+
+def hold(job: Job, stop: StopRequest) -> None:
+    """Let the metrics be scraped once more. All ranks stay: those that left would give up waiting for rank 0."""
+    until = time.monotonic() + job.metrics.hold_seconds * job.metrics.enabled
+    while time.monotonic() < until and not stop.asked:
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -131,12 +131,13 @@ def open_run_directory(job: Job, run_id: str, *, resume: bool) -> RunDirectory:
 
 @contextlib.contextmanager
 def discarded_on_usage_error(run: RunDirectory) -> Iterator[RunDirectory]:
-    """Around everything up to the first step: a run that could not begin leaves nothing behind."""
+    """Around a run: one that could not begin leaves nothing behind, one with a checkpoint keeps all it has."""
     try:
         yield run
     except UsageError:
         run.close()
-        run.discard()
+        if not any(run.checkpoints.glob("step-*")):
+            run.discard()
         raise
 
 
