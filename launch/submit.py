@@ -153,7 +153,7 @@ def _end_descendants() -> None:
     """End every process below this one: ask, wait, kill; then collect them."""
     _signal_descendants(signal.SIGTERM)
     deadline = time.monotonic() + END_SECONDS
-    while _descendants():
+    while descendants(os.getpid()):
         if time.monotonic() > deadline:
             _signal_descendants(signal.SIGKILL)
         _collect_ended()
@@ -161,7 +161,7 @@ def _end_descendants() -> None:
 
 
 def _signal_descendants(number: int) -> None:
-    for process in _descendants():
+    for process in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
 
@@ -172,15 +172,15 @@ def _collect_ended() -> None:
             pass
 
 
-def _descendants() -> list[int]:
-    """Ids of all processes below this one, by /proc; orphans are below it since it adopts them."""
+def descendants(root: int) -> list[int]:
+    """Ids of all processes below `root`, by /proc; orphans are below a process that adopts them."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
                 fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = list(children.get(os.getpid(), ()))
+    found = list(children.get(root, ()))
     for process in found:
         found += children.get(process, ())
     return found

@@ -16,6 +16,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.submit import descendants
+
 JOB = """
 [run]
 steps = {steps}
@@ -116,7 +118,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def started(
     argv: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None
 ) -> Generator[subprocess.Popen[str]]:
-    """`argv` in `folder`, in a session of its own, which is killed on the way out."""
+    """`argv` in `folder`, killed on the way out with everything below it."""
     process = subprocess.Popen(
         argv,
         cwd=folder,
@@ -130,19 +132,23 @@ def started(
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=10)
+        below = descendants(process.pid)  # ranks have sessions of their own
+        process.kill()
+        for each in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        process.wait(10)
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 90.0) -> Ended:
     """Wait for the end; the test fails past the deadline."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate(timeout=10)
-        raise AssertionError(f"still running after {timeout:g} s\n{stdout}\n{stderr}") from None
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"still running after {timeout:g} s\n{error.stdout}\n{error.stderr}") from None
     return Ended(process.returncode, stdout, stderr)
 
 

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddp import outcome
+from ddp.errors import UsageError
+from jobs import finish, python, run_command, started, wait_until, write_job
+from launch import mpirun
+
+LAUNCH = python("-m", "launch", "mpirun", "job.toml", "--nproc-per-node", "2", "--allow-import")
+
+
+@pytest.mark.parametrize(
+    "ranks, options",
+    [(1, ["--bind-to", "none"]), (2, []), (3, ["--map-by", ":OVERSUBSCRIBE"])],
+    ids=["fewer ranks than cores", "as many", "more"],
+)
+def test_render(ranks: int, options: list[str]) -> None:
+    argv = mpirun.render(["-m", "ddp"], ranks=ranks, cores=2, mpirun="/opt/mpirun", interpreter="/opt/python")
+    assert argv == ["/opt/mpirun", "-n", str(ranks), *options, "/opt/python", "-m", "ddp"]
+
+
+def test_only_root_needs_leave() -> None:
+    assert mpirun.environment(1000) == {}
+    assert mpirun.environment(0) == {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def test_mpirun_beside_the_interpreter_comes_first(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir()
+        (folder / "mpirun").touch(mode=0o755)
+    assert mpirun.find(str(own / "python"), str(other)) == str(own / "mpirun")
+    (own / "mpirun").unlink()
+    assert mpirun.find(str(own / "python"), str(other)) == str(other / "mpirun")
+    with pytest.raises(UsageError, match=r"no mpirun .*ddp-noise-scale\[mpi\]"):
+        mpirun.find(str(own / "python"), str(own))
+
+
+def test_no_mpi4py_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    # A Python without site-packages of mpi4py: what the launcher asks is whether it can be found.
+    without = "import sys; sys.modules['mpi4py'] = None; from launch.__main__ import main; main()"
+    ended = run_command(python("-c", without, "mpirun", "job.toml"), tmp_path)
+    assert ended.code == 2, ended
+    assert ended.stderr.count("\n") == 1
+    assert "ddp-noise-scale[mpi]" in ended.stderr
+
+
+def test_three_ranks_on_two_cores_reach_the_end(tmp_path: Path) -> None:
+    write_job(tmp_path, steps=2)
+    command = python("-m", "launch", "mpirun", "job.toml", "--nproc-per-node", "3", "--allow-import")
+    ended = run_command(command, tmp_path, {"PRTE_MCA_rmaps_default_mapping_policy": ""})
+    written = outcome.read(tmp_path / "runs" / "run" / "outcome.json")
+    assert ended.code == 0, ended
+    assert written is not None
+    assert written.code == 0
+
+
+def test_a_rank_that_raises_ends_all_and_is_shown_once(tmp_path: Path) -> None:
+    write_job(tmp_path, "raise", rank=1)
+    ended = run_command(LAUNCH, tmp_path)
+    assert ended.code == 1, ended
+    assert ended.stderr.count("Traceback") == 1, ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: rank 1 on ")
+    assert last.endswith("step 1: ValueError: this is the cause")
+
+
+def test_a_rank_that_is_killed_ends_all(tmp_path: Path) -> None:
+    write_job(tmp_path, "die", rank=0)
+    ended = run_command(LAUNCH, tmp_path)
+    assert ended.code == 1, ended
+    assert "rank 0" in ended.stderr or "signal 9" in ended.stderr
+
+
+def test_sigterm_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    write_job(tmp_path, "wait", steps=500)
+    with started(LAUNCH, tmp_path) as process:
+        wait_until(lambda: (tmp_path / "waiting-0").exists() and (tmp_path / "waiting-1").exists())
+        process.send_signal(signal.SIGTERM)
+        ended = finish(process)
+    assert ended.code == 75, ended
+    assert ended.stderr.count("stopped by") == 1, ended.stderr
+    assert list((tmp_path / "runs" / "run" / "checkpoints").iterdir())
+
+
+def test_bare_mpirun_ends_all_ranks_when_one_raises(tmp_path: Path) -> None:
+    write_job(tmp_path, "raise", rank=1)
+    argv = [mpirun.find(sys.executable, None), "-n", "2", *python("-m", "ddp", "train", "job.toml", "--allow-import")]
+    ended = run_command(argv, tmp_path)
+    assert ended.code == 1, ended
+    assert ended.stderr.count("Traceback") == 1, ended.stderr
+    assert ended.stderr.count("error: rank 1 on ") == 1, ended.stderr
+    assert "error: rank 0" not in ended.stderr

@@ -1,0 +1,163 @@
+"""`submit` with small programs in place of a launcher: what it answers, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from ddp.outcome import Outcome
+from jobs import finish, is_running, python, run_command, started, wait_until
+from launch.submit import conclude, core_count, free_port
+
+SUBMIT = """
+import signal, sys
+from launch.submit import submit
+signals = {signal.SIGTERM: signal.SIGUSR2, signal.SIGINT: signal.SIGUSR2, signal.SIGUSR1: signal.SIGUSR2}
+sys.exit(submit([sys.executable, "-c", sys.argv[1]], {"COLOUR": "blue"}, signals, stop_seconds=float(sys.argv[2])))
+"""
+
+# Writes the ids of itself and of an orphan in a session of its own, both deaf to SIGTERM.
+DEAF = """
+import os, pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGUSR2, lambda *_: open("asked", "w"))
+middle = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True, stdout=subprocess.DEVNULL); print(p.pid)"
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('orphan-is-deaf', 'w'); time.sleep(120)"
+orphan = subprocess.run([sys.executable, "-c", middle, deaf], stdout=subprocess.PIPE, text=True).stdout
+while not os.path.exists("orphan-is-deaf"): time.sleep(0.01)
+pathlib.Path("ids.new").write_text(f"{os.getpid()} {orphan}")
+os.rename("ids.new", "ids")
+"""
+
+
+def submitted(program: str, stop_seconds: float = 60.0) -> list[str]:
+    return python("-c", SUBMIT, program, str(stop_seconds))
+
+
+def ids(folder: Path) -> list[int]:
+    return [int(text) for text in (folder / "ids").read_text().split()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Generator[Path]:
+    """A working directory; what a failed test left running there is ended."""
+    yield tmp_path
+    if (tmp_path / "ids").exists():
+        for process in ids(tmp_path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def write(outcome: str, code: int) -> str:
+    return f"import os, sys; open(os.environ['DDP_OUTCOME_FILE'], 'w').write('''{outcome}'''); sys.exit({code})"
+
+
+def as_json(code: int) -> str:
+    return (
+        f'{{"code": {code}, "rank": 1, "world_size": 2, "host": "here", "step": 7, "cause": "why", '
+        '"consequence": false}'
+    )
+
+
+@pytest.mark.parametrize(
+    "program, code, said",
+    [
+        (write(as_json(75), 0), 75, "rank 1 on here, step 7: why\n"),
+        (write(as_json(3), 1), 3, "error: rank 1 on here, step 7: why\n"),
+        (write(as_json(0), 0), 0, ""),
+        (write("half an outco", 4), 4, "ended with code 4, and no rank said why"),
+        ("import sys; sys.exit(9)", 9, "ended with code 9"),
+        ("import os; os.kill(os.getpid(), 9)", 1, "ended with signal SIGKILL"),
+        ("import os, sys; sys.exit(os.environ['COLOUR'] != 'blue')", 0, ""),
+    ],
+    ids=["stopped", "diverged", "done", "damaged", "code", "signal", "environment"],
+)
+def test_the_code_that_comes_back(tmp_path: Path, program: str, code: int, said: str) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    ended = run_command(submitted(program), tmp_path, {"TMPDIR": str(temporary)}, timeout=30)
+    assert ended.code == code, ended
+    assert said in ended.stderr if said else not ended.stderr
+    assert not list(temporary.iterdir())
+
+
+def test_a_success_that_the_launcher_contradicts_is_none() -> None:
+    done = Outcome(0, 0, 2, "here", None, "done")
+    assert conclude(done, 0, "mpirun") == 0
+    assert conclude(done, -9, "mpirun") == 1
+
+
+@pytest.mark.parametrize("speaks", [True, False], ids=["a rank said why", "no rank did"])
+def test_the_launchers_own_words_are_shown_only_for_want_of_better(tmp_path: Path, speaks: bool) -> None:
+    program = "import sys; print('noise', file=sys.stderr); " + (write(as_json(3), 1) if speaks else "sys.exit(1)")
+    assert ("noise" in run_command(submitted(program), tmp_path, timeout=30).stderr) is not speaks
+
+
+def test_a_stderr_that_is_a_file_keeps_its_order(tmp_path: Path) -> None:
+    program = "import sys; print('first', file=sys.stderr, flush=True); " + write(as_json(3), 1)
+    run_command(["sh", "-c", 'exec "$@" 2>log', "sh", *submitted(program)], tmp_path, timeout=30)
+    assert (tmp_path / "log").read_text() == "first\nerror: rank 1 on here, step 7: why\n"
+
+
+def test_what_the_command_orphaned_is_ended_too(folder: Path) -> None:
+    assert run_command(submitted(DEAF), folder, timeout=30).code == 0
+    assert not any(is_running(process) for process in ids(folder))
+
+
+def test_a_command_that_will_not_stop_is_killed_with_its_orphans(folder: Path) -> None:
+    with started(submitted(DEAF + "time.sleep(120)", stop_seconds=1), folder) as process:
+        wait_until((folder / "ids").exists, 30)
+        process.send_signal(signal.SIGTERM)
+        ended = finish(process, 30)
+    assert ended.code == 1
+    assert "SIGKILL" in ended.stderr
+    assert not any(is_running(process) for process in ids(folder))
+
+
+def test_a_second_interrupt_ends_it_at_once(folder: Path) -> None:
+    with started(submitted(DEAF + "time.sleep(120)"), folder) as process:
+        wait_until((folder / "ids").exists, 30)
+        process.send_signal(signal.SIGINT)
+        wait_until((folder / "asked").exists, 30)
+        assert all(is_running(each) for each in (process.pid, *ids(folder)))
+        process.send_signal(signal.SIGINT)
+        ended = finish(process, 30)
+    assert ended.code == 1
+    assert not any(is_running(process) for process in ids(folder))
+
+
+def test_a_signal_is_translated(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(42))\n"
+        "open('ready', 'w'); time.sleep(60)"
+    )
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        (tmp_path / "ready").unlink(missing_ok=True)
+        with started(submitted(program), tmp_path) as process:
+            wait_until((tmp_path / "ready").exists, 30)
+            process.send_signal(number)
+            assert finish(process, 30).code == 42
+
+
+def test_the_command_hears_of_our_death(tmp_path: Path) -> None:
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open('heard', 'w'), sys.exit()))\n"
+        "pathlib.Path('ids.new').write_text(str(os.getpid())); os.rename('ids.new', 'ids'); time.sleep(60)"
+    )
+    with started(submitted(program), tmp_path) as process:
+        wait_until((tmp_path / "ids").exists, 30)
+        process.kill()
+        wait_until((tmp_path / "heard").exists, 30)
+    wait_until(lambda: not is_running(ids(tmp_path)[0]), 30)
+
+
+def test_a_free_port_and_cores() -> None:
+    assert 0 < free_port() < 65536
+    assert 0 < core_count() <= len(os.sched_getaffinity(0))

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from pathlib import Path
+
+from ddp import outcome
+from ddp.errors import DivergedError, PeerLostError
+from ddp.outcome import Outcome
+
+HERE = socket.gethostname()
+
+
+def test_a_failure_says_where_it_was(tmp_path: Path) -> None:
+    error = DivergedError("not finite")
+    outcome.annotate(error, step=12, run_directory=tmp_path)
+    outcome.annotate(error, step=99)
+    assert outcome.failure(error, 1, 3) == Outcome(3, 1, 3, HERE, 12, "not finite")
+    assert outcome.failure(error, 1, 3).message() == f"error: rank 1 on {HERE}, step 12: not finite"
+    assert outcome.failure(ValueError("seven"), 0, 1).message() == "error: ValueError: seven"
+    assert outcome.failure(KeyboardInterrupt(), 0, 1).cause == "KeyboardInterrupt"
+
+
+def test_the_first_cause_wins_over_later_ones_and_over_what_follows_from_it(tmp_path: Path) -> None:
+    file = tmp_path / outcome.FILE_NAME
+    lost = outcome.failure(PeerLostError("rank 1 died"), 0, 3)
+    first, second = outcome.failure(ValueError("1"), 1, 3), outcome.failure(ValueError("2"), 2, 3)
+    assert outcome.claim(file, outcome.success(0, 3))
+    assert outcome.claim(file, lost)
+    assert not outcome.claim(file, outcome.failure(PeerLostError("rank 1 died"), 2, 3))
+    assert outcome.claim(file, first)
+    assert not outcome.claim(file, second)
+    assert not outcome.claim(file, lost)
+    assert outcome.read(file) == first
+    assert [each.name for each in tmp_path.iterdir()] == [outcome.FILE_NAME]
+    outcome.clear(tmp_path)
+    assert outcome.read(file) is None
+
+
+def test_what_is_no_outcome_reads_as_none(tmp_path: Path) -> None:
+    file = tmp_path / outcome.FILE_NAME
+    for text in ("", "[]", "{}", '{"code": "0"}', "\udcff"):
+        file.write_text(text, errors="surrogateescape")
+        assert outcome.read(file) is None
+
+
+def test_ranks_claim_at_once_and_one_wins(tmp_path: Path) -> None:
+    file = tmp_path / outcome.FILE_NAME
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(4) as pool:
+        won = pool.starmap_async(_claim, [(file, rank) for rank in range(4)]).get(30)
+        pool.close()
+        pool.join()
+    winner = outcome.read(file)
+    assert won.count(True) == 1
+    assert winner is not None
+    assert won[winner.rank]
+
+
+def _claim(file: Path, rank: int) -> bool:
+    assert outcome.meet(file, rank, 4, 20)
+    return outcome.claim(file, outcome.failure(ValueError(str(rank)), rank, 4))
+
+
+def test_meeting_takes_everyone(tmp_path: Path) -> None:
+    file = tmp_path / outcome.FILE_NAME
+    assert not outcome.meet(file, 1, 2, 0.05)
+    assert outcome.meet(file, 0, 2, 0.05)
