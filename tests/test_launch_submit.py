@@ -151,7 +151,7 @@ def test_the_command_hears_of_our_death(tmp_path: Path) -> None:
         "signal.signal(signal.SIGTERM, lambda *_: (open('heard', 'w'), sys.exit()))\n"
         "pathlib.Path('ids.new').write_text(str(os.getpid())); os.rename('ids.new', 'ids'); time.sleep(60)"
     )
-    with started(submitted(program), tmp_path) as process:
+    with started(submitted(program), tmp_path, {"TMPDIR": str(tmp_path)}) as process:
         wait_until((tmp_path / "ids").exists, 30)
         process.kill()
         wait_until((tmp_path / "heard").exists, 30)
