@@ -13,12 +13,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ddp.process_group import initialise, shutdown
 from ddp.topology import from_environment
+from ddp.transport.base import Transport
 from ddp.transport.select import select_transport
 from harness import inside_ranks, interleaved_medians, machine, slowest_of_ranks, start_ranks, table, write_json
 
@@ -30,42 +32,52 @@ SIZES = {
     "100 MiB": 100 << 20,
     "400 MiB": 400 << 20,
 }
-BYTES_A_ROUND = 256 << 20
+CALLS, BYTES_A_ROUND = 100, 32 << 20
+PEERS = ("Open MPI", "Gloo")
 
 
-def measure(largest_bytes: int) -> dict[str, dict[str, float]]:
+def measure(largest_bytes: int, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds by size and contender; collective over all ranks."""
     from mpi4py import MPI
 
     transport = select_transport("shared_memory", "cpu", 120.0)
     figures: dict[str, dict[str, float]] = {}
     for label, size in SIZES.items():
-        if size > largest_bytes:
-            continue
-        bucket = torch.full((size // 4,), 1.0)
-        array, weight = bucket.numpy(), 1.0 / transport.world_size
-        contenders: dict[str, Callable[[], object]] = {
-            "in place": lambda bucket=bucket: bucket.mul_(1.0),
-            "ours": lambda bucket=bucket: transport.all_reduce_mean_(bucket, weight),
-            "Open MPI": lambda array=array: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, array),
-            "Gloo": lambda bucket=bucket: dist.all_reduce(bucket),
-        }
-        bucket.zero_()  # sums of zeros stay finite however often they are taken; their cost is the same
-        calls = max(1, min(200, BYTES_A_ROUND // 8 // size))
-        seconds = interleaved_medians(contenders, rounds=11, calls=calls, barrier=MPI.COMM_WORLD.Barrier)
-        figures[label] = slowest_of_ranks(seconds)
+        if size <= largest_bytes:
+            figures[label] = slowest_of_ranks(_measure_size(size // 4, rounds, transport, MPI))
     transport.close()
     return figures
 
 
+def _measure_size(elements: int, rounds: int, transport: Transport, mpi: Any) -> dict[str, float]:
+    # Peers' sums double with every call: small numbers and few calls keep them finite.
+    source = 1e-3 * torch.randn(elements, generator=torch.Generator().manual_seed(dist.get_rank()))
+    bucket = source.clone()
+    array, weight = bucket.numpy(), 1.0 / transport.world_size
+
+    def prepare() -> None:
+        bucket.copy_(source)
+        mpi.COMM_WORLD.Barrier()
+
+    contenders: dict[str, Callable[[], object]] = {
+        "in place": lambda: bucket.mul_(1.0),
+        "ours": lambda: transport.all_reduce_mean_(bucket, weight),
+        "Open MPI": lambda: mpi.COMM_WORLD.Allreduce(mpi.IN_PLACE, array),
+        "Gloo": lambda: dist.all_reduce(bucket),
+    }
+    calls = max(1, min(CALLS, BYTES_A_ROUND // (4 * elements)))
+    return interleaved_medians(contenders, rounds=rounds, calls=calls, prepare=prepare)
+
+
 def show(figures: dict[str, dict[str, float]], ranks: int) -> str:
-    header = ["bytes", "in place", "ours", "Open MPI", "Gloo", "ours / in place", "Open MPI / ours", "Gloo / ours"]
+    names = ("in place", "ours", *PEERS)
+    header = ["bytes", *names, "ours / in place", *(f"{peer} / ours" for peer in PEERS)]
     rows = [
-        [label, *(f"{1e3 * row[name]:.3g}" for name in ("in place", "ours", "Open MPI", "Gloo"))]
-        + [
+        [
+            label,
+            *(f"{1e3 * row[name]:.3g}" for name in names),
             f"{row['ours'] / row['in place']:.2f}",
-            f"{row['Open MPI'] / row['ours']:.1f}",
-            f"{row['Gloo'] / row['ours']:.1f}",
+            *(f"{row[peer] / row['ours']:.1f}" for peer in PEERS),
         ]
         for label, row in figures.items()
     ]
@@ -76,6 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--largest-bytes", type=int, default=400 << 20)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if not inside_ranks():
@@ -83,7 +96,7 @@ def main() -> int:
     topology = from_environment(os.environ)
     torch.set_num_threads(1)
     initialise(topology, "cpu", 120.0)
-    figures = measure(options.largest_bytes)
+    figures = measure(options.largest_bytes, options.rounds)
     if topology.rank == 0:
         print(show(figures, topology.world_size), flush=True)
         write_json(options.json, figures)

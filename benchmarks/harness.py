@@ -50,13 +50,16 @@ def machine() -> str:
 
 
 def interleaved_medians(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, calls: int, barrier: Callable[[], object]
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int, calls: int, prepare: Callable[[], object]
 ) -> dict[str, float]:
-    """Median seconds a call: `rounds` times, each contender in turn makes `calls` calls between barriers."""
+    """Median seconds a call: `rounds` times, each contender in turn makes `calls` calls after `prepare`, untimed.
+
+    `prepare` ends in a barrier, so that the ranks begin together.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 1):
         for name, call in contenders.items():
-            barrier()
+            prepare()
             began = time.perf_counter()
             for _ in range(calls):
                 call()

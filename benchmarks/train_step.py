@@ -43,7 +43,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(WIDTH, OUTPUTS))
 
 
-def idle_hook(state: object, bucket: dist.GradBucket) -> Future[Tensor]:
+def idle_hook(_state: object, bucket: dist.GradBucket) -> Future[Tensor]:
     """A hook that gives the bucket back as it is."""
     future: Future[Tensor] = Future()
     future.set_result(bucket.buffer())
@@ -131,7 +131,7 @@ def main() -> int:
     figures: dict[str, dict[str, float]] = {}
     for examples in options.examples:
         contenders = {name: contender(name, examples) for name in ORDER}
-        seconds = interleaved_medians(contenders, rounds=options.rounds, calls=1, barrier=dist.barrier)
+        seconds = interleaved_medians(contenders, rounds=options.rounds, calls=1, prepare=dist.barrier)
         figures[str(examples)] = slowest_of_ranks(seconds)
     if topology.rank == 0:
         print(show(figures, topology.world_size), flush=True)

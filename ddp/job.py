@@ -109,7 +109,7 @@ TASKS: Mapping[str, type[Section]] = {"digits": DigitsSection, "text": TextSecti
 
 def _task_tag(value: object) -> str | None:
     """Choose the table's type by its name, so that an error speaks of that task alone."""
-    name = _name_in(value) if isinstance(value, Mapping) else getattr(value, "name", None)
+    name = getattr(value, "name", None) or _name_in(value)
     if not isinstance(name, str):
         return None
     if name in TASKS:

@@ -117,7 +117,7 @@ def _exchange_rows(rank: int, world_size: int, store: str, name: str, rounds: in
         for round_ in range(rounds):
             if round_ % 7 == rank:
                 time.sleep(0.004)  # everyone is the late one at times, late enough for the others to sleep
-            rows.append(transport.exchange_row(np.arange(ROW_LENGTH) + 100.0 * rank + 1e4 * round_))
+            rows.append(transport.exchange_row(np.arange(float(ROW_LENGTH)) + 100 * rank + 10_000 * round_))
             if round_ % 3 == 0:  # buckets and rows take turns, as in training
                 transport.all_reduce_mean_(torch.ones(5), 1.0 / world_size).future.wait()
         dist.barrier()

@@ -68,7 +68,7 @@ STATE_LENGTH = 24
 OWN_SUM, MEAN_SUM = 20, 21  # float64 in the same array
 
 DONE, WAITING, MISMATCH = 0, 1, 2
-_BLOCK = 2048  # elements summed in the gradient's own precision before float64 takes over
+_BLOCK = 8192  # elements summed in the gradient's own precision before float64 takes over
 _TINY = 1e-30  # below, float32 squares may have underflowed
 _SLEEP_NANOSECONDS = 50_000_000
 _AHEAD = 2  # chunks copied in before the oldest is reduced
@@ -82,8 +82,7 @@ _AHEAD = 2  # chunks copied in before the oldest is reduced
 def _exact_squares(values):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(len(values)):
-        value = types.float64(values[i])
-        total += value * value
+        total = add_square(total, types.float64(values[i]))
     return total
 
 

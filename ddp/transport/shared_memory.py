@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -94,7 +95,7 @@ class SharedMemoryTransport(Transport):
             os.close(descriptor)
         self._pidfds = {}
 
-    def _persist(self, attempt, what: str) -> None:  # type: ignore[no-untyped-def]
+    def _persist(self, attempt: Callable[[], int], what: str) -> None:
         """Go on waiting in slices, so that signals, deadlines and dead peers are seen in between."""
         began = time.monotonic()
         progress = None
