@@ -18,6 +18,7 @@ from ddp.telemetry.progress import (
     Rate,
     duration_text,
     metric_text,
+    moment_text,
     number_text,
     reading_text,
     render_line,
@@ -46,6 +47,13 @@ def test_a_nan_loss_is_said() -> None:
 def test_a_run_counted_in_steps_shows_a_fraction_of_an_epoch() -> None:
     line = render_line(replace(INFO, steps=300), RECORD, None, NAN, NAN)
     assert line.startswith("epoch 3.2/13 ")
+
+
+def test_a_run_of_less_than_an_epoch_is_told_in_steps() -> None:
+    short = replace(INFO, steps=1500, steps_per_epoch=14_000)
+    assert render_line(short, RECORD, None, NAN, NAN).startswith(f"step {RECORD.step}/1,500  loss")
+    assert moment_text(short, 1050) == "step 1,050"
+    assert moment_text(INFO, 74) == "epoch 3.22"
 
 
 @pytest.mark.parametrize("metric", ["bits_per_byte", "loss"])

@@ -41,7 +41,11 @@ def render_line(
         examples_per_second: NaN where not known yet.
         seconds_left: NaN where not known yet.
     """
-    parts = [f"epoch {record.epoch:.1f}/{info.steps / info.steps_per_epoch:.3g}", f"loss {record.loss:.4g}"]
+    if in_epochs(info):
+        position = f"epoch {record.epoch:.1f}/{info.steps / info.steps_per_epoch:.3g}"
+    else:
+        position = f"step {record.step:,}/{info.steps:,}"
+    parts = [position, f"loss {record.loss:.4g}"]
     if evaluation is not None:
         parts.append(validation_text(info, evaluation))
     if not math.isnan(examples_per_second):
@@ -51,6 +55,16 @@ def render_line(
     if not math.isnan(seconds_left):
         parts.append(f"{duration_text(seconds_left)} left")
     return "  ".join(parts)
+
+
+def in_epochs(info: RunInfo) -> bool:
+    """Whether a run is long enough to be told in epochs; one that sees a part of its data is told in steps."""
+    return info.steps >= info.steps_per_epoch
+
+
+def moment_text(info: RunInfo, step: int) -> str:
+    """When in the run: "epoch 3.2", or "step 150"."""
+    return f"epoch {step / info.steps_per_epoch:.3g}" if in_epochs(info) else f"step {step:,}"
 
 
 def reading_text(reading: Reading) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry import charts, recording
-from ddp.telemetry.progress import metric_text, number_text, reading_text
+from ddp.telemetry.progress import metric_text, moment_text, number_text, reading_text
 from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card, Chart, page
 from ddp.telemetry.summary import History
@@ -159,7 +159,7 @@ def _target_card(info: RunInfo, history: History) -> Card:
     if history.target_reached is None:
         return Card("Target", "not reached", goal)
     noise = f"{goal}; noise scale then {reading_text(history.at_target.reading)}" if history.at_target else goal
-    return Card("Target reached", f"epoch {history.target_reached.epoch:.3g}", noise)
+    return Card("Target reached", moment_text(info, history.target_reached.step), noise)
 
 
 def _noise_card(title: str, reading: Reading) -> Card:

@@ -12,7 +12,7 @@ from ddp.errors import UsageError
 from ddp.job import MetricsSection
 from ddp.noise.advice import advise
 from ddp.telemetry.metrics import Metrics, MetricsServer, serve
-from ddp.telemetry.progress import Progress
+from ddp.telemetry.progress import Progress, moment_text
 from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.recording import open_recording, read_evaluations, read_steps
 from ddp.telemetry.records import RunInfo, Sink, StepRecord
@@ -86,7 +86,7 @@ class Station:
         timed = self._history.first_resolved or self._history.latest
         if timed is None:
             return None
-        return advise(timed.reading, self._info.global_batch_size, f"epoch {timed.epoch:.2g}")
+        return advise(timed.reading, self._info.global_batch_size, moment_text(self._info, timed.step))
 
     def _recall(self, record: Path) -> None:
         """After a resume the summary speaks of the whole run: hand it what earlier parts recorded."""

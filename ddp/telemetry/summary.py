@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp.noise.noise_scale import Reading
-from ddp.telemetry.progress import metric_text, number_text, reading_text
+from ddp.telemetry.progress import in_epochs, metric_text, moment_text, number_text, reading_text
 from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 
 KEPT_READINGS = 512
@@ -94,7 +94,9 @@ def summary(
 def _run_text(info: RunInfo, history: History) -> str:
     if history.last is None:
         return f"{info.run_id}: no steps"
-    return f"{info.run_id}: {history.last.step:,} steps, {history.last.epoch:.3g} epochs, {info.world_size} ranks"
+    epochs = f", {history.last.epoch:.3g} epochs" if in_epochs(info) else ""
+    ranks = f"{info.world_size} rank{'s' if info.world_size > 1 else ''}"
+    return f"{info.run_id}: {history.last.step:,} steps{epochs}, {ranks}"
 
 
 def _validation_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
@@ -111,7 +113,7 @@ def _validation_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     if history.target_reached is None:
         return [*rows, ("target", f"{goal} was not reached")]
     noise = f", noise scale {reading_text(history.at_target.reading)}" if history.at_target else ""
-    return [*rows, ("target", f"{goal} reached at epoch {history.target_reached.epoch:.3g}{noise}")]
+    return [*rows, ("target", f"{goal} reached at {moment_text(info, history.target_reached.step)}{noise}")]
 
 
 def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
@@ -123,7 +125,9 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     named = f" examples, {end.state}" if end.state in ("resolved", "wide") else ""
     rows = [("noise scale", f"{reading_text(end).removesuffix(' (wide)')}{named} at the end"), batch]
     measured = [timed for timed in history.readings if timed.reading.state != "unresolved"]
-    path = [f"epoch {timed.epoch:.3g}: {reading_text(timed.reading)}" for timed in _spread(measured, SHOWN_READINGS)]
+    path = [
+        f"{moment_text(info, timed.step)}: {reading_text(timed.reading)}" for timed in _spread(measured, SHOWN_READINGS)
+    ]
     bars = sparkline([_point(timed.reading) for timed in _spread(measured, SPARKLINE_LENGTH)])
     path = [bars, *path] if bars else path
     return rows + [("" if i else "its path", line) for i, line in enumerate(path)]
