@@ -124,6 +124,9 @@ def process_group(
         _meet(store, world_size)  # a rank that left at once would look like a crash to one that is still connecting
         yield
     finally:
+        # Gloo's threads take the GIL to let go of a collective that ran inside backward. The end of a model joins
+        # them with the GIL held, and hangs where they have not been served yet (torch 2.13).
+        time.sleep(0.05)
         dist.destroy_process_group()
 
 

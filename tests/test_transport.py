@@ -59,6 +59,7 @@ def _reduce_all_sizes(rank: int, world_size: int, store: str, name: str, dtype: 
             for round_ in range(2):
                 bucket = _gradients(world_size, size, dtype, round_)[rank]
                 reduction = transport.all_reduce_mean_(bucket, _weights(world_size)[rank])
+                transport.complete()
                 averaged = reduction.future.wait()
                 results.append((averaged, float(reduction.own_squared_norm), float(reduction.mean_squared_norm)))
         dist.barrier()
@@ -119,7 +120,8 @@ def _exchange_rows(rank: int, world_size: int, store: str, name: str, rounds: in
                 time.sleep(0.004)  # everyone is the late one at times, late enough for the others to sleep
             rows.append(transport.exchange_row(np.arange(float(ROW_LENGTH)) + 100 * rank + 10_000 * round_))
             if round_ % 3 == 0:  # buckets and rows take turns, as in training
-                transport.all_reduce_mean_(torch.ones(5), 1.0 / world_size).future.wait()
+                transport.all_reduce_mean_(torch.ones(5), 1.0 / world_size)
+                transport.complete()
         dist.barrier()
         transport.close()
         return rows

@@ -25,9 +25,9 @@ class PhaseClock:
         self._began = self._last = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
-    def lap(self, phase: str, at: float | None = None) -> None:
-        """Add the time since the last lap to `phase`; `at`, a `time.perf_counter`, ends it earlier than now."""
-        now = time.perf_counter() if at is None else max(at, self._last)
+    def lap(self, phase: str) -> None:
+        """Add the time since the last call to `phase`."""
+        now = time.perf_counter()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
@@ -37,10 +37,7 @@ class PhaseClock:
         return time.perf_counter() - self._began
 
     def seconds(self, *, hook_seconds: float, wait_seconds: float) -> PhaseSeconds:
-        """The phases so far; the hook's time is taken out of backward, in which it ran.
-
-        From the last hook on, a rank waits for gradients on their way and for the rows: lap "exchange".
-        """
+        """The phases so far; the hook's time is taken out of backward, in which it ran."""
         lap = self._seconds.get
         communication = hook_seconds + lap("exchange", 0.0)
         return PhaseSeconds(

@@ -139,7 +139,7 @@ class Trainer:
                 loss = self._loss_sum(micro_batch)
                 clock.lap("forward")
                 (loss / data.examples).backward()
-                clock.lap("backward", self.exchange.handed_over_at if last else None)
+                clock.lap("backward")
             loss_sum += loss.item()
         return loss_sum
 

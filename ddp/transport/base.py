@@ -57,6 +57,13 @@ class Transport(ABC):
             TransportError: the ranks brought buckets of different lengths.
         """
 
+    def complete(self) -> None:  # noqa: B027  nothing to do where a reduction is complete when it is returned
+        """Wait for the buckets on their way; called after the last one of a backward. Their futures are done then.
+
+        Raises:
+            PeerLostError: as `all_reduce_mean_`.
+        """
+
     @abstractmethod
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         """Give this rank's row, shape (ROW_LENGTH,), and get everyone's, shape (world_size, ROW_LENGTH)."""

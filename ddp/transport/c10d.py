@@ -34,6 +34,7 @@ class C10dTransport(Transport):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._group, self._control = group, control
         self._waited_seconds = 0.0
+        self._pending: list[tuple[dist.Work, Tensor, Reduction]] = []
 
     @property
     def wait_seconds(self) -> float:
@@ -48,6 +49,9 @@ class C10dTransport(Transport):
             raise self._lost(error) from error
         assert work is not None
         reduction = Reduction(Future(), own, float("nan"))
+        if bucket.device.type == "cpu":
+            self._pending.append((work, bucket, reduction))
+            return reduction
 
         def finish(done: Future[list[Tensor]]) -> Tensor:
             result = done.value()[0]
@@ -56,6 +60,19 @@ class C10dTransport(Transport):
 
         reduction.future = work.get_future().then(finish)
         return reduction
+
+    def complete(self) -> None:
+        """Wait in this thread for gloo's: an error is caught here and raised as itself, and no Python runs on theirs."""
+        pending, self._pending = self._pending, []
+        try:
+            for work, bucket, reduction in pending:
+                work.wait()
+                reduction.mean_squared_norm = squared_norm(bucket)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        finally:
+            for _, bucket, reduction in pending:
+                reduction.future.set_result(bucket)
 
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         rows = [torch.empty(ROW_LENGTH, dtype=torch.float64) for _ in range(self.world_size)]

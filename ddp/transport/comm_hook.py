@@ -38,7 +38,6 @@ class GradientExchange:
     Attributes:
         weight: this rank's weight in the mean, set before backward; 1 / world_size unless told.
         hook_seconds: time spent inside the hook so far, waiting included.
-        handed_over_at: `time.perf_counter` when the hook last returned; gradients may still be on their way.
         bytes_total: gradient bytes handed to the transport so far.
     """
 
@@ -46,7 +45,6 @@ class GradientExchange:
         self.transport = transport
         self.weight = 1.0 / transport.world_size
         self.hook_seconds = 0.0
-        self.handed_over_at = 0.0
         self.bytes_total = 0
         self._fallback: C10dTransport | None = None
         self._group = group
@@ -61,8 +59,9 @@ class GradientExchange:
             self._reductions.clear()
         self._complete = is_last
         future = self.attempt(lambda: self._send(bucket))
-        self.handed_over_at = time.perf_counter()
-        self.hook_seconds += self.handed_over_at - began
+        if is_last:
+            self._complete_all()
+        self.hook_seconds += time.perf_counter() - began
         return _completed(bucket) if future is None else future
 
     def attempt(self, action: Callable[[], T]) -> T | None:
@@ -99,6 +98,14 @@ class GradientExchange:
         self._reductions.append(reduction)
         self.bytes_total += bucket.numel() * bucket.element_size()
         return reduction.future
+
+    def _complete_all(self) -> None:
+        """Also after an error: DDP waits for every bucket's future."""
+        for transport in filter(None, (self.transport, self._fallback)):
+            try:
+                transport.complete()
+            except Exception as error:  # kept, see the module's docstring
+                self._error = self._error or error
 
     def _transport_for(self, dtype: torch.dtype) -> Transport:
         if dtype in self.transport.dtypes:
