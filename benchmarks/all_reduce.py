@@ -1,6 +1,6 @@
 """All-reduce of float32 gradients on one node: ours, Gloo and Open MPI, beside scaling the same bytes in place.
 
-    python benchmarks/all_reduce.py [--ranks 2] [--json FILE]
+    python benchmarks/all_reduce.py [--ranks 2] [--rounds 21] [--largest-bytes N] [--json FILE]
 
 Ours includes both squared norms and the mean; the others only sum. All run in the same processes, in turn;
 figures are medians in milliseconds of the slowest rank. "In place" is every rank scaling its own copy of the
@@ -10,7 +10,6 @@ same bytes at once, what an all-reduce that touches each byte once can reach.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp.process_group import initialise, shutdown
-from ddp.topology import from_environment
 from ddp.transport.base import Transport
 from ddp.transport.select import select_transport
-from harness import inside_ranks, interleaved_medians, machine, slowest_of_ranks, start_ranks, table, write_json
+from harness import Figures, interleaved_medians, machine, run, slowest_of_ranks, table
 
 SIZES = {
     "4 KiB": 4 << 10,
@@ -36,15 +33,15 @@ CALLS, BYTES_A_ROUND = 100, 32 << 20
 PEERS = ("Open MPI", "Gloo")
 
 
-def measure(largest_bytes: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(arguments: argparse.Namespace) -> Figures:
     """Seconds by size and contender; collective over all ranks."""
     from mpi4py import MPI
 
     transport = select_transport("shared_memory", "cpu", 120.0)
-    figures: dict[str, dict[str, float]] = {}
+    figures: Figures = {}
     for label, size in SIZES.items():
-        if size <= largest_bytes:
-            figures[label] = slowest_of_ranks(_measure_size(size // 4, rounds, transport, MPI))
+        if size <= arguments.largest_bytes:
+            figures[label] = slowest_of_ranks(_measure_size(size // 4, arguments.rounds, transport, MPI))
     transport.close()
     return figures
 
@@ -69,7 +66,7 @@ def _measure_size(elements: int, rounds: int, transport: Transport, mpi: Any) ->
     return interleaved_medians(contenders, rounds=rounds, calls=calls, prepare=prepare)
 
 
-def show(figures: dict[str, dict[str, float]], ranks: int) -> str:
+def show(figures: Figures, ranks: int) -> str:
     names = ("in place", "ours", *PEERS)
     header = ["bytes", *names, "ours / in place", *(f"{peer} / ours" for peer in PEERS)]
     rows = [
@@ -84,25 +81,9 @@ def show(figures: dict[str, dict[str, float]], ranks: int) -> str:
     return f"All-reduce, {ranks} ranks, float32, ms ({machine()})\n\n{table(header, rows)}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--largest-bytes", type=int, default=400 << 20)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    if not inside_ranks():
-        return start_ranks(options.ranks)
-    topology = from_environment(os.environ)
-    torch.set_num_threads(1)
-    initialise(topology, "cpu", 120.0)
-    figures = measure(options.largest_bytes, options.rounds)
-    if topology.rank == 0:
-        print(show(figures, topology.world_size), flush=True)
-        write_json(options.json, figures)
-    shutdown()
-    return 0
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--largest-bytes", type=int, default=max(SIZES.values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, options, measure, show))

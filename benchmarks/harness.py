@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,11 +13,14 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ddp.process_group import initialise, shutdown
+from ddp.topology import from_environment
+
+Figures = dict[str, dict[str, float]]  # seconds, by case and contender
 INSIDE = "DDP_BENCHMARK_RANK"
 
 
@@ -33,6 +37,33 @@ def start_ranks(ranks: int, *arguments: str) -> int:
     }
     command = [str(mpirun), *binding, "-n", str(ranks), sys.executable, *sys.argv, *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def run(
+    description: str | None,
+    options: Callable[[argparse.ArgumentParser], object],
+    measure: Callable[[argparse.Namespace], Figures],
+    show: Callable[[Figures, int], str],
+) -> int:
+    """A whole benchmark: parse, start the ranks, measure on all of them, print and write on rank 0."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    options(parser)
+    arguments = parser.parse_args()
+    if not inside_ranks():
+        return start_ranks(arguments.ranks)
+    topology = from_environment(os.environ)
+    torch.set_num_threads(1)
+    initialise(topology, "cpu", 120.0)
+    figures = measure(arguments)
+    if topology.rank == 0:
+        print(show(figures, topology.world_size), flush=True)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps({"machine": machine(), "seconds": figures}, indent=2) + "\n")
+    shutdown()
+    return 0
 
 
 def inside_ranks() -> bool:
@@ -79,8 +110,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_json(path: str | None, figures: Any) -> None:
-    if path:
-        Path(path).write_text(json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n")

@@ -1,13 +1,12 @@
 """A whole training step: forward, backward through DDP, optimizer. MLP of 25 M float32 parameters, AdamW.
 
-    python benchmarks/train_step.py [--ranks 2] [--examples 16 128] [--json FILE]
+    python benchmarks/train_step.py [--ranks 2] [--rounds 21] [--examples 16 128] [--json FILE]
 
 "bound" has a DDP hook that does nothing and fused AdamW: what a free all-reduce would give. All contenders
 live in the same processes and take turns; figures are medians in milliseconds of the slowest rank.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 
@@ -19,12 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp.meter import observe_step
 from ddp.noise.noise_scale import NoiseScaleWindow
-from ddp.process_group import initialise, shutdown
-from ddp.topology import from_environment
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 from ddp.transport.row import StepRow
 from ddp.transport.select import select_transport
-from harness import inside_ranks, interleaved_medians, machine, slowest_of_ranks, start_ranks, table, write_json
+from harness import Figures, interleaved_medians, machine, run, slowest_of_ranks, table
 
 INPUTS, WIDTH, OUTPUTS, HIDDEN = 1024, 2048, 1000, 5
 BOUND = "bound: idle hook, fused AdamW"
@@ -108,7 +105,7 @@ def _ours(
     return step
 
 
-def show(figures: dict[str, dict[str, float]], ranks: int) -> str:
+def show(figures: Figures, ranks: int) -> str:
     header = ["ms a step (ratio to the bound)", *(f"{examples} examples a rank" for examples in figures)]
     rows = [
         [name, *(f"{1e3 * row[name]:.1f} ({row[name] / row[BOUND]:.2f})" for row in figures.values())] for name in ORDER
@@ -116,29 +113,19 @@ def show(figures: dict[str, dict[str, float]], ranks: int) -> str:
     return f"Training step, {ranks} ranks, 25 M float32 parameters ({machine()})\n\n{table(header, rows)}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--examples", type=int, nargs="+", default=[16, 128])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    if not inside_ranks():
-        return start_ranks(options.ranks)
-    topology = from_environment(os.environ)
-    torch.set_num_threads(1)
-    initialise(topology, "cpu", 120.0)
-    figures: dict[str, dict[str, float]] = {}
-    for examples in options.examples:
+def measure(arguments: argparse.Namespace) -> Figures:
+    """Seconds a step by examples a rank and contender; collective over all ranks."""
+    figures: Figures = {}
+    for examples in arguments.examples:
         contenders = {name: contender(name, examples) for name in ORDER}
-        seconds = interleaved_medians(contenders, rounds=options.rounds, calls=1, prepare=dist.barrier)
+        seconds = interleaved_medians(contenders, rounds=arguments.rounds, calls=1, prepare=dist.barrier)
         figures[str(examples)] = slowest_of_ranks(seconds)
-    if topology.rank == 0:
-        print(show(figures, topology.world_size), flush=True)
-        write_json(options.json, figures)
-    shutdown()
-    return 0
+    return figures
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--examples", type=int, nargs="+", default=[16, 128], help="of a rank")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, options, measure, show))
