@@ -11,6 +11,7 @@ So a reading lags one step, and no call of `meter.step` is a collective: it may 
 
 import atexit
 import logging
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ddp.errors import UsageError
@@ -76,11 +78,11 @@ class GradientMeter:
         self.reading: Reading = self._window.reading
         self._forwards = 0
         self._last: _Backward | None = None
+        self._closed = False
         register(model, self, _attached_hook)
-        self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._count_forward),
-            register_optimizer_step_pre_hook(self._before_optimizer),
-        ]
+        self._counting: Any = model.register_forward_pre_hook(self._count_forward)
+        self._model = weakref.ref(model)
+        weakref.finalize(model, register_optimizer_step_pre_hook(self._before_optimizer).remove)
         atexit.register(self.close)
 
     def step(self, examples: int | None = None) -> Reading:
@@ -102,14 +104,18 @@ class GradientMeter:
         return self.reading
 
     def close(self) -> None:
-        """Take no more part in the exchange of gradients, and tell the other ranks; done at exit in any case."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Take no more part in the exchange of gradients, and tell the other ranks; done at exit in any case.
+
+        DDP keeps its hook: a later backward of the model is an error at the optimizer's step.
+        """
+        self._closed = True
+        self._counting.remove()
         atexit.unregister(self.close)
         self.transport.close()
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        if self._closed:
+            self._exchange.attempt(_refuse)
         future = self._exchange.reduce(bucket.buffer(), bucket.is_last())
         if bucket.is_last():
             last, self._last = self._last, _Backward(self._exchange.detach(), self.batch_size * self._forwards)
@@ -129,8 +135,11 @@ class GradientMeter:
     def _count_forward(self, module: nn.Module, arguments: Any) -> None:
         self._forwards += torch.is_grad_enabled()
 
-    def _before_optimizer(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
-        self._exchange.raise_error()
+    def _before_optimizer(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        """Any optimizer may hold copies of the model's parameters; after `close` only those that hold them count."""
+        model = self._model()
+        if not self._closed or (model is not None and _updates(optimizer, model)):
+            self._exchange.raise_error()
 
 
 def attach(
@@ -161,6 +170,18 @@ def attach(
     if dist.get_world_size(group) == 1:
         logger.warning("one rank: nothing to compare its gradient with, so the noise scale stays unresolved")
     return GradientMeter(model, batch_size, chosen)
+
+
+def _updates(optimizer: Optimizer, model: nn.Module) -> bool:
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _refuse() -> None:
+    raise UsageError(
+        "the meter of this model is closed, so that nothing averages its gradients: close it after the last "
+        "backward, or wrap the module in a new DistributedDataParallel"
+    )
 
 
 def _attached_hook(state: GradientMeter, bucket: dist.GradBucket) -> Future[Tensor]:

@@ -97,8 +97,9 @@ def _backwards(rank: int, world_size: int, store_address: str, case: Case) -> li
                 if (a - b).norm() > tolerance * b.norm()
             ]
             with torch.no_grad():
-                for parameter in (each for each in model.parameters() if each.grad is not None):
-                    parameter.sub_(0.1 * parameter.grad)
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(0.1 * parameter.grad)
         elements = sum(parameter.numel() for parameter in model.parameters())
         if exchange.bytes_total != ITERATIONS * elements * case.dtype.itemsize:
             faults.append(f"{exchange.bytes_total} bytes for {elements} elements")
@@ -149,7 +150,7 @@ def _squared(module: nn.Module) -> Tensor:
     return _flat(module).square().sum()
 
 
-TINY = {"bucket_cap_mb": 0.0005}  # 131 elements: several buckets
+TINY: dict[str, Any] = {"bucket_cap_mb": 0.0005}  # 131 elements: several buckets
 CASES = {
     "plain": Case(),
     "double": Case(dtype=torch.float64),
