@@ -29,6 +29,7 @@ import faulthandler
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,7 @@ class RankPool:
         while len(self._workers) < world_size:
             self._workers.append(_Worker(self._environment))
         workers = self._workers[:world_size]
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = _serve_store()
         try:
             for rank, worker in enumerate(workers):
                 worker.submit(function, (rank, world_size, f"127.0.0.1:{store.port}", *args))
@@ -111,6 +112,13 @@ def connect_store(store_address: str, timeout: float = 30.0) -> dist.TCPStore:
     """A client of the store that was made for this call."""
     host, _, port = store_address.rpartition(":")
     return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
+
+
+def _serve_store() -> dist.TCPStore:
+    """A store that listens on IPv4 alone: of an IPv4 client of a dual-stack one torch asks the DNS for the name."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 @contextlib.contextmanager
