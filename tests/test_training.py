@@ -18,11 +18,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
+from ddp import errors
 from ddp.job import DigitsSection, Job
 from ddp.tasks.digits import DigitsTask, build_network
 from ddp.training.data import BatchPlan
 from ddp.training.run import hold
 from ddp.training.signals import StopRequest
+from ddp.training.trainer import population
 from ranks import RankPool
 from training_runs import EXAMPLES, differences, job, losses_of, saved, steps_of, train_ranks
 
@@ -168,10 +170,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(
     assert differences(saved(tmp_path / "run", 20, 3), saved(tmp_path / "whole" / "run", 20, 3)) == []
 
 
-def refused(pool: RankPool, world_size: int, jobs: Job | list[Job], kind: str = "UsageError") -> str:
-    """The one message with which all ranks refuse."""
+def refused(pool: RankPool, world_size: int, jobs: Job | list[Job]) -> str:
+    """The one message with which all ranks refuse: a usage error."""
     ended = train_ranks(pool, world_size, jobs)
-    assert [(one.kind, one.threads) for one in ended] == [(kind, 0)] * world_size
+    assert all(issubclass(getattr(errors, one.kind), errors.UsageError) and one.threads == 0 for one in ended)
+    assert len({one.kind for one in ended}) == 1
     (message,) = {one.message for one in ended}
     return message
 
@@ -263,6 +266,22 @@ def test_batches_come_from_a_population_unless_dropout_makes_every_draw_new(
         assert norm == pytest.approx(record.gradient_norm**2 - trace * (1 / 300 - 1 / population), rel=1e-6)
     if not dropout:
         assert window["variance_trace"][0] == pytest.approx(trace_of_first_step(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer, is_random",
+    [
+        (nn.Linear(2, 2), False),
+        (nn.Dropout(0.0), False),
+        (nn.AlphaDropout(0.1), True),
+        (nn.MultiheadAttention(4, 2), False),
+        (nn.MultiheadAttention(4, 2, dropout=0.1), True),
+        (nn.LSTM(3, 3, num_layers=2, dropout=0.1), True),
+        (nn.LSTM(3, 3, num_layers=2), False),
+    ],
+)
+def test_every_layer_that_drops_out_is_found(layer: nn.Module, is_random: bool) -> None:
+    assert population(nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer)), 61) == (math.inf if is_random else 61)
 
 
 def trace_of_first_step() -> float:

@@ -70,7 +70,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
-        self._population = _population(self.model, self.plan.examples)
+        self._population = population(self.model, self.plan.examples)
 
     def run(self) -> None:
         """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
@@ -271,7 +271,12 @@ def _straggler(rows: list[StepRow]) -> int:
     return int(np.argmax(own)) if len(rows) > 1 and any(own) else -1
 
 
-def _population(model: nn.Module, training_examples: int) -> float:
+def population(model: nn.Module, training_examples: int) -> float:
     """Examples that a batch is drawn from without replacement; infinite where dropout makes each draw new."""
-    random = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
-    return math.inf if random else float(training_examples)
+    return math.inf if any(map(_drops_out, model.modules())) else float(training_examples)
+
+
+def _drops_out(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0  # they do it themselves
