@@ -7,7 +7,7 @@ cause is shown once: by `launch` where that started the ranks (it reads the outc
 from __future__ import annotations
 
 import contextlib
-import math
+import io
 import os
 import signal
 import sys
@@ -25,6 +25,7 @@ from ddp.errors import DdpError, DivergedError, StoppedError, UsageError
 from ddp.job import Job, load_job
 from ddp.outcome import OUTCOME_FILE_VARIABLE, STDERR_VARIABLE, Outcome
 from ddp.topology import SINGLE_PROCESS, Topology
+from ddp.training.signals import STOP_SIGNALS
 
 GRACE_SECONDS = 2.0  # for a rank with a better claim to be heard first
 MEET_SECONDS = 5.0  # for all ranks to leave together
@@ -84,6 +85,9 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `ddp` and `python -m ddp`."""
     command = typer.main.get_command(app)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without some character must not fail a run
     try:
         code = command.main(None if arguments is None else list(arguments), prog_name="ddp", standalone_mode=False)
     except DdpError as error:
@@ -98,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def plan(job: Job, here: Topology) -> str:
     """What a dry run prints: how the job's batch is laid out over the ranks, and for how long."""
     batch, ranks = job.batch, here.world_size
-    accumulation = math.ceil(batch.global_batch_size / (ranks * batch.micro_batch_size))
+    accumulation = batch.gradient_accumulation_steps(ranks)
     length = f"steps {job.run.steps}" if job.run.steps is not None else f"epochs {job.run.epochs}"
     return (
         f"task {job.task.name}, {length}\n"
@@ -126,7 +130,7 @@ def _stop_cleanly_outside_training() -> None:
     def stop(signal_number: int, _: FrameType | None) -> NoReturn:
         raise StoppedError(f"stopped by {signal.Signals(signal_number).name} outside of training: run again")
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
 
 
@@ -142,7 +146,7 @@ def _show_errors_to_the_user(here: Topology) -> None:
 
 def _leave(error: BaseException, here: Topology) -> NoReturn:
     """Record why this rank ends, show it where nobody else does, and end so that the other ranks end too."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     mine = outcome.failure(error, here.rank, here.world_size, consequence=_is_consequence(error))
     if _is_heard(mine, _record(mine, getattr(error, "run_directory", None))):
@@ -152,12 +156,9 @@ def _leave(error: BaseException, here: Topology) -> NoReturn:
 
 
 def _is_consequence(error: BaseException) -> bool:
-    """Whether c10d's control plane lost a peer. Asked only where torch is loaded already."""
-    if "torch.distributed" not in sys.modules:
-        return False
-    from ddp.process_group import is_peer_gone
-
-    return is_peer_gone(error)
+    """Whether c10d's control plane lost a peer. Imports nothing: a signal may have come in the middle of that."""
+    is_peer_gone = getattr(sys.modules.get("ddp.process_group"), "is_peer_gone", None)
+    return is_peer_gone is not None and is_peer_gone(error)
 
 
 def _record(mine: Outcome, run_directory: Path | None) -> Path | None:

@@ -22,6 +22,7 @@ class DdpError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the process leaves with."""
 
     exit_code = 1
+    consequence = False  # true where another rank's error is the cause, and the one to show
 
 
 class UsageError(DdpError):
@@ -57,13 +58,10 @@ class TransportError(DdpError):
 class PeerLostError(TransportError):
     """Another rank died, left, or did not reach the exchange before the deadline.
 
-    `consequence` is true where the other rank is known to have failed with an error of its own:
-    then that rank's message is the one to show, and this one only repeats it.
+    Where that rank has an error of its own, that is the one to show.
     """
 
-    def __init__(self, message: str, *, consequence: bool = False) -> None:
-        super().__init__(message)
-        self.consequence = consequence
+    consequence = True
 
 
 class CheckpointError(DdpError):

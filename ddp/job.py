@@ -131,6 +131,19 @@ class BatchSection(Section):
     global_batch_size: Positive
     micro_batch_size: Positive
 
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of a rank in a step: ceil(global_batch_size / (world_size * micro_batch_size)).
+
+        Raises:
+            JobFileError: a step has fewer examples than there are ranks.
+        """
+        if world_size > self.global_batch_size:
+            raise JobFileError(
+                f"batch.global_batch_size: {self.global_batch_size} examples a step are fewer than the "
+                f"{world_size} ranks; raise it or start fewer ranks"
+            )
+        return -(-self.global_batch_size // (world_size * self.micro_batch_size))
+
 
 class OptimizerSection(Section):
     name: Literal["sgd", "adam", "adamw"] = "adamw"
@@ -229,7 +242,7 @@ class Job(Section):
 
     def to_toml(self) -> str:
         """The resolved job as TOML that `load_job` reads back to an equal `Job`."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -289,6 +302,11 @@ def check_run_id(value: str) -> str:
             "the first a letter or digit"
         )
     return value
+
+
+def run_id_is_given(job_run_id: str | None, environ: Mapping[str, str]) -> bool:
+    """Whether something other than chance names the run, so that a restart finds it."""
+    return job_run_id is not None or resolve_run_id(None, environ, "") != ""
 
 
 def resolve_run_id(job_run_id: str | None, environ: Mapping[str, str], generated: str) -> str:

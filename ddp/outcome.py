@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ddp.errors import DdpError, PeerLostError, StoppedError
+from ddp.errors import DdpError, StoppedError
 
 OUTCOME_FILE_VARIABLE = "DDP_OUTCOME_FILE"  # set by `launch` for the ranks it starts
 STDERR_VARIABLE = "DDP_STDERR"  # likewise: where the user reads errors, while the launcher's own go to a file
@@ -77,7 +77,7 @@ def failure(error: BaseException, rank: int, world_size: int, *, consequence: bo
         host=socket.gethostname(),
         step=getattr(error, "step", None),
         cause=str(error) if expected else f"{type(error).__name__}: {error}".rstrip(": "),
-        consequence=consequence or isinstance(error, PeerLostError),
+        consequence=consequence or getattr(error, "consequence", False),
     )
 
 

@@ -67,7 +67,7 @@ def conclude(ended: Outcome | None, code: int, program: str) -> int:
     if ended is not None and ended.code != 0:
         print(ended.message(), file=sys.stderr)
         return ended.code
-    if code == 0:
+    if code == 0 or ended is not None:  # done, whatever a signal did to the launcher after that
         return 0
     by = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
     print(f"error: {program} ended with {by}, and no rank said why", file=sys.stderr)

@@ -86,10 +86,12 @@ def test_the_code_that_comes_back(tmp_path: Path, program: str, code: int, said:
     assert not list(temporary.iterdir())
 
 
-def test_a_success_that_the_launcher_contradicts_is_none() -> None:
+def test_a_rank_that_said_done_outweighs_what_a_late_signal_does_to_the_launcher() -> None:
     done = Outcome(0, 0, 2, "here", None, "done")
     assert conclude(done, 0, "mpirun") == 0
-    assert conclude(done, -9, "mpirun") == 1
+    assert conclude(done, -2, "torchrun") == 0
+    assert conclude(None, -9, "mpirun") == 1
+    assert conclude(None, 3, "mpirun") == 3
 
 
 @pytest.mark.parametrize("speaks", [True, False], ids=["a rank said why", "no rank did"])

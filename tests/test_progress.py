@@ -53,7 +53,8 @@ def test_a_run_of_less_than_an_epoch_is_told_in_steps() -> None:
     short = replace(INFO, steps=1500, steps_per_epoch=14_000)
     assert render_line(short, RECORD, None, NAN, NAN).startswith(f"step {RECORD.step}/1,500  loss")
     assert moment_text(short, 1050) == "step 1,050"
-    assert moment_text(INFO, 74) == "epoch 3.22"
+    assert moment_text(INFO, 74) == "epoch 3.2"
+    assert moment_text(replace(INFO, steps=23 * 1200), 23 * 1200) == "epoch 1,200"
 
 
 @pytest.mark.parametrize("metric", ["bits_per_byte", "loss"])

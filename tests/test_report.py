@@ -197,7 +197,7 @@ def test_a_run_in_progress_and_one_that_has_only_begun(tmp_path: Path) -> None:
     feed(recorder, info, last_step=20)
     recorder.close()
     text = words(parse(write_report(tmp_path)))
-    assert "Step 20 of 276, epoch 0.87." in text
+    assert "Step 20 of 276, epoch 0.9." in text
     assert "unresolved" in text
 
 

@@ -41,7 +41,7 @@ def test_a_new_run_is_private_whatever_the_umask(tmp_path: Path, umask: int) -> 
     finally:
         os.umask(before)
     assert run.path == runs / "first"
-    assert run.run_id == "first"
+    assert run.path.name == "first"
     assert not run.reopened
     assert (_mode(runs), _mode(run.path), _mode(run.job_file)) == ("0o755", "0o700", "0o600")
     assert load_job(run.job_file) == _job(runs)
@@ -63,7 +63,7 @@ def test_an_existing_run_is_opened_again_only_to_resume_it(tmp_path: Path) -> No
         open_run_directory(job, "one", resume=False)
     run = open_run_directory(job, "one", resume=True)
     assert run.reopened
-    assert run.database.read_text() == "kept"
+    assert (run.path / "run.db").read_text() == "kept"
     run.close()
 
 

@@ -42,7 +42,7 @@ def render_line(
         seconds_left: NaN where not known yet.
     """
     if in_epochs(info):
-        position = f"epoch {record.epoch:.1f}/{info.steps / info.steps_per_epoch:.3g}"
+        position = f"epoch {record.epoch:.1f}/{epochs_text(info.steps / info.steps_per_epoch)}"
     else:
         position = f"step {record.step:,}/{info.steps:,}"
     parts = [position, f"loss {record.loss:.4g}"]
@@ -64,7 +64,12 @@ def in_epochs(info: RunInfo) -> bool:
 
 def moment_text(info: RunInfo, step: int) -> str:
     """When in the run: "epoch 3.2", or "step 150"."""
-    return f"epoch {step / info.steps_per_epoch:.3g}" if in_epochs(info) else f"step {step:,}"
+    return f"epoch {epochs_text(step / info.steps_per_epoch)}" if in_epochs(info) else f"step {step:,}"
+
+
+def epochs_text(epochs: float) -> str:
+    """One decimal where it says something: 3.2, 8, 1,200."""
+    return f"{epochs:,.1f}".removesuffix(".0")
 
 
 def reading_text(reading: Reading) -> str:

@@ -8,16 +8,17 @@ start from are replaced by its own.
 
 from __future__ import annotations
 
+import heapq
 import math
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
-from ddp.telemetry.records import PHASES, EvaluationRecord, RunInfo, StepRecord
+from ddp.telemetry.records import PHASES, EvaluationRecord, RunInfo, Sink, StepRecord
 
 SCHEMA_VERSION = 1
 
@@ -158,6 +159,15 @@ def read_evaluations(database: sqlite3.Connection) -> list[EvaluationRecord]:
         )
         for row in database.execute("SELECT * FROM evaluations ORDER BY step, split")
     ]
+
+
+def replay(steps: Iterable[StepRecord], evaluations: Iterable[EvaluationRecord], sink: Sink) -> None:
+    """Hand records to a sink in the order in which they came; both inputs are in order."""
+    for record in heapq.merge(steps, evaluations, key=lambda each: each.step):
+        if isinstance(record, StepRecord):
+            sink.step(record)
+        else:
+            sink.evaluation(record)
 
 
 def mean_phase_seconds(database: sqlite3.Connection) -> list[dict[str, float]]:

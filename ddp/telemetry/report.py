@@ -19,7 +19,7 @@ from pathlib import Path
 from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry import charts, recording
-from ddp.telemetry.progress import metric_text, moment_text, number_text, reading_text
+from ddp.telemetry.progress import epochs_text, metric_text, moment_text, number_text, reading_text
 from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card, Chart, page
 from ddp.telemetry.summary import History
@@ -108,13 +108,7 @@ def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
 def _history(recorded: Recorded) -> History:
     """Readings and evaluations in the order in which they came."""
     history = History(recorded.info)
-    evaluations = list(recorded.evaluations)
-    for step in recorded.steps:
-        while evaluations and evaluations[0].step < step.step:
-            history.evaluation(evaluations.pop(0))
-        history.step(step)
-    for evaluation in evaluations:
-        history.evaluation(evaluation)
+    recording.replay(recorded.steps, recorded.evaluations, history)
     return history
 
 
@@ -124,7 +118,7 @@ def _note(recorded: Recorded) -> str:
     if not recorded.steps:
         return "No step is recorded yet."
     last = recorded.steps[-1]
-    words = [f"Step {last.step:,} of {info.steps:,}, epoch {last.epoch:.3g}."]
+    words = [f"Step {last.step:,} of {info.steps:,}, epoch {epochs_text(last.epoch)}."]
     if last.step < info.steps:
         words[0] += " The run goes on or was stopped."
     resumes = [part.start_step for part in recorded.parts[1:]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+import sqlite3
+from contextlib import ExitStack, closing
+from itertools import takewhile
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -14,8 +16,8 @@ from ddp.noise.advice import advise
 from ddp.telemetry.metrics import Metrics, MetricsServer, serve
 from ddp.telemetry.progress import Progress, moment_text
 from ddp.telemetry.recorder import Recorder
-from ddp.telemetry.recording import open_recording, read_evaluations, read_steps
-from ddp.telemetry.records import RunInfo, Sink, StepRecord
+from ddp.telemetry.recording import open_recording, read_evaluations, read_steps, replay
+from ddp.telemetry.records import RunInfo, Sink
 from ddp.telemetry.report import write_report
 from ddp.telemetry.summary import History, summary
 from ddp.telemetry.targets import publish
@@ -92,19 +94,11 @@ class Station:
         """After a resume the summary speaks of the whole run: hand it what earlier parts recorded."""
         if not self._info.start_step or not record.exists():
             return
+        until = self._info.start_step
         try:
-            database = open_recording(record)
-        except UsageError as error:
+            with closing(open_recording(record)) as database:
+                steps = takewhile(lambda each: each.step <= until, read_steps(database))
+                evaluations = takewhile(lambda each: each.step <= until, read_evaluations(database))
+                replay(steps, evaluations, self._history)
+        except (UsageError, sqlite3.Error) as error:
             logger.warning("the summary will not know the steps before this part: %s", error)
-            return
-        try:
-            records = [*read_steps(database), *read_evaluations(database)]
-        finally:
-            database.close()
-        for past in sorted(records, key=lambda each: each.step):
-            if past.step > self._info.start_step:
-                break
-            if isinstance(past, StepRecord):
-                self._history.step(past)
-            else:
-                self._history.evaluation(past)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp.noise.noise_scale import Reading
-from ddp.telemetry.progress import in_epochs, metric_text, moment_text, number_text, reading_text
+from ddp.telemetry.progress import epochs_text, in_epochs, metric_text, moment_text, number_text, reading_text
 from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 
 KEPT_READINGS = 512
@@ -94,7 +94,7 @@ def summary(
 def _run_text(info: RunInfo, history: History) -> str:
     if history.last is None:
         return f"{info.run_id}: no steps"
-    epochs = f", {history.last.epoch:.3g} epochs" if in_epochs(info) else ""
+    epochs = f", {epochs_text(history.last.epoch)} epochs" if in_epochs(info) else ""
     ranks = f"{info.world_size} rank{'s' if info.world_size > 1 else ''}"
     return f"{info.run_id}: {history.last.step:,} steps{epochs}, {ranks}"
 

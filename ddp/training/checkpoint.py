@@ -105,9 +105,13 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
     barrier()
     if fault:
-        raise CheckpointError(f"{final}: rank {rank} could not save step {step}: {_reason(fault)}") from fault
+        failed = CheckpointError(f"{final}: rank {rank} could not save step {step}: {_reason(fault)}")
+        failed.consequence = rank != 0 and isinstance(fault, FileNotFoundError)  # rank 0 could not make the directory
+        raise failed from fault
     if _identity(final) != written:
-        raise CheckpointError(f"{final}: step {step} is not saved, because another rank could not; see its message")
+        failed = CheckpointError(f"{final}: step {step} is not saved, because another rank could not; see its message")
+        failed.consequence = True
+        raise failed
     if rank == 0:
         _remove_others(directory, step, keep)
     return final

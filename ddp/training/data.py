@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ddp.errors import UsageError
+from ddp.job import BatchSection
 from ddp.tasks.base import Batch
 
 
@@ -35,11 +36,7 @@ class BatchPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.world_size > self.global_batch_size:
-            raise UsageError(
-                f"batch.global_batch_size: {self.global_batch_size} examples a step are fewer than the "
-                f"{self.world_size} ranks; raise it or start fewer ranks"
-            )
+        _ = self.gradient_accumulation_steps  # refuses a batch smaller than the number of ranks
         if self.world_size > self.examples:
             raise UsageError(
                 f"the training set has {self.examples} examples, fewer than the {self.world_size} ranks; "
@@ -55,7 +52,8 @@ class BatchPlan:
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of a rank in a full global batch."""
-        return _ceil_div(self.global_batch_size, self.world_size * self.micro_batch_size)
+        batch = BatchSection(global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size)
+        return batch.gradient_accumulation_steps(self.world_size)
 
     def batch(self, step: int) -> range:
         """Positions in the epoch's order that step 0 <= `step` < steps_per_epoch takes, over all ranks."""
@@ -72,11 +70,11 @@ class BatchPlan:
     def micro_batches(self, step: int, rank: int) -> list[range]:
         """The share in parts that differ by at most one and hold 1 to micro_batch_size examples.
 
-        There are gradient_accumulation_steps of them, save in the last step of an epoch: fewer where the
-        share is too small, more where a rest joined it.
+        Every rank has as many as the largest share needs, gradient_accumulation_steps in a full batch, but none
+        more than it has examples.
         """
         share = self.share(step, rank)
-        parts = max(self.gradient_accumulation_steps, _ceil_div(len(share), self.micro_batch_size))
+        parts = -(-len(self.batch(step)) // (self.world_size * self.micro_batch_size))
         return split(share, min(parts, len(share)))
 
     def order(self, epoch: int) -> NDArray[np.int64]:
@@ -129,7 +127,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)

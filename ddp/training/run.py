@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Subset
 
 import ddp
 from ddp.errors import PeerLostError, UsageError
-from ddp.job import Job
+from ddp.job import Job, run_id_is_given
 from ddp.noise.noise_scale import NoiseScaleWindow
 from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
@@ -34,14 +33,14 @@ from ddp.tasks.base import Goal, Task, metric_goal
 from ddp.telemetry.records import RunInfo
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
-from ddp.training import checkpoint
 from ddp.training.agreement import from_rank_zero, together
 from ddp.training.data import BatchPlan
 from ddp.training.optimizers import build_optimizer
-from ddp.training.random_state import random_state, restore_random_state, seed_rank
+from ddp.training.random_state import seed_rank
 from ddp.training.resume import Origin, find_origin
 from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
 from ddp.training.signals import StopRequest, stop_on_signals
+from ddp.training.state import restore_state, save_state
 from ddp.training.trainer import Splits, Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 from ddp.transport.select import select_transport
@@ -75,10 +74,11 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
     device = _device(job.run.device, topology)
     torch.set_num_threads(job.run.threads_per_rank or _threads(topology))
     initialise(topology, device.type, job.transport.timeout_seconds)
-    resume = resume or ("auto" if topology.restarts else None)
+    if topology.restarts and run_id_is_given(job.run.id, os.environ):
+        resume = "auto"  # what an earlier attempt saved is newer than what the user named
     with stop_on_signals() as stop:
         directory = _train(job, topology, device, resume, allow_import, stop)
-    shutdown()
+        shutdown()  # a signal while rank 0 writes the report comes too late to stop anything
     return directory
 
 
@@ -91,18 +91,24 @@ def _train(
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
         trainer = _trainer(job, plan, exchange, device, stop)
         trainer.sinks = station.sinks if station else ()
-        trainer.save_checkpoint = lambda trainer: _save(trainer, directory.checkpoints)
-        if origin.checkpoint is not None:
-            _restore(trainer, origin.checkpoint)
+        trainer.save_checkpoint = lambda trainer: save_state(trainer, directory.checkpoints)
         try:
+            if origin.checkpoint is not None:
+                restore_state(trainer, origin.checkpoint)
             trainer.run()
         except BaseException as error:  # the task's own errors too
-            annotate(error, step=trainer.step_count, run_directory=directory.path)
+            annotate(error, step=trainer.step_count)
             raise
         if station is not None:
-            print(station.finish(), flush=True)
+            _say(station.finish())
         hold(job, stop)
     return directory.path
+
+
+def _say(text: str) -> None:
+    """Print it where that can be done: a closed pipe does not make a finished run fail."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
@@ -110,6 +116,8 @@ def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
     task = load_task(job.task, allow_import=allow_import)
     torch.manual_seed(job.run.seed)  # whatever building the task drew
     module = task.model()
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
     goal = metric_goal(task, job.evaluation.metric)
     training, validation = task.datasets()
     batch = job.batch
@@ -141,18 +149,31 @@ def _opened(
     opened = together(open_on_rank_zero)
     if opened is None:
         path, _, source = from_rank_zero("").partition("\n")
-        yield RunDirectory(Path(path)), Origin(job, "", Path(source) if source else None, 0), None
+        with _naming(Path(path)):
+            yield RunDirectory(Path(path)), Origin(job, "", Path(source) if source else None, 0), None
         return
     directory, origin, station = opened
     from_rank_zero(f"{directory.path}\n{origin.checkpoint or ''}")
     try:
-        with discarded_on_usage_error(directory):
-            clear(directory.path)
-            station.open(directory.path)
-            yield directory, origin, station
+        with discarded_on_usage_error(directory), _naming(directory.path):
+            try:
+                clear(directory.path)
+                station.open(directory.path)
+                yield directory, origin, station
+            finally:
+                station.close()  # before the directory may go
     finally:
-        station.close()
         directory.close()
+
+
+@contextmanager
+def _naming(run_directory: Path) -> Iterator[None]:
+    """An error from here on says which run it ended."""
+    try:
+        yield
+    except BaseException as error:
+        annotate(error, run_directory=run_directory)
+        raise
 
 
 def hold(job: Job, stop: StopRequest) -> None:
@@ -203,40 +224,6 @@ def _keep_buffers_apart() -> dict[str, Any]:
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
-def _save(trainer: Trainer, directory: Path) -> None:
-    module = trainer.model.module
-    checkpoint.save(
-        directory,
-        trainer.step_count,
-        shared={
-            "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
-            "optimizer": trainer.optimizer.state_dict(),
-            "noise_scale": trainer.window.state_dict(),
-            "step": trainer.step_count,
-            "examples_total": trainer.examples_total,
-        },
-        own={"buffers": dict(module.named_buffers()), "random": random_state()},
-        rank=trainer.rank,
-        world_size=trainer.world_size,
-        barrier=dist.barrier,
-        keep=trainer.job.checkpoint.keep,
-    )
-
-
-def _restore(trainer: Trainer, path: Path) -> None:
-    shared, own = together(lambda: checkpoint.load(path, trainer.rank, trainer.world_size))
-    module = trainer.model.module
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(shared["parameters"][name])
-        for name, buffer in module.named_buffers():
-            buffer.copy_(own["buffers"][name])
-    trainer.optimizer.load_state_dict(shared["optimizer"])
-    trainer.window.load_state_dict(shared["noise_scale"])
-    trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
-    restore_random_state(own["random"])
-
-
 def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transport: str) -> RunInfo:
     return RunInfo(
         run_id=origin.run_id,
@@ -275,10 +262,10 @@ def _device(name: str, topology: Topology) -> torch.device:
 
 
 def _threads(topology: Topology) -> int:
-    """Cores a rank: a launcher that binds ranks has shared them out already."""
-    cores = len(os.sched_getaffinity(0))
-    bound = topology.under_mpi and cores < (os.cpu_count() or cores)
-    return max(1, cores if bound else cores // topology.local_world_size)
+    """Cores a rank: mpirun may have shared them out already, which shows in cores that it kept for itself."""
+    cores = os.sched_getaffinity(0)
+    bound = topology.under_mpi and cores < os.sched_getaffinity(os.getppid())
+    return max(1, len(cores) if bound else len(cores) // topology.local_world_size)
 
 
 def _size(dataset: Dataset[Any]) -> int:

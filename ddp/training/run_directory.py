@@ -4,7 +4,7 @@
       <run id>/             0700
         job.toml            the job as resolved
         checkpoints/        see checkpoint.py
-        run.db, log.jsonl, outcome.json, report.html
+        run.db, outcome.json, report.html
         .lock               held by rank 0 while the run lasts
 
 One run id is one training run. A directory that exists is opened again only to resume it, and only with
@@ -52,32 +52,12 @@ class RunDirectory:
     _lock: int | None = field(default=None, repr=False)  # descriptor
 
     @property
-    def run_id(self) -> str:
-        return self.path.name
-
-    @property
     def job_file(self) -> Path:
         return self.path / "job.toml"
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def database(self) -> Path:
-        return self.path / "run.db"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def outcome(self) -> Path:
-        return self.path / "outcome.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
 
     @property
     def targets(self) -> Path:
@@ -143,7 +123,7 @@ def discarded_on_usage_error(run: RunDirectory) -> Iterator[RunDirectory]:
 
 def changed_settings(before: Job, now: Job) -> list[str]:
     """One `field: before -> now` for each difference that may not be in a resumed run."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
     differing = [key for key in (*new, *(key for key in old if key not in new)) if old.get(key) != new.get(key)]
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"

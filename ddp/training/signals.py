@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class StopRequest:
     """Whether a signal asked this rank to stop, and which."""
@@ -24,13 +26,12 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 into a request; the old handlers come back afterwards.
+    """Turn the STOP_SIGNALS into a request; the old handlers come back afterwards.
 
     torchrun forwards the first two; Open MPI the last two, and gives a rank a quarter of a second after SIGTERM.
     """
     request = StopRequest()
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    previous = {number: signal.signal(number, request.handle) for number in numbers}
+    previous = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
     try:
         yield request
     finally:

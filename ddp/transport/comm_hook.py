@@ -94,6 +94,8 @@ class GradientExchange:
         return add_up(self.detach())
 
     def _send(self, bucket: Tensor) -> Future[Tensor]:
+        if bucket.layout != torch.strided:
+            raise UsageError("sparse gradients are not averaged: build the embedding with sparse=False")
         reduction = self._transport_for(bucket.dtype).all_reduce_mean_(bucket, self.weight)
         self._reductions.append(reduction)
         self.bytes_total += bucket.numel() * bucket.element_size()

@@ -33,6 +33,7 @@ from ddp.transport.jit import (
     store_release,
     yield_core,
 )
+from ddp.transport.row import ROW_LENGTH
 
 # Layout of one rank's control block in the segment, in bytes. Each counter is followed by the number of
 # processes that sleep on it; the lengths of the two newest operations share the line of `published`.
@@ -41,7 +42,6 @@ PUBLISHED, CONSUMED, ROWS_PUBLISHED, DEPARTED = 0, 64, 128, 192
 SLEEPERS = 8
 OPERATION_LENGTHS = 16
 ROWS = 256
-ROW_LENGTH = 16  # as in `row`, which Numba code does not import
 LEFT, FAILED = 1, 2
 
 # Layout of `state`, int64 numbers private to this rank.

@@ -12,6 +12,8 @@ import ctypes
 import mmap
 import os
 import secrets
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,13 +35,11 @@ class Segment:
     pids: tuple[int, ...]
 
 
-def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment | None:
-    """Make a segment that all ranks of `group` map, or None on all of them where one cannot.
-
-    Collective over `group`, on CPU tensors; every rank gets the same verdict.
+def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment:
+    """Make a segment that all ranks of `group` map. Collective over `group`, on CPU tensors.
 
     Raises:
-        TransportError: on all ranks, where the memory itself cannot be had.
+        TransportError: on all ranks alike, where the memory cannot be had, or one of them cannot map it.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     descriptor, offer = _UNREACHABLE, torch.zeros(4, dtype=torch.int64)
@@ -48,10 +48,7 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment | None:
     dist.broadcast(offer, group_src=0, group=group)
     pid, remote, nonce, error = offer.tolist()
     if remote == _UNREACHABLE:
-        raise TransportError(
-            f"rank 0 cannot reserve {size_bytes} bytes of shared memory: {os.strerror(error)}; "
-            'free memory, raise the limit, or set transport.name = "c10d"'
-        )
+        raise TransportError(f"rank 0 cannot reserve {size_bytes:,} bytes of shared memory: {os.strerror(error)}")
     if rank != 0:
         descriptor = _open_of(pid, remote, nonce)
     everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
@@ -60,7 +57,7 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment | None:
     pids = tuple(int(each) for each in everyone)
     try:
         if _UNREACHABLE in pids:
-            return None
+            raise TransportError("the ranks cannot map each other's memory")
         memory = mmap.mmap(descriptor, size_bytes)
     finally:
         if descriptor != _UNREACHABLE:
@@ -86,12 +83,20 @@ def _create(size_bytes: int) -> tuple[int, torch.Tensor]:
 
 
 def _open_of(pid: int, remote: int, nonce: int) -> int:
-    """The descriptor of another process's file, or _UNREACHABLE where it is not ours to see."""
+    """The descriptor of another process's file, or _UNREACHABLE where it is not ours to see.
+
+    On another node the same numbers may name a stranger's file: nothing but a plain file is opened, and only
+    one that begins with the nonce is kept.
+    """
+    path = f"/proc/{pid}/fd/{remote}"
     try:
-        descriptor = os.open(f"/proc/{pid}/fd/{remote}", os.O_RDWR | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return _UNREACHABLE
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return _UNREACHABLE
-    if os.pread(descriptor, 8, 0) != np.int64(nonce).tobytes():
-        os.close(descriptor)
-        return _UNREACHABLE
-    return descriptor
+    with suppress(OSError):
+        if os.pread(descriptor, 8, 0) == np.int64(nonce).tobytes():
+            return descriptor
+    os.close(descriptor)
+    return _UNREACHABLE

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch.distributed as dist
 
-from ddp.errors import UsageError
+from ddp.errors import TransportError, UsageError
 from ddp.transport.base import Transport
 from ddp.transport.c10d import C10dTransport
 from ddp.transport.shared_memory import SharedMemoryTransport, attach_segment
@@ -29,23 +29,19 @@ def select_transport(
     if name == "shared_memory" and device_type != "cpu":
         raise UsageError(f'transport "shared_memory" averages CPU gradients, the model is on {device_type}; use "auto"')
     if name != "c10d" and device_type == "cpu":
-        transport = _shared_memory(group, timeout_seconds)
-        if transport is not None:
-            return transport
-        if name == "shared_memory":
-            raise UsageError(
-                'transport "shared_memory": the ranks cannot map each other\'s memory; use "auto" or "c10d"'
-            )
-        if dist.get_rank(group) == 0:
-            logger.warning("the ranks cannot map each other's memory: gradients go through c10d")
+        try:
+            return _shared_memory(group, timeout_seconds)
+        except TransportError as refusal:
+            if name == "shared_memory":
+                raise UsageError(f'transport "shared_memory": {refusal}; use "auto" or "c10d"') from None
+            if dist.get_rank(group) == 0:
+                logger.warning("gradients go through c10d: %s", refusal)
     return C10dTransport(group, _control_group(group))
 
 
-def _shared_memory(group: dist.ProcessGroup | None, timeout_seconds: float) -> Transport | None:
+def _shared_memory(group: dist.ProcessGroup | None, timeout_seconds: float) -> Transport:
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    segment = attach_segment(_control_group(group))
-    if segment is None and world_size > 1:
-        return None
+    segment = attach_segment(_control_group(group)) if world_size > 1 else None
     return SharedMemoryTransport(segment, rank, world_size, timeout_seconds)
 
 
@@ -54,4 +50,6 @@ def _control_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if "gloo" in str(dist.get_backend_config(group)) or "mpi" in str(dist.get_backend_config(group)):
         return group
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    return cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo"))  # never the non-member's number
+    return cast(
+        dist.ProcessGroup, dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    )  # never the non-member's number

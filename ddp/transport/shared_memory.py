@@ -48,7 +48,8 @@ class SharedMemoryTransport(Transport):
         self.rank, self.world_size = rank, world_size
         self._timeout_seconds = timeout_seconds
         self._segment = segment
-        self._pidfds = _open_pidfds(segment.pids, rank) if segment else {}
+        self._pids = segment.pids if segment else ()
+        self._pidfds = _open_pidfds(self._pids, rank)
         self._rows = np.zeros((world_size, ROW_LENGTH))
         self._state = _initial_state(segment, rank, world_size)
         self._sums = self._state.view(np.float64)
@@ -57,6 +58,7 @@ class SharedMemoryTransport(Transport):
         self._state_address = self._state.ctypes.data
         self._rows_address = self._rows.ctypes.data
         self._closed = False
+        self._pid = os.getpid()
 
     @property
     def wait_seconds(self) -> float:
@@ -85,11 +87,11 @@ class SharedMemoryTransport(Transport):
         return self._rows.copy()
 
     def close(self, *, failed: bool = False) -> None:
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:  # a forked child leaves with the rank still at work
             return
         self._closed = True
         if self._segment is not None:
-            line = self._segment.address + kernels.CONTROL_BYTES * self.rank + HEADER_BYTES + kernels.DEPARTED
+            line = int(self._state[kernels.CONTROL]) + kernels.CONTROL_BYTES * self.rank + kernels.DEPARTED
             kernels.store(line, kernels.FAILED if failed else kernels.LEFT)
         for descriptor in self._pidfds.values():
             os.close(descriptor)
@@ -98,7 +100,7 @@ class SharedMemoryTransport(Transport):
     def _persist(self, attempt: Callable[[], int], what: str) -> None:
         """Go on waiting in slices, so that signals, deadlines and dead peers are seen in between."""
         began = time.monotonic()
-        progress = None
+        progress, gone = None, ""
         while (status := attempt()) != kernels.DONE:
             late = int(self._state[kernels.WAITING_FOR])
             if status == kernels.MISMATCH:
@@ -106,34 +108,36 @@ class SharedMemoryTransport(Transport):
                     f"rank {self.rank} brought {what} to the all-reduce, rank {late} another number: "
                     "the ranks do not run the same model or not in the same order"
                 )
-            now = (int(self._state[kernels.COPIED]), int(self._state[kernels.REDUCED]))
+            now = (late, int(self._state[kernels.COPIED]), int(self._state[kernels.REDUCED]))
             if now != progress:
-                progress, began = now, time.monotonic()
-            self._examine(late, time.monotonic() - began, what)
+                progress, began, gone = now, time.monotonic(), ""
+            where = f"rank {late} (pid {self._pids[late]}, host {socket.gethostname()})"
+            if gone:
+                raise PeerLostError(f"{where} {gone} while rank {self.rank} waited for it with {what}")
+            gone = self._how_gone(late)  # and once more: what it published before it went still counts
+            if time.monotonic() - began > self._timeout_seconds:
+                raise PeerLostError(
+                    f"{where} did not bring {what} within {self._timeout_seconds:g} s (transport.timeout_seconds) "
+                    f"to rank {self.rank}: it hangs, is stopped, or took another path through the program"
+                )
 
-    def _examine(self, late: int, waited_seconds: float, what: str) -> None:
-        assert self._segment is not None
-        where = f"rank {late} (pid {self._segment.pids[late]}, host {socket.gethostname()})"
-        line = self._segment.address + HEADER_BYTES + kernels.CONTROL_BYTES * late + kernels.DEPARTED
-        departed = kernels.load(line)
+    def _how_gone(self, rank: int) -> str:
+        """Empty while `rank` is there."""
+        departed = kernels.load(int(self._state[kernels.CONTROL]) + kernels.CONTROL_BYTES * rank + kernels.DEPARTED)
         if departed:
-            failed = departed == kernels.FAILED
-            how = "failed" if failed else "left"
-            raise PeerLostError(f"{where} {how} while rank {self.rank} waited for it with {what}", consequence=failed)
-        if late in self._pidfds and _has_exited(self._pidfds[late]):
-            raise PeerLostError(f"{where} died while rank {self.rank} waited for it with {what}")
-        if waited_seconds > self._timeout_seconds:
-            raise PeerLostError(
-                f"{where} did not bring {what} within {self._timeout_seconds:g} s (transport.timeout_seconds) "
-                f"to rank {self.rank}: it hangs, is stopped, or took another path through the program"
-            )
+            return "failed" if departed == kernels.FAILED else "left"
+        return "died" if rank in self._pidfds and _has_exited(self._pidfds[rank]) else ""
 
 
-def attach_segment(group: dist.ProcessGroup | None) -> Segment | None:
-    """The segment of all ranks of `group`, or None on all of them where they do not share memory. Collective."""
+def attach_segment(group: dist.ProcessGroup | None) -> Segment:
+    """The segment of all ranks of `group`. Collective.
+
+    Raises:
+        TransportError: on all of them, where memory cannot be had or not be shared.
+    """
     world_size = dist.get_world_size(group)
-    if not SUPPORTED or world_size == 1:
-        return None
+    if not SUPPORTED:
+        raise TransportError("shared memory needs Linux on x86-64 or arm64")
     return share(HEADER_BYTES + world_size * (kernels.CONTROL_BYTES + DEPTH * CHUNK_BYTES), group)
 
 
@@ -144,8 +148,9 @@ def _initial_state(segment: Segment | None, rank: int, world_size: int) -> NDArr
         state[kernels.RINGS] = segment.address + HEADER_BYTES + world_size * kernels.CONTROL_BYTES
     state[kernels.RANK], state[kernels.WORLD_SIZE] = rank, world_size
     state[kernels.CHUNK_BYTES], state[kernels.DEPTH] = CHUNK_BYTES, DEPTH
-    # Spinning while the rank waited for has no core is the main hazard: then yield at once.
-    enough_cores = len(os.sched_getaffinity(0)) >= world_size
+    # Spinning while the rank waited for has no core is the main hazard: then yield soon.
+    cores = {core for pid in (segment.pids if segment else ()) for core in os.sched_getaffinity(pid)}
+    enough_cores = len(cores) >= world_size
     state[kernels.PAUSES], state[kernels.YIELDS] = (200 if enough_cores else 20), 20
     state[kernels.PATIENCE] = int(_PATIENCE_SECONDS * 1e9)
     return state

@@ -1,0 +1,86 @@
+"""What of a trainer goes into a checkpoint, and how it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddp.errors import CheckpointError
+from ddp.training import checkpoint
+from ddp.training.agreement import together
+from ddp.training.random_state import random_state, restore_random_state
+from ddp.training.trainer import Trainer
+
+
+def save_state(trainer: Trainer, directory: Path) -> None:
+    """Write the trainer's state as the checkpoint of its step. All ranks together."""
+    module = trainer.model.module
+    checkpoint.save(
+        directory,
+        trainer.step_count,
+        shared={
+            "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
+            "optimizer": trainer.optimizer.state_dict(),
+            "noise_scale": trainer.window.state_dict(),
+            "step": trainer.step_count,
+            "examples_total": trainer.examples_total,
+            "training_examples": trainer.plan.examples,
+        },
+        own={"buffers": dict(module.named_buffers()), "random": random_state()},
+        rank=trainer.rank,
+        world_size=trainer.world_size,
+        barrier=dist.barrier,
+        keep=trainer.job.checkpoint.keep,
+    )
+
+
+def restore_state(trainer: Trainer, path: Path) -> None:
+    """Continue where the checkpoint at `path` stands. All ranks together.
+
+    Raises:
+        CheckpointError: it cannot be read, or belongs to another model or other data; nothing is changed then.
+    """
+    module = trainer.model.module
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+
+    def load() -> tuple[dict[str, Any], dict[str, Any]]:
+        shared, own = checkpoint.load(path, trainer.rank, trainer.world_size)
+        # A fused optimizer would read a moment of another shape beyond its end, and copy_ would broadcast.
+        _check_same(path, "parameter", shared["parameters"], parameters)
+        _check_same(path, "buffer", own["buffers"], buffers)
+        if shared["training_examples"] != trainer.plan.examples:
+            raise CheckpointError(
+                f"{path}: written while training on {shared['training_examples']:,} examples, the training set now has "
+                f"{trainer.plan.examples:,}; start a new run, or bring the data back"
+            )
+        return shared, own
+
+    shared, own = together(load)
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(shared["parameters"][name])
+        for name, tensor in buffers.items():
+            tensor.copy_(own["buffers"][name])
+    trainer.optimizer.load_state_dict(shared["optimizer"])
+    trainer.window.load_state_dict(shared["noise_scale"])
+    trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
+    restore_random_state(own["random"])
+
+
+def _check_same(path: Path, kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    for name in [*saved, *present]:
+        old, new = saved.get(name), present.get(name)
+        if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise CheckpointError(
+                f"{path}: belongs to another model: {kind} {name} is {_describe(old)} there and {_describe(new)} here; "
+                "start a new run, or bring the model back"
+            )
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
