@@ -224,7 +224,7 @@ def _import_mpi() -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: its shared library of MPI is missing
         raise UsageError(
             f"mpirun started this process, but mpi4py cannot be imported ({error}): "
-            "pip install 'ddp-noise-scale[mpi]', or start the job with torchrun"
+            "pip install -e '.[mpi]', or start the job with torchrun"
         ) from None
     return MPI
 

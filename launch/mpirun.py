@@ -41,7 +41,7 @@ def find(interpreter: str, search_path: str | None) -> str:
     """
     beside = Path(interpreter).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun", path=search_path)
-    advice = "pip install 'ddp-noise-scale[mpi]', or start the job with torchrun"
+    advice = "pip install -e '.[mpi]', or start the job with torchrun"
     if found is None:
         raise UsageError(f"there is no mpirun beside {interpreter} nor on PATH: {advice}")
     if importlib.util.find_spec("mpi4py") is None:

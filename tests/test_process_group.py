@@ -133,7 +133,7 @@ def test_mpirun_without_mpi4py_says_what_to_install(tmp_path: Path) -> None:
     )
     ended = run_command([*MPIRUN, "2", *python("-c", program)], tmp_path)
     assert ended.code == 0, ended
-    assert ended.stdout.count("pip install 'ddp-noise-scale[mpi]'") == 2
+    assert ended.stdout.count("pip install -e '.[mpi]'") == 2
 
 
 def test_an_mpi_of_its_own_in_each_process_is_refused(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_what_cannot_be_reported_is_said_in_words(tmp_path: Path, monkeypatch: p
     with pytest.raises(UsageError, match="no record of a run here"):
         write_report(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=re.escape("pip install 'ddp-noise-scale[report]'")):
+    with pytest.raises(UsageError, match=re.escape("pip install -e '.[report]'")):
         write_report(record_run(tmp_path, run_info(), last_step=5))
 
 

@@ -71,7 +71,7 @@ def _load() -> tuple[Tensor, Tensor]:
     except ImportError:
         raise UsageError(
             "task digits: scikit-learn, which brings the images, is not installed; "
-            "install the `examples` extra: pip install 'ddp-noise-scale[examples]'"
+            "install the `examples` extra: pip install -e '.[examples]'"
         ) from None
     bundled: Any = load_digits()
     images = torch.from_numpy(bundled.images.astype(np.float32)).unsqueeze(1)

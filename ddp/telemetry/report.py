@@ -56,7 +56,7 @@ def write_report(run_dir: Path) -> Path:
         UsageError: no record of a run there, or matplotlib is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the report needs matplotlib: pip install 'ddp-noise-scale[report]'")
+        raise UsageError("the report needs matplotlib: pip install -e '.[report]'")
     recorded = read_recorded(run_dir / "run.db")
     job = run_dir / "job.toml"
     job_text = job.read_text(encoding="utf-8", errors="replace") if job.is_file() else ""

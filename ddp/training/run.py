@@ -9,7 +9,7 @@ import inspect
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
 from ddp.tasks import load_task
 from ddp.tasks.base import Goal, Task, metric_goal
-from ddp.telemetry.records import RunInfo
+from ddp.telemetry.records import RunInfo, Sink
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
@@ -89,9 +89,8 @@ def _train(
     transport = together(lambda: select_transport(job.transport.name, device.type, job.transport.timeout_seconds))
     exchange = GradientExchange(transport)
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
-        trainer = _trainer(job, plan, exchange, device, stop)
-        trainer.sinks = station.sinks if station else ()
-        trainer.save_checkpoint = lambda trainer: save_state(trainer, directory.checkpoints)
+        sinks = station.sinks if station else ()
+        trainer = _trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints)
         try:
             if origin.checkpoint is not None:
                 restore_state(trainer, origin.checkpoint)
@@ -194,7 +193,15 @@ def _closing(exchange: GradientExchange) -> Iterator[None]:
     exchange.transport.close()
 
 
-def _trainer(job: Job, plan: Plan, exchange: GradientExchange, device: torch.device, stop: StopRequest) -> Trainer:
+def _trainer(
+    job: Job,
+    plan: Plan,
+    exchange: GradientExchange,
+    device: torch.device,
+    stop: StopRequest,
+    sinks: Sequence[Sink],
+    checkpoints: Path,
+) -> Trainer:
     model = DistributedDataParallel(
         plan.module.to(device),
         **_keep_buffers_apart(),
@@ -215,6 +222,8 @@ def _trainer(job: Job, plan: Plan, exchange: GradientExchange, device: torch.dev
         exchange=exchange,
         window=NoiseScaleWindow(training_examples=plan.batches.examples),
         stop=stop,
+        sinks=sinks,
+        save_checkpoint=lambda trainer: save_state(trainer, checkpoints),
     )
 
 

@@ -17,10 +17,10 @@ from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.trainer import Trainer
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
-    """Write the trainer's state as the checkpoint of its step. All ranks together."""
+def save_state(trainer: Trainer, directory: Path) -> Path:
+    """Write the trainer's state as the checkpoint of its step, and return where. All ranks together."""
     module = trainer.model.module
-    checkpoint.save(
+    return checkpoint.save(
         directory,
         trainer.step_count,
         shared={

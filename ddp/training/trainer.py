@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ class Trainer:
     exchange: GradientExchange
     window: NoiseScaleWindow
     stop: StopRequest
-    sinks: Sequence[Sink] = ()
-    save_checkpoint: Callable[[Trainer], None] = lambda trainer: None
+    sinks: Sequence[Sink]
+    save_checkpoint: Callable[[Trainer], Path]
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
@@ -75,14 +76,17 @@ class Trainer:
     def run(self) -> None:
         """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
         self._settle_buckets()
+        if self.step_count and self._evaluation_is_due():
+            self._evaluate()  # a stop in that step came before
         while self.step_count < self.steps:
             epoch, first = divmod(self.step_count, self.plan.steps_per_epoch)
             steps = batches(self.splits.training, self.plan, self.rank, epoch, first)
             for _ in range(min(self.plan.steps_per_epoch - first, self.steps - self.step_count)):
-                rows = self._step(steps)
+                self._stop_if_asked(self._step(steps))
                 if self._evaluation_is_due():
                     self._evaluate()
-                self._save_or_stop(rows)
+                if self._checkpoint_is_due():
+                    self.save_checkpoint(self)
         if self._evaluated_at != self.step_count:
             self._evaluate()
         self.save_checkpoint(self)
@@ -223,17 +227,17 @@ class Trainer:
             for sink in self.sinks:
                 sink.evaluation(record)
 
-    def _save_or_stop(self, rows: list[StepRow]) -> None:
-        asked = [str(rank) for rank, row in enumerate(rows) if row.stop]
-        every = self.job.checkpoint.every_steps
+    def _stop_if_asked(self, rows: list[StepRow]) -> None:
+        """Before an evaluation, which may take longer than a launcher waits after a signal."""
+        asked = [rank for rank, row in enumerate(rows) if row.stop]
         if asked:
-            self.save_checkpoint(self)
-            raise StoppedError(
-                f"stopped by {self.stop.signal_name or f'a signal to rank {asked[0]}'} after step {self.step_count}; "
-                "a checkpoint is saved: run again with --resume auto"
-            )
-        if every is not None and self.step_count % every == 0 and self.step_count < self.steps:
-            self.save_checkpoint(self)
+            path = self.save_checkpoint(self)
+            by = self.stop.signal_name or f"a signal to rank {asked[0]}"
+            raise StoppedError(f"stopped by {by} after step {self.step_count}; go on with --resume {path}")
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.job.checkpoint.every_steps
+        return every is not None and self.step_count % every == 0 and self.step_count < self.steps
 
     def _epochs_done(self) -> float:
         return self.step_count / self.plan.steps_per_epoch
