@@ -258,8 +258,8 @@ def _rewrite_manifest(path: Path, name: str) -> None:
 
 def _save_together(
     rank: int, world_size: int, store_address: str, directory: str, step: int, failing: int | None
-) -> tuple[str, int]:
-    """Save with a barrier of the store's; what was returned or raised, and how many barriers were met."""
+) -> tuple[str, int, bool]:
+    """Save with a barrier of the store's: what was returned or raised, barriers met, whether another rank is the cause."""
     store = connect_store(store_address)
     met = 0
 
@@ -274,14 +274,14 @@ def _save_together(
     shared = {"step": step} if rank == 0 else {}
     try:
         path = save(Path(directory), step, shared, own, rank=rank, world_size=world_size, barrier=barrier, keep=1)
-        return str(path), met
+        return str(path), met, False
     except CheckpointError as error:
-        return str(error), met
+        return str(error), met, error.consequence
 
 
 def test_each_rank_gets_its_own_back(rank_pool: RankPool, tmp_path: Path) -> None:
     path = tmp_path / "step-00000004"
-    assert rank_pool.run(3, _save_together, str(tmp_path), 4, None) == [(str(path), 3)] * 3
+    assert rank_pool.run(3, _save_together, str(tmp_path), 4, None) == [(str(path), 3, False)] * 3
     for rank in range(3):
         shared, own = load(path, rank, 3)
         assert shared == {"step": 4}
@@ -300,12 +300,21 @@ def test_one_failing_rank_fails_all_and_the_older_stays(
 ) -> None:
     rank_pool.run(2, _save_together, str(tmp_path), 4, None)
     answers = rank_pool.run(2, _save_together, str(tmp_path), step, failing)
-    assert [met for _, met in answers] == [3, 3]
-    messages = [message for message, _ in answers]
+    assert [met for _, met, _ in answers] == [3, 3]
+    assert [consequence for _, _, consequence in answers] == [rank != failing for rank in range(2)]
+    messages = [message for message, _, _ in answers]
     assert f"rank {failing} could not save step {step}: rank-0000{failing}.pt: bad: " in messages[failing]
     assert "see its message" in messages[1 - failing] or "see that rank's message" in messages[1 - failing]
     assert _names(tmp_path) == ["step-00000004"]
     assert newest(tmp_path) == tmp_path / "step-00000004"
+
+
+def test_a_directory_that_rank_0_cannot_make_is_its_own_failure_alone(rank_pool: RankPool, tmp_path: Path) -> None:
+    (tmp_path / ".step-00000003.partial").touch()  # not a directory, so that it cannot be cleared away as one
+    answers = rank_pool.run(2, _save_together, str(tmp_path), 8, None)
+    assert [(met, consequence) for _, met, consequence in answers] == [(3, False), (3, True)]
+    assert "rank 0 could not save step 8: Not a directory" in answers[0][0]
+    assert newest(tmp_path) is None
 
 
 # --- full disks and kills ---

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from ddp.job import load_job, parse_job
 from ddp.topology import SINGLE_PROCESS, Topology
-from jobs import beside_python, python, run_command, write_job
+from jobs import beside_python, finish, python, run_command, started, wait_until, write_job
 from launch.__main__ import worker_arguments
 
 TRAIN = ["-m", "ddp", "train", "job.toml"]
@@ -106,6 +108,16 @@ def test_a_dry_run_says_what_would_run_on_rank_0_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_refuses_a_batch_smaller_than_the_ranks(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    place = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "16"}
+    here = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [*python(*TRAIN), "--set", "batch.global_batch_size=8", "--dry-run"]
+    ended = run_command(command, tmp_path, here, timeout=30)
+    assert (ended.code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended
+    assert "batch.global_batch_size: 8 examples a step are fewer than the 16 ranks" in ended.stderr
+
+
 def test_accumulation_rounds_up() -> None:
     from ddp.__main__ import plan
 
@@ -120,6 +132,62 @@ def test_the_printed_job_is_the_job(tmp_path: Path) -> None:
     ended = run_command([*python(*TRAIN), "--set", "run.seed=5", "--print-config"], tmp_path, timeout=30)
     (tmp_path / "printed.toml").write_text(ended.stdout)
     assert load_job(tmp_path / "printed.toml") == load_job(tmp_path / "job.toml", ["run.seed=5"])
+
+
+def write_digits(folder: Path, steps: int) -> None:
+    batch = "[batch]\nglobal_batch_size = 32\nmicro_batch_size = 32"
+    run = f'[run]\nsteps = {steps}\nid = "run"\ndevice = "cpu"'
+    (folder / "job.toml").write_text(f'{run}\n[task]\nname = "digits"\n{batch}\n[metrics]\nenabled = false\n')
+
+
+@pytest.mark.parametrize("delay_seconds", [0.0, 0.3, 0.8, 1.6])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_at_any_time_after_the_start_stops_cleanly(
+    tmp_path: Path, number: signal.Signals, delay_seconds: float
+) -> None:
+    """While Python imports torch, while the run is opened, in the first steps: whatever the delay meets."""
+    write_digits(tmp_path, steps=1_000_000)
+    with started(python(*TRAIN), tmp_path) as process:
+        wait_until(lambda: catches(process.pid, number))
+        time.sleep(delay_seconds)
+        process.send_signal(number)
+        ended = finish(process, timeout=60)
+    assert ended.code == 75, ended
+    assert "Traceback" not in ended.stderr and f"stopped by {number.name}" in ended.stderr.splitlines()[-1]
+
+
+def catches(process_id: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    (caught,) = (
+        line.split()[1]
+        for line in Path(f"/proc/{process_id}/status").read_text().splitlines()
+        if line.startswith("SigCgt")
+    )
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def assert_finished(folder: Path) -> None:
+    assert '"code": 0' in (folder / "runs" / "run" / "outcome.json").read_text()
+    assert (folder / "runs" / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()
+
+
+def test_a_terminal_without_some_characters_does_not_fail_a_run(tmp_path: Path) -> None:
+    write_digits(tmp_path, steps=2)
+    name = "r\u00e4nne"
+    where = ["--set", f"run.directory={name}"]
+    ended = run_command([*python(*TRAIN), *where], tmp_path, {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"})
+    assert ended.code == 0, ended
+    assert "2 steps" in ended.stdout and "r?nne/run/report.html" in ended.stdout
+    (tmp_path / name).rename(tmp_path / "runs")
+    assert_finished(tmp_path)
+
+
+def test_a_closed_pipe_does_not_fail_a_finished_run(tmp_path: Path) -> None:
+    write_digits(tmp_path, steps=2)
+    ended = run_command(["bash", "-o", "pipefail", "-c", '"$@" | true', "bash", *python(*TRAIN)], tmp_path)
+    assert ended.code == 0, ended
+    assert "Traceback" not in ended.stderr and "Broken pipe" not in ended.stderr
+    assert_finished(tmp_path)
 
 
 NO_TORCH = """

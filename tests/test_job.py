@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ddp.errors import JobFileError
-from ddp.job import Job, apply_overrides, load_job, parse_job
+from ddp.job import BatchSection, Job, apply_overrides, load_job, parse_job
 
 VALID: dict[str, Any] = {
     "run": {"steps": 10},
@@ -37,6 +39,40 @@ def test_the_resolved_job_reads_back_equal(tmp_path: Path, overrides: list[str])
     path = tmp_path / "job.toml"
     path.write_text(job.to_toml())
     assert load_job(path) == job
+
+
+def test_options_keep_their_toml_types(tmp_path: Path) -> None:
+    options = "{ f = inf, g = -inf, whole = 1.0, day = 2031-02-03, at = 2031-02-03T04:05:06Z, deep = [{ on = true }] }"
+    job = parse_job(apply_overrides(VALID, ["task.name=my.module:Task", f"task.options={options}"]))
+    (tmp_path / "again.toml").write_text(job.to_toml())
+    again = load_job(tmp_path / "again.toml")
+    assert again == job
+    assert again.model_dump()["task"]["options"] == {
+        "f": math.inf,
+        "g": -math.inf,
+        "whole": 1.0,
+        "day": datetime.date(2031, 2, 3),
+        "at": datetime.datetime(2031, 2, 3, 4, 5, 6, tzinfo=datetime.UTC),
+        "deep": [{"on": True}],
+    }
+    assert type(again.model_dump()["task"]["options"]["whole"]) is float
+
+
+def test_accumulation_is_the_fewest_passes_that_hold_the_batch() -> None:
+    for ranks in range(1, 6):
+        for batch in range(1, 40):
+            for micro in range(1, batch + 1):
+                section = BatchSection(global_batch_size=batch, micro_batch_size=micro)
+                if ranks > batch:
+                    with pytest.raises(
+                        JobFileError, match=rf"{batch} examples a step are fewer than the {ranks} ranks"
+                    ):
+                        section.gradient_accumulation_steps(ranks)
+                    continue
+                steps, held = 0, 0
+                while held < batch:
+                    steps, held = steps + 1, held + ranks * micro
+                assert section.gradient_accumulation_steps(ranks) == steps, (ranks, batch, micro)
 
 
 def test_overrides_leave_the_table_alone_and_take_toml_values() -> None:

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 from ddp import outcome
-from ddp.errors import DivergedError, PeerLostError
+from ddp.errors import CheckpointError, DivergedError, PeerLostError, StoppedError
 from ddp.outcome import Outcome
 
 HERE = socket.gethostname()
@@ -35,6 +35,19 @@ def test_the_first_cause_wins_over_later_ones_and_over_what_follows_from_it(tmp_
     assert [each.name for each in tmp_path.iterdir()] == [outcome.FILE_NAME]
     outcome.clear(tmp_path)
     assert outcome.read(file) is None
+
+
+def test_what_follows_from_another_rank_gives_way_to_it(tmp_path: Path) -> None:
+    cause, follows = CheckpointError("this disk is full"), CheckpointError("another rank could not")
+    follows.consequence = True
+    lost = PeerLostError("rank 0 left")
+    assert [outcome.failure(each, 1, 2).weight for each in (follows, lost, cause, StoppedError("x"))] == [1, 1, 2, 2]
+    assert not outcome.failure(cause, 1, 2).consequence
+    file = tmp_path / outcome.FILE_NAME
+    assert outcome.claim(file, outcome.failure(follows, 1, 2))
+    assert outcome.claim(file, outcome.failure(cause, 0, 2))
+    held = outcome.read(file)
+    assert held is not None and (held.rank, held.cause) == (0, "this disk is full")
 
 
 def test_what_is_no_outcome_reads_as_none(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ddp.telemetry.progress import (
     Progress,
     Rate,
     duration_text,
+    epochs_text,
     metric_text,
     moment_text,
     number_text,
@@ -47,6 +48,13 @@ def test_a_nan_loss_is_said() -> None:
 def test_a_run_counted_in_steps_shows_a_fraction_of_an_epoch() -> None:
     line = render_line(replace(INFO, steps=300), RECORD, None, NAN, NAN)
     assert line.startswith("epoch 3.2/13 ")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "text"), [(0.87, "0.9"), (3.2174, "3.2"), (8, "8"), (7.99, "8"), (12.5, "12.5"), (1234.56, "1,234.6"), (20_000, "20,000")]
+)  # fmt: skip
+def test_epochs_have_one_decimal_where_it_says_something(epochs: float, text: str) -> None:
+    assert epochs_text(epochs) == text
 
 
 def test_a_run_of_less_than_an_epoch_is_told_in_steps() -> None:

@@ -23,6 +23,7 @@ from ddp.telemetry.recording import (
     read_evaluations,
     read_parts,
     read_steps,
+    replay,
 )
 from ddp.telemetry.records import EvaluationRecord, StepRecord
 from telemetry_records import evaluation_records, feed, reading, run_info, step_records
@@ -80,6 +81,36 @@ def test_nan_infinity_and_absence_stay_apart(tmp_path: Path) -> None:
     recorder.evaluation(evaluation)
     recorder.close()
     assert [list(map(repr, records)) for records in read(path)] == [list(map(repr, odd)), [repr(evaluation)]]
+
+
+class Heard:
+    """A sink that keeps all it hears, in order."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord | EvaluationRecord] = []
+
+    def step(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        self.records.append(record)
+
+    def close(self) -> None: ...
+
+
+def test_a_replay_tells_what_the_run_told_in_its_order(tmp_path: Path) -> None:
+    """An evaluation comes after the step that it was made at, the last one after all."""
+    info, path = run_info(), tmp_path / "run.db"
+    told, again = Heard(), Heard()
+    feed(told, info)
+    recorder = Recorder(path, info)
+    feed(recorder, info)
+    recorder.close()
+    with closing(open_recording(path)) as database:
+        replay(read_steps(database), read_evaluations(database), again)
+    assert isinstance(told.records[-1], EvaluationRecord)
+    assert [(type(each), each.step) for each in again.records] == [(type(each), each.step) for each in told.records]
+    assert sorted(map(repr, again.records)) == sorted(map(repr, told.records))
 
 
 def test_a_run_in_progress_can_be_read(tmp_path: Path) -> None:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import os
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from ddp.errors import UsageError
 from ddp.job import Job
 from ddp.training.resume import find_origin
 from ranks import RankPool
-from training_runs import differences, job, saved, steps_of, train_ranks
+from training_runs import (
+    EXAMPLES,
+    INPUTS,
+    Ended,
+    Misbehaving,
+    differences,
+    job,
+    saved,
+    steps_of,
+    train_one,
+    train_ranks,
+)
 
 # 1,472 = 4 x 350 + 72: steps 5 and 10 end an epoch, their batch is uneven.
 DIGITS = {
@@ -113,6 +131,92 @@ def test_another_number_of_ranks_is_refused_by_all(rank_pool: RankPool, tmp_path
         assert "written by 2 rank(s)" in message and "cannot be resumed on 3" in message
     assert all_but_times(tmp_path / "run") == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class Variable(Misbehaving):
+    """The model and the number of examples are what the file `source` says when the task is made."""
+
+    def __init__(self, source: str) -> None:
+        says = json.loads(Path(source).read_text())
+        super().__init__(examples=says.get("examples", EXAMPLES))
+        self.width, self.bias = says.get("width", 3), says.get("bias", True)
+        self.buffer = says.get("buffers", [1, 1])[dist.get_rank()]
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(INPUTS, self.width, bias=self.bias), nn.Tanh(), nn.Linear(self.width, 1))
+        model.register_buffer("mean", torch.zeros(self.buffer))
+        Misbehaving.last_model = model
+        return model
+
+
+@pytest.mark.parametrize(
+    "now, said",
+    [
+        ({"width": 1}, "parameter 0.weight is float32 (3, 5) there and float32 (1, 5) here"),
+        ({"bias": False}, "parameter 0.bias is float32 (3,) there and missing here"),
+        ({"buffers": [4, 4]}, "buffer mean is float32 (1,) there and float32 (4,) here"),
+        ({"buffers": [1, 4]}, "buffer mean is float32 (1,) there and float32 (4,) here"),
+        ({"examples": 50}, "written while training on 61 examples, the training set now has 50"),
+    ],
+    ids=str,
+)
+def test_another_model_or_other_data_is_refused_by_all(
+    rank_pool: RankPool, tmp_path: Path, now: dict[str, Any], said: str
+) -> None:
+    source = tmp_path / "source.json"
+    task = {"task__name": "test_resume:Variable", "task__options": {"source": str(source)}}
+    source.write_text("{}")
+    assert train_ranks(rank_pool, 2, job(tmp_path, run__steps=4, **task))[1].kind == ""
+    before, records = saved(tmp_path / "run", 4, 2), all_but_times(tmp_path / "run")
+    source.write_text(json.dumps(now))
+    ended = train_ranks(rank_pool, 2, job(tmp_path, run__steps=8, **task), resume="auto")
+    assert [one.kind for one in ended] == ["CheckpointError"] * 2, ended
+    (message,) = {one.message for one in ended}
+    assert "step-00000004" in message and said in message
+    assert all_but_times(tmp_path / "run") == records
+    assert differences(saved(tmp_path / "run", 4, 2), before) == []
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    source.write_text("{}")
+    assert train_ranks(rank_pool, 2, job(tmp_path, run__steps=8, **task), resume="auto")[1].kind == ""
+
+
+def train_one_listening(
+    rank: int, world_size: int, store_address: str, jobs: Sequence[Job], resume: str
+) -> tuple[Ended, str]:
+    """`train_one`, and what was logged meanwhile."""
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logging.getLogger("ddp").addHandler(handler)
+    try:
+        return train_one(rank, world_size, store_address, jobs, resume), logged.getvalue()
+    finally:
+        logging.getLogger("ddp").removeHandler(handler)
+
+
+def overwrite(record: Path) -> None:
+    record.write_bytes(b"no database " * 1000)
+
+
+def spoil_all_but_the_first_page(record: Path) -> None:
+    """It opens, and what is read first fails."""
+    size_bytes = record.stat().st_size
+    with record.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (size_bytes - 4096))
+
+
+@pytest.mark.parametrize("damage", [overwrite, spoil_all_but_the_first_page])
+def test_a_damaged_record_does_not_stop_a_resume(
+    rank_pool: RankPool, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    train_ranks(rank_pool, 1, job(tmp_path, run__steps=40))
+    damage(tmp_path / "run" / "run.db")
+    ((ended, logged),) = rank_pool.run(1, train_one_listening, [job(tmp_path, run__steps=44)], "auto")
+    assert ended.kind == "", ended
+    assert "44 steps" in ended.printed
+    assert logged.count("the summary will not know the steps before this part") == 1, logged
+    assert logged.count("the record of the run is incomplete, training goes on") == 1, logged
+    assert saved(tmp_path / "run", 44, 1)["shared"]["step"] == 44
 
 
 def test_a_finished_run_ends_well_again(rank_pool: RankPool, tmp_path: Path) -> None:

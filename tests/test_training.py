@@ -26,7 +26,7 @@ from ddp.training.run import hold
 from ddp.training.signals import StopRequest
 from ddp.training.trainer import population
 from ranks import RankPool
-from training_runs import EXAMPLES, differences, job, losses_of, saved, steps_of, train_ranks
+from training_runs import EXAMPLES, INPUTS, Misbehaving, differences, job, losses_of, saved, steps_of, train_ranks
 
 SEED, TRAINING_EXAMPLES = 7, 1472
 STEPS, CLIP = 20, 0.5
@@ -184,6 +184,54 @@ def test_more_ranks_than_examples(rank_pool: RankPool, tmp_path: Path) -> None:
     assert "2 examples" in message and "3 ranks" in message
     message = refused(rank_pool, 3, job(tmp_path / "runs", global_batch_size=2, micro_batch_size=2))
     assert "batch.global_batch_size" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unfit(Misbehaving):
+    """A model or a loss that cannot be trained, as `fault` says."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        if self.fault == "frozen":
+            return model.requires_grad_(False)
+        if self.fault == "sparse":
+            return nn.Sequential(_Rounded(), nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(4 * INPUTS, 1))
+        if self.fault.startswith("unused"):
+            for number in range(int(self.fault.split()[1])):
+                model.register_parameter(f"spare{number}", nn.Parameter(torch.zeros(3)))
+        return model
+
+    def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        losses = super().loss(model, batch)
+        return losses.mean() if self.fault == "mean" else losses
+
+
+class _Rounded(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.round().long().clamp(-4, 4) + 4
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "c10d"])
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("mean", "loss has the shape ()"),
+        ("frozen", "no parameter that takes a gradient"),
+        ("sparse", "sparse=False"),
+        ("unused 1", "no gradient reaches spare0 of the model:"),
+        ("unused 5", "no gradient reaches spare0, spare1, spare2 and 2 more of the model:"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_all_and_leaves_nothing(
+    rank_pool: RankPool, tmp_path: Path, transport: str, fault: str, said: str
+) -> None:
+    settings = {"metrics__enabled": True, "transport__name": transport}
+    here = job(tmp_path / "runs", task__name="test_training:Unfit", task__options={"fault": fault}, **settings)
+    assert said in refused(rank_pool, 2, here)
     assert list(tmp_path.iterdir()) == []
 
 

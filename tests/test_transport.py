@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
 import math
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,7 @@ from torch import Tensor
 
 from ddp.errors import PeerLostError, TransportError, UsageError
 from ddp.transport.base import ROW_LENGTH, Transport
+from ddp.transport.segment import _open_of
 from ddp.transport.select import select_transport
 from ddp.transport.shared_memory import CHUNK_BYTES, DEPTH
 from ranks import RankFailure, RankPool, process_group, run_ranks
@@ -292,3 +298,98 @@ def _mappings(rank: int, world_size: int, store: str) -> tuple[int, int, int]:
 
 def test_the_memory_is_given_back(rank_pool: RankPool) -> None:
     assert rank_pool.run(2, _mappings) == [(1, 0, 0)] * 2
+
+
+def _without_memfd(rank: int, world_size: int, store: str, name: str) -> tuple[str, str]:
+    """The transport's name or the usage error, and what was logged."""
+    logged, create = io.StringIO(), os.memfd_create
+    handler = logging.StreamHandler(logged)
+    logging.getLogger("ddp").addHandler(handler)
+    os.memfd_create = _refuse_memfd
+    try:
+        with process_group(rank, world_size, store):
+            transport = _open(name)
+            bucket = torch.full((5,), float(rank))
+            transport.all_reduce_mean_(bucket, 1 / world_size)
+            transport.complete()
+            assert bucket.tolist() == [(world_size - 1) / 2] * 5
+            transport.close()
+            return transport.name, logged.getvalue()
+    except UsageError as error:
+        return str(error), logged.getvalue()
+    finally:
+        os.memfd_create = create
+        logging.getLogger("ddp").removeHandler(handler)
+
+
+def _refuse_memfd(name: str, flags: int = 0) -> int:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def test_auto_falls_back_with_one_warning_where_there_is_no_anonymous_memory(rank_pool: RankPool) -> None:
+    answers = rank_pool.run(3, _without_memfd, "auto")
+    assert [name for name, _ in answers] == ["c10d"] * 3
+    assert [logged.count("\n") for _, logged in answers] == [1, 0, 0]
+    assert "through c10d" in answers[0][1] and "Function not implemented" in answers[0][1]
+
+
+def test_shared_memory_that_was_asked_for_is_refused_by_all_where_there_is_none(rank_pool: RankPool) -> None:
+    answers = rank_pool.run(3, _without_memfd, "shared_memory")
+    (message,) = {message for message, _ in answers}
+    assert message.startswith('transport "shared_memory": ') and "Function not implemented" in message
+    assert [logged for _, logged in answers] == [""] * 3
+
+
+NONCE = 0x1234_5678_9ABC_DEF0
+
+
+def _pipe(_: Path) -> list[int]:
+    return list(os.pipe())
+
+
+def _directory(folder: Path) -> list[int]:
+    return [os.open(folder, os.O_RDONLY)]
+
+
+def _file(content: bytes) -> Callable[[Path], list[int]]:
+    def make(folder: Path) -> list[int]:
+        (folder / "file").write_bytes(content)
+        return [os.open(folder / "file", os.O_RDWR)]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_pipe, _directory, _file(b""), _file(np.int64(NONCE).tobytes()[:7]), _file(np.int64(NONCE + 1).tobytes())],
+    ids=["pipe", "directory", "empty", "short", "another nonce"],
+)
+def test_a_strangers_file_is_left_alone(tmp_path: Path, make: Callable[[Path], list[int]]) -> None:
+    remote, *others = make(tmp_path)
+    try:
+        before = os.listdir("/proc/self/fd")
+        assert _open_of(os.getpid(), remote, NONCE) == -1
+        assert os.listdir("/proc/self/fd") == before
+    finally:
+        for descriptor in (remote, *others):
+            os.close(descriptor)
+    assert _open_of(os.getpid(), remote, NONCE) == -1  # nothing there any more
+
+
+def test_a_pipe_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To open a stranger's device or pipe can have effects."""
+    opened: list[str] = []
+    monkeypatch.setattr(os, "open", lambda path, *_: opened.append(path) or -1)
+    descriptors = os.pipe()
+    assert _open_of(os.getpid(), descriptors[0], NONCE) == -1
+    assert opened == []
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def test_the_file_with_the_nonce_is_kept(tmp_path: Path) -> None:
+    (remote,) = _file(np.int64(NONCE).tobytes() + b"more")(tmp_path)
+    descriptor = _open_of(os.getpid(), remote, NONCE)
+    assert os.path.sameopenfile(remote, descriptor)
+    os.close(descriptor)
+    os.close(remote)

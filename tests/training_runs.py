@@ -66,8 +66,6 @@ def job(folder: Path, **settings: Any) -> Job:
         table.setdefault(section or "batch", {})[key] = value
     if "epochs" not in table["run"]:
         table["run"].setdefault("steps", 20)
-    if table["task"]["name"] != "training_runs:Misbehaving":
-        table["task"].pop("options", None)
     return parse_job(table)
 
 

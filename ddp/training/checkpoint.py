@@ -106,12 +106,11 @@ def save(
     barrier()
     if fault:
         failed = CheckpointError(f"{final}: rank {rank} could not save step {step}: {_reason(fault)}")
-        failed.consequence = rank != 0 and isinstance(fault, FileNotFoundError)  # rank 0 could not make the directory
+        no_directory = rank != 0 and isinstance(fault, FileNotFoundError)  # rank 0 could not make it
+        failed.consequence = no_directory or getattr(fault, "consequence", False)
         raise failed from fault
     if _identity(final) != written:
-        failed = CheckpointError(f"{final}: step {step} is not saved, because another rank could not; see its message")
-        failed.consequence = True
-        raise failed
+        raise _followed(f"{final}: step {step} is not saved, because another rank could not; see its message")
     if rank == 0:
         _remove_others(directory, step, keep)
     return final
@@ -124,6 +123,13 @@ def _attempt(action: Callable[..., None], *args: Any) -> Exception | None:
     except (OSError, RuntimeError, CheckpointError) as fault:  # torch wraps a failed write in a RuntimeError
         return fault
     return None
+
+
+def _followed(message: str) -> CheckpointError:
+    """The error of a rank that could have saved, had another rank not failed."""
+    error = CheckpointError(message)
+    error.consequence = True
+    return error
 
 
 def _prepare(directory: Path, partial: Path) -> None:
@@ -156,7 +162,7 @@ def _publish(partial: Path, final: Path, step: int, world_size: int) -> None:
         try:
             files[name] = _read_note(partial, name)
         except FileNotFoundError:
-            raise CheckpointError(f"{name} was not written; see that rank's message") from None
+            raise _followed(f"{name} was not written; see that rank's message") from None
         (partial / f"{name}.note").unlink()
     with _create(partial / MANIFEST) as file:
         file.write(json.dumps(asdict(Manifest(VERSION, step, world_size, files)), indent=1).encode())

@@ -253,9 +253,21 @@ class Trainer:
             data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
             self._loss_sum(data.micro_batches[0]).backward()
         self.exchange.take()
+        _raise_if_unused(self.model.module)
         self.optimizer.zero_grad()
         for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(saved)
+
+
+def _raise_if_unused(module: nn.Module) -> None:
+    """After a first backward: DDP waits for the gradient of every parameter that takes one."""
+    unused = [name for name, each in module.named_parameters() if each.requires_grad and each.grad is None]
+    if unused:
+        rest = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise UsageError(
+            f"task: no gradient reaches {', '.join(unused[:3])}{rest} of the model: the loss does not depend on "
+            "them; use them in every forward, or freeze them with requires_grad_(False)"
+        )
 
 
 def _phases(row: StepRow) -> dict[str, float]:
