@@ -176,6 +176,8 @@ def _record(mine: Outcome, run_directory: Path | None) -> Path | None:
 def _is_heard(mine: Outcome, file: Path | None) -> bool:
     """Whether this rank's cause is the one to show. Ranks that yield stay a moment: their end would end the others."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(mine.code))  # another rank has ended, and was heard before
+    if mine.consequence and mine.code == UsageError.exit_code:  # shared by all, and said by the rank that found it
+        return False
     if file is None:  # too early for a file: rank 0 speaks, others if its end has not ended them meanwhile
         time.sleep(GRACE_SECONDS * (mine.rank != 0) + GRACE_SECONDS * mine.consequence)
         return True

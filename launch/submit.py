@@ -96,7 +96,10 @@ def _run(
     stop_seconds: float,
     log: IO[bytes] | None,
 ) -> int:
-    with _signals_passed_on(signals, stop_seconds) as watch:
+    inherited = frozenset(
+        descendants(os.getpid())
+    )  # a shell's `> >(tee log)` comes with an exec; it is not ours to end
+    with _signals_passed_on(signals, stop_seconds, inherited) as watch:
         try:
             child = subprocess.Popen(
                 argv,
@@ -109,12 +112,12 @@ def _run(
             watch(child)
             return child.wait()
         finally:
-            _end_descendants()
+            _end_descendants(inherited)
 
 
 @contextlib.contextmanager
 def _signals_passed_on(
-    signals: Mapping[int, int], stop_seconds: float
+    signals: Mapping[int, int], stop_seconds: float, inherited: frozenset[int]
 ) -> Generator[Callable[[subprocess.Popen[bytes]], None]]:
     """Handlers that pass signals on to the child once it is known, and see that it ends."""
     child: subprocess.Popen[bytes] | None = None
@@ -132,12 +135,12 @@ def _signals_passed_on(
         if number in (signal.SIGTERM, signal.SIGINT):
             signal.alarm(max(1, round(stop_seconds)))
         if is_impatient:
-            _signal_descendants(signal.SIGKILL)
+            _signal_descendants(signal.SIGKILL, inherited)
         elif child is not None:
             child.send_signal(signals[number])
 
     def give_up(_number: int, _: FrameType | None) -> None:
-        _signal_descendants(signal.SIGKILL)
+        _signal_descendants(signal.SIGKILL, inherited)
 
     before = {number: signal.signal(number, handle) for number in signals}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, give_up)
@@ -149,19 +152,19 @@ def _signals_passed_on(
             signal.signal(number, handler)
 
 
-def _end_descendants() -> None:
-    """End every process below this one: ask, wait, kill; then collect them."""
-    _signal_descendants(signal.SIGTERM)
+def _end_descendants(inherited: frozenset[int]) -> None:
+    """End every process below this one but the inherited: ask, wait, kill; then collect them."""
+    _signal_descendants(signal.SIGTERM, inherited)
     deadline = time.monotonic() + END_SECONDS
-    while descendants(os.getpid()):
+    while not inherited.issuperset(descendants(os.getpid())):
         if time.monotonic() > deadline:
-            _signal_descendants(signal.SIGKILL)
+            _signal_descendants(signal.SIGKILL, inherited)
         _collect_ended()
         time.sleep(0.02)
 
 
-def _signal_descendants(number: int) -> None:
-    for process in descendants(os.getpid()):
+def _signal_descendants(number: int, inherited: frozenset[int]) -> None:
+    for process in set(descendants(os.getpid())) - inherited:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
 

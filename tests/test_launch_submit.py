@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 
@@ -163,3 +165,14 @@ def test_the_command_hears_of_our_death(tmp_path: Path) -> None:
 def test_a_free_port_and_cores() -> None:
     assert 0 < free_port() < 65536
     assert 0 < core_count() <= len(os.sched_getaffinity(0))
+
+
+def test_what_the_shell_left_below_this_process_is_not_ended(tmp_path: Path) -> None:
+    """As in a job script with `exec > >(tee log)`: the reader of the log is below launch, which did not start it."""
+    command = shlex.join(submitted(write(as_json(3), 1)))
+    script = f"exec 2> >(cat > log; echo read to the end >> log); exec {command}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=30, check=False)
+    assert ended.returncode == 3
+    wait_until(lambda: "read to the end" in (tmp_path / "log").read_text(), 10)
+    assert "error: " in (tmp_path / "log").read_text()

@@ -207,6 +207,8 @@ class Unfit(Misbehaving):
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
         losses = super().loss(model, batch)
+        if self.fault == "twice":
+            return torch.cat([losses, losses])
         return losses.mean() if self.fault == "mean" else losses
 
 
@@ -220,6 +222,7 @@ class _Rounded(nn.Module):
     "fault, said",
     [
         ("mean", "loss has the shape ()"),
+        ("twice", "values for"),
         ("frozen", "no parameter that takes a gradient"),
         ("sparse", "sparse=False"),
         ("unused 1", "no gradient reaches spare0 of the model:"),
@@ -232,6 +235,13 @@ def test_what_cannot_be_trained_is_refused_by_all_and_leaves_nothing(
     settings = {"metrics__enabled": True, "transport__name": transport}
     here = job(tmp_path / "runs", task__name="test_training:Unfit", task__options={"fault": fault}, **settings)
     assert said in refused(rank_pool, 2, here)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_larger_than_the_training_set(rank_pool: RankPool, tmp_path: Path) -> None:
+    here = job(tmp_path / "runs", batch__global_batch_size=1000, task__options={"examples": 77})
+    message = refused(rank_pool, 2, here)
+    assert "1,000 examples a step are more than the training set's 77" in message
     assert list(tmp_path.iterdir()) == []
 
 

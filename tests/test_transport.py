@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -393,3 +395,15 @@ def test_the_file_with_the_nonce_is_kept(tmp_path: Path) -> None:
     assert os.path.sameopenfile(remote, descriptor)
     os.close(descriptor)
     os.close(remote)
+
+
+def test_kernels_are_cached_where_the_source_is_read_only(tmp_path: Path) -> None:
+    program = (
+        "import os; real = os.access; "
+        "os.access = lambda path, mode: not str(path).endswith('ddp/transport') and real(path, mode); "
+        "import ddp.transport.kernels"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, check=True)
+    assert list((tmp_path / "ddp" / "numba").rglob("*.nbi"))

@@ -51,4 +51,6 @@ def together(action: Callable[[], T]) -> T:
     if failure is not None and first == dist.get_rank():
         raise failure
     kind, _, message = reports[first].partition("\n")
-    raise getattr(errors, kind, DdpError)(message)
+    error: DdpError = getattr(errors, kind, DdpError)(message)
+    error.consequence = True  # the rank that found it says it
+    raise error

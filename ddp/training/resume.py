@@ -42,7 +42,12 @@ def find_origin(
         run_id = resolve_run_id(job.run.id, environ, generated)
         if resume == "auto" and run_id == generated:
             raise UsageError("--resume auto: which run? Give its id, --set run.id=ID, or its directory, --resume PATH")
-        found = checkpoint.newest(Path(job.run.directory) / run_id / "checkpoints") if resume else None
+        checkpoints = Path(job.run.directory) / run_id / "checkpoints"
+        found = checkpoint.newest(checkpoints) if resume else None
+        if resume and found is None and any(checkpoints.glob("step-*")):
+            raise UsageError(
+                f"--resume auto: none of the checkpoints in {checkpoints} can be read; choose another run.id"
+            )
         return _origin(job, run_id, found, world_size)
     path = Path(resume).resolve()  # "." and "step-00000120" say too little of where they are
     if (path / "checkpoints").is_dir():

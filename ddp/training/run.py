@@ -121,6 +121,11 @@ def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
     training, validation = task.datasets()
     batch = job.batch
     batches = BatchPlan(_size(training), batch.global_batch_size, batch.micro_batch_size, world_size, job.run.seed)
+    if batch.global_batch_size > batches.examples:
+        raise UsageError(
+            f"batch.global_batch_size: {batch.global_batch_size:,} examples a step are more than the training set's "
+            f"{batches.examples:,}"
+        )
     steps = job.run.steps or (job.run.epochs or 0) * batches.steps_per_epoch
     return Plan(task, module, Splits(training, validation, _sample(training, _size(validation))), batches, steps, goal)
 

@@ -136,24 +136,28 @@ class Trainer:
     def _forward_backward(self, data: StepData, clock: PhaseClock) -> float:
         """Accumulate the gradient of the mean over this rank's examples; the last backward averages over ranks."""
         self.exchange.weight = data.examples / data.global_examples
-        loss_sum = 0.0
+        loss_sum, count = 0.0, 0
         for index, micro_batch in enumerate(data.micro_batches):
             last = index == len(data.micro_batches) - 1
             with nullcontext() if last else self.model.no_sync():
-                loss = self._loss_sum(micro_batch)
+                losses = self._losses(micro_batch)
+                loss = losses.sum()
                 clock.lap("forward")
                 (loss / data.examples).backward()
                 clock.lap("backward")
             loss_sum += loss.item()
+            count += len(losses)
+        if count != data.examples:
+            raise UsageError(f"task: loss gave {count} values for {data.examples} examples; one an example is needed")
         return loss_sum
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+    def _losses(self, batch: Batch) -> torch.Tensor:
         losses = self.task.loss(self.model, to_device(batch, self.device))
         if losses.dim() != 1:
             raise UsageError(
                 f"task: loss has the shape {tuple(losses.shape)}; one value an example is needed, (examples,)"
             )
-        return losses.sum()
+        return losses
 
     def _exchange_rows(self, data: StepData, loss_sum: float, sums: GradientSums) -> list[StepRow]:
         phases = self._previous_phases
@@ -251,7 +255,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with preserved_random_state():
             data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
-            self._loss_sum(data.micro_batches[0]).backward()
+            self._losses(data.micro_batches[0]).sum().backward()
         self.exchange.take()
         _raise_if_unused(self.model.module)
         self.optimizer.zero_grad()

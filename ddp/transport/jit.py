@@ -41,6 +41,7 @@ _CACHE = _writable_cache_directory()
 
 import numba  # noqa: E402  the cache directory must be chosen before numba reads its configuration
 from llvmlite import ir  # noqa: E402
+from numba import carray as carray  # noqa: E402
 from numba import extending, types  # noqa: E402
 
 

@@ -13,11 +13,10 @@ kernel that waits too long can return, let Python look after deadlines, dead pee
 
 from __future__ import annotations
 
-from numba import carray, types
-
 from ddp.transport.jit import (
     add_square,
     atomic_add,
+    carray,
     compiled,
     cpu_pause,
     float32_pointer,
@@ -31,6 +30,7 @@ from ddp.transport.jit import (
     monotonic_nanoseconds,
     pointer_like,
     store_release,
+    types,
     yield_core,
 )
 from ddp.transport.row import ROW_LENGTH
