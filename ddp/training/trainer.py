@@ -26,7 +26,7 @@ from ddp.job import Job
 from ddp.meter import observe_step
 from ddp.noise.noise_scale import NoiseScaleWindow, Reading
 from ddp.tasks.base import Batch, Task
-from ddp.telemetry.records import EvaluationRecord, Sink, StepRecord
+from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
 from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import averaged_buffers, evaluate
 from ddp.training.optimizers import clip_
@@ -167,12 +167,7 @@ class Trainer:
             loss_sum=loss_sum,
             finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
             stop=float(self.stop.asked),
-            data_seconds=phases.data,
-            forward_seconds=phases.forward,
-            backward_seconds=phases.backward,
-            all_reduce_seconds=phases.all_reduce,
-            wait_seconds=phases.wait,
-            optimizer_seconds=phases.optimizer,
+            **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
         )
         return [StepRow.unpack(each) for each in self.exchange.transport.exchange_row(row.pack())]
 
@@ -275,14 +270,7 @@ def _raise_if_unused(module: nn.Module) -> None:
 
 
 def _phases(row: StepRow) -> dict[str, float]:
-    return {
-        "data": row.data_seconds,
-        "forward": row.forward_seconds,
-        "backward": row.backward_seconds,
-        "all_reduce": row.all_reduce_seconds,
-        "wait": row.wait_seconds,
-        "optimizer": row.optimizer_seconds,
-    }
+    return {phase: getattr(row, f"{phase}_seconds") for phase in PHASES}
 
 
 def _straggler(rows: list[StepRow]) -> int:
