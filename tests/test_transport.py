@@ -68,7 +68,7 @@ def _reduce_all_sizes(rank: int, world_size: int, store: str, name: str, dtype: 
                 bucket = _gradients(world_size, size, dtype, round_)[rank]
                 reduction = transport.all_reduce_mean_(bucket, _weights(world_size)[rank])
                 transport.complete()
-                averaged = reduction.future.wait()
+                averaged = reduction.bucket
                 results.append((averaged, float(reduction.own_squared_norm), float(reduction.mean_squared_norm)))
         dist.barrier()
         transport.close()

@@ -7,7 +7,9 @@ noise scale needs. It also carries one small row of float64 numbers a rank and a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,17 +20,46 @@ from torch.futures import Future
 from ddp.transport.row import ROW_LENGTH as ROW_LENGTH
 
 
-@dataclass(slots=True)
-class Reduction:
-    """One bucket on its way: `future` holds the averaged bucket; both sums are valid once it is done.
+@dataclass(slots=True, eq=False)
+class BucketState:
+    """What one bucket of a model keeps from step to step; made by whoever knows the bucket's parameters.
 
-    `own_squared_norm` is the sum of squares of this rank's bucket as handed in, `mean_squared_norm` that of
-    the average, both in float64. On an accelerator they are 0-dim tensors there, so that nobody waits for it.
+    Attributes:
+        ends: shape (parameters,), int64: where each parameter's elements end in the bucket.
+        own_squared_norms, mean_squared_norms: shape (parameters,), float64: each parameter's sum of squares in
+            this rank's bucket as handed in, and in the average; of the newest reduction, once that is done.
+            On an accelerator tensors there, so that nobody waits for it.
+        kept: what a transport keeps for this bucket under a name of its own, such as what quantising left over.
     """
 
-    future: Future[Tensor]
+    ends: NDArray[np.int64]
+    own_squared_norms: NDArray[np.float64] | Tensor
+    mean_squared_norms: NDArray[np.float64] | Tensor
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Self:
+        """For a bucket of parameters with so many elements each, in the bucket's order."""
+        return cls(np.cumsum(lengths, dtype=np.int64), np.zeros(len(lengths)), np.zeros(len(lengths)))
+
+
+@dataclass(slots=True)
+class Reduction:
+    """One bucket on its way to its average; all but `bucket` is valid once it is done.
+
+    Attributes:
+        bucket: what was handed in, and holds the average in the end.
+        own_squared_norm: the sum of squares of this rank's bucket as handed in, in float64.
+        mean_squared_norm: that of the average. On an accelerator both are 0-dim tensors there.
+        future: None where the reduction was done when it was returned; else it gives `bucket`, also after an error.
+        error: what went wrong on the way, where that was not raised at once.
+    """
+
+    bucket: Tensor
     own_squared_norm: float | Tensor
     mean_squared_norm: float | Tensor
+    future: Future[Tensor] | None = None
+    error: Exception | None = None
 
 
 class Transport(ABC):
@@ -45,20 +76,24 @@ class Transport(ABC):
         """Time spent waiting for other ranks so far."""
 
     @abstractmethod
-    def all_reduce_mean_(self, bucket: Tensor, weight: float) -> Reduction:
+    def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
         """Replace `bucket` on every rank by sum over ranks of weight_r * bucket_r (weights sum to 1).
 
         Args:
             bucket: 1-D contiguous float tensor, the same length and dtype on all ranks; may be empty.
             weight: this rank's weight; examples_r / examples for the mean over examples.
+            state: the bucket's; its sums per parameter are written.
 
         Raises:
             PeerLostError: another rank died, left, or did not come before the deadline.
             TransportError: the ranks brought buckets of different lengths.
         """
 
+    def prepare(self, dtypes: Iterable[torch.dtype]) -> None:  # noqa: B027  nothing to do where nothing is compiled
+        """Get ready for buckets of these dtypes, outside any deadline."""
+
     def complete(self) -> None:  # noqa: B027  nothing to do where a reduction is complete when it is returned
-        """Wait for the buckets on their way; called after the last one of a backward. Their futures are done then.
+        """Called after the last bucket of a backward: from here on all futures will be done without further calls.
 
         Raises:
             PeerLostError: as `all_reduce_mean_`.

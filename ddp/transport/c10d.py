@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from ddp.errors import PeerLostError
-from ddp.transport.base import ROW_LENGTH, Reduction, Transport
+from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
 
 
 class C10dTransport(Transport):
@@ -40,7 +40,7 @@ class C10dTransport(Transport):
     def wait_seconds(self) -> float:
         return self._waited_seconds
 
-    def all_reduce_mean_(self, bucket: Tensor, weight: float) -> Reduction:
+    def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
         own = squared_norm(bucket)
         bucket.mul_(weight)
         try:
@@ -48,7 +48,7 @@ class C10dTransport(Transport):
         except RuntimeError as error:
             raise self._lost(error) from error
         assert work is not None
-        reduction = Reduction(Future(), own, float("nan"))
+        reduction = Reduction(bucket, own, float("nan"), Future())
         if bucket.device.type == "cpu":
             self._pending.append((work, bucket, reduction))
             return reduction
@@ -72,6 +72,7 @@ class C10dTransport(Transport):
             raise self._lost(error) from error
         finally:
             for _, bucket, reduction in pending:
+                assert reduction.future is not None
                 reduction.future.set_result(bucket)
 
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:

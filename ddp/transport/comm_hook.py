@@ -99,7 +99,7 @@ class GradientExchange:
         reduction = self._transport_for(bucket.dtype).all_reduce_mean_(bucket, self.weight)
         self._reductions.append(reduction)
         self.bytes_total += bucket.numel() * bucket.element_size()
-        return reduction.future
+        return reduction.future or _completed(bucket)
 
     def _complete_all(self) -> None:
         """Also after an error: DDP waits for every bucket's future."""

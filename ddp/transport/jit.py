@@ -159,6 +159,8 @@ def _typed_pointer(element: Any) -> Any:
 int64_pointer = _typed_pointer(types.int64)
 float32_pointer = _typed_pointer(types.float32)
 float64_pointer = _typed_pointer(types.float64)
+uint16_pointer = _typed_pointer(types.uint16)
+int8_pointer = _typed_pointer(types.int8)
 
 
 @intrinsic
@@ -171,6 +173,52 @@ def add_square(typingctx: Any, total: Any, value: Any) -> Any:
         return builder.fadd(arguments[0], square, flags=flags)
 
     return total(total, value), generate
+
+
+def _bits_to_float(kind: ir.Type) -> Any:
+    """float32 of the 16 bits of a narrower float; exact."""
+
+    @intrinsic
+    def widen(typingctx: Any, bits: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            if isinstance(kind, ir.HalfType):
+                return builder.fpext(builder.bitcast(arguments[0], kind), ir.FloatType())
+            word = builder.zext(arguments[0], ir.IntType(32))
+            return builder.bitcast(builder.shl(word, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+        return types.float32(types.uint16), generate
+
+    return widen
+
+
+@intrinsic
+def float16_bits(typingctx: Any, value: Any) -> Any:
+    """The 16 bits of the float16 nearest to a float32, ties to even; too large a value gives infinity."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def bfloat16_bits(typingctx: Any, value: Any) -> Any:
+    """The 16 bits of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        chosen = builder.select(is_nan, builder.or_(bits, word(0x400000)), rounded)
+        return builder.trunc(builder.lshr(chosen, word(16)), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+bfloat16_value = _bits_to_float(ir.IntType(16))
+float16_value = _bits_to_float(ir.HalfType())
 
 
 @inlined

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.futures import Future
 
 from ddp.errors import PeerLostError, TransportError
 from ddp.transport import kernels
-from ddp.transport.base import ROW_LENGTH, Reduction, Transport
+from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
 from ddp.transport.jit import SUPPORTED
 from ddp.transport.segment import HEADER_BYTES, Segment, share
 
@@ -64,14 +63,12 @@ class SharedMemoryTransport(Transport):
     def wait_seconds(self) -> float:
         return float(self._state[kernels.WAITED]) * 1e-9
 
-    def all_reduce_mean_(self, bucket: Tensor, weight: float) -> Reduction:
+    def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
         kernel = _KERNELS[bucket.dtype]
         address, length = bucket.data_ptr(), bucket.numel()
         if kernel(self._state_address, address, length, weight) != kernels.DONE:
             self._persist(lambda: kernel(self._state_address, address, length, weight), f"{length} elements")
-        future: Future[Tensor] = Future()
-        future.set_result(bucket)
-        return Reduction(future, float(self._sums[kernels.OWN_SUM]), float(self._sums[kernels.MEAN_SUM]))
+        return Reduction(bucket, float(self._sums[kernels.OWN_SUM]), float(self._sums[kernels.MEAN_SUM]))
 
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         row = np.ascontiguousarray(row, dtype=np.float64)
