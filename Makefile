@@ -1,4 +1,6 @@
 # Everything here runs in .venv, which is made when it is first needed and again when pyproject.toml changes.
+# The wheels of Open MPI and MPICH overwrite each other: .venv has the first; .venv-mpich, for tests and benchmarks,
+# has the second and shares all else.
 # Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX_URL (where to take torch from),
 # PYTEST_ARGS (for `make test`).
 
@@ -9,6 +11,7 @@ export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 python := .venv/bin/python
+mpich_python := .venv-mpich/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -20,7 +23,7 @@ help:
 	@echo 'make test        the whole test suite (PYTEST_ARGS="tests/test_job.py -k name" for a part)'
 	@echo 'make check       formatting, lint, types and import layers'
 	@echo 'make bench       the tables of the README, measured here'
-	@echo 'make clean       remove .venv and everything that was built; runs/ stays'
+	@echo 'make clean       remove .venv, .venv-mpich and everything that was built; runs/ stays'
 
 demo: .venv/.demo
 	@$(python) -m launch torchrun --nproc-per-node 2 examples/digits.toml
@@ -28,7 +31,7 @@ demo: .venv/.demo
 demo-text: .venv/.demo
 	@$(python) -m launch torchrun --nproc-per-node 2 examples/text.toml
 
-test: .venv/.test
+test: .venv/.test .venv-mpich/.made
 	@$(python) -m pytest $(PYTEST_ARGS)
 
 check: .venv/.dev
@@ -37,12 +40,12 @@ check: .venv/.dev
 	$(python) -m pyright
 	$(python) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
-bench: .venv/.test
+bench: .venv/.test .venv-mpich/.made
 	@$(python) benchmarks/all_reduce.py
 	@$(python) benchmarks/train_step.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-mpich build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find ddp launch tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # --- the environment ------------------------------------------------------------------------------------------
@@ -75,6 +78,31 @@ project = tomllib.load(open('pyproject.toml', 'rb'))['project']
 print(next(line for line in project['dependencies'] if line.startswith('torch')))
 endef
 export TORCH_REQUIREMENT
+
+# Always from nothing, which takes seconds: pip would take what .venv shares for installed here.
+.venv-mpich/.made: .venv/.made pyproject.toml | .venv/.test
+	@echo 'Making .venv-mpich: MPICH (13 MB) and mpi4py; all else comes from .venv.'
+	@$(python) -m venv --without-pip --clear .venv-mpich
+	@$(python) -c "$$MPICH_REQUIREMENTS" | \
+	    $(python) -m pip --python $(mpich_python) install --quiet --no-deps --requirement /dev/stdin
+	@$(python) -c "$$SHARED_PACKAGES" >"$$($(mpich_python) -c "$$SITE_PACKAGES")/shared.pth"
+	@touch $@
+
+define MPICH_REQUIREMENTS
+import tomllib
+print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['mpich'], sep='\n')
+endef
+define SITE_PACKAGES
+import sysconfig
+print(sysconfig.get_path('purelib'))
+endef
+define SHARED_PACKAGES
+import sysconfig
+print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))
+endef
+export MPICH_REQUIREMENTS
+export SITE_PACKAGES
+export SHARED_PACKAGES
 
 # An environment that lacks pip was interrupted, or its Python has been removed: it is made anew.
 .venv/.made:
