@@ -99,8 +99,11 @@ def render(launcher: Launcher, worker: Sequence[str], ranks: int, environment: M
         argv = torchrun.render(worker, ranks=ranks, port=free_port(), interpreter=sys.executable)
         return Command(argv, {**torchrun.environment(os.environ), **environment}, torchrun.SIGNALS)
     found = mpirun.find(sys.executable, os.environ.get("PATH"))
-    argv = mpirun.render(worker, ranks=ranks, cores=core_count(), mpirun=found, interpreter=sys.executable)
-    return Command(argv, {**mpirun.environment(os.geteuid()), **environment}, mpirun.SIGNALS)
+    flavour = mpirun.flavour_of(found)
+    argv = mpirun.render(
+        worker, flavour=flavour, ranks=ranks, cores=core_count(), mpirun=found, interpreter=sys.executable
+    )
+    return Command(argv, {**mpirun.environment(flavour, os.geteuid()), **environment}, mpirun.SIGNALS)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

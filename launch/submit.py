@@ -24,10 +24,12 @@ from types import FrameType
 from typing import IO
 
 from ddp import outcome
+from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.outcome import Outcome
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+RUN_CODES = frozenset(kind.exit_code for kind in (UsageError, DivergedError, StoppedError))
 STOP_SECONDS = 40.0  # after a signal to stop; torchrun itself gives the ranks 30
 END_SECONDS = 3.0  # between SIGTERM and SIGKILL for what a launcher left behind
 
@@ -71,7 +73,7 @@ def conclude(ended: Outcome | None, code: int, program: str) -> int:
         return 0
     by = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
     print(f"error: {program} ended with {by}, and no rank said why", file=sys.stderr)
-    return code if 0 < code < 128 else 1
+    return code if code in RUN_CODES else 1  # MPICH's leaves with 9 when a rank got signal 9
 
 
 def free_port() -> int:

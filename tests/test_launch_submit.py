@@ -72,8 +72,8 @@ def as_json(code: int) -> str:
         (write(as_json(75), 0), 75, "rank 1 on here, step 7: why\n"),
         (write(as_json(3), 1), 3, "error: rank 1 on here, step 7: why\n"),
         (write(as_json(0), 0), 0, ""),
-        (write("half an outco", 4), 4, "ended with code 4, and no rank said why"),
-        ("import sys; sys.exit(9)", 9, "ended with code 9"),
+        (write("half an outco", 4), 1, "ended with code 4, and no rank said why"),
+        ("import sys; sys.exit(75)", 75, "ended with code 75"),
         ("import os; os.kill(os.getpid(), 9)", 1, "ended with signal SIGKILL"),
         ("import os, sys; sys.exit(os.environ['COLOUR'] != 'blue')", 0, ""),
     ],
@@ -138,7 +138,7 @@ def test_a_second_interrupt_ends_it_at_once(folder: Path) -> None:
 def test_a_signal_is_translated(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(42))\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))\n"
         "open('ready', 'w'); time.sleep(60)"
     )
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -146,7 +146,7 @@ def test_a_signal_is_translated(tmp_path: Path) -> None:
         with started(submitted(program), tmp_path) as process:
             wait_until((tmp_path / "ready").exists, 30)
             process.send_signal(number)
-            assert finish(process, 30).code == 42
+            assert finish(process, 30).code == 75
 
 
 def test_the_command_hears_of_our_death(tmp_path: Path) -> None:

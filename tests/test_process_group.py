@@ -12,6 +12,7 @@ from ddp.process_group import initialise, interface_towards, is_peer_gone, meet,
 from ddp.topology import SINGLE_PROCESS, Topology
 from jobs import beside_python, python, run_command
 from launch.submit import free_port
+from mpi_environments import MpiEnvironment
 from ranks import RankPool, run_ranks
 
 MPIRUN = [beside_python("mpirun"), "-n"]
@@ -97,13 +98,14 @@ assert meet(30)
 listening = [line.split()[1] for line in open("/proc/net/tcp").read().splitlines()[1:] if line.split()[3] == "0A"]
 store = dist.distributed_c10d._get_default_store().underlying_store
 address = f"{store.port:04X}"
-print("rank", here.rank, tensor.item(), os.environ["GLOO_SOCKET_IFNAME"], [a for a in listening if a.endswith(address)], flush=True)
+ports = [a for a in listening if a.endswith(address)]
+print(f'rank {here.rank} {tensor.item()} {os.environ["GLOO_SOCKET_IFNAME"]} {ports}\\n', end="", flush=True)  # in one piece
 shutdown()
 """
 
 
-def test_under_mpirun_the_store_is_rank_0s_and_on_loopback_only(tmp_path: Path) -> None:
-    ended = run_command([*MPIRUN, "3", *python("-c", MPI_SUM)], tmp_path)
+def test_under_mpirun_the_store_is_rank_0s_and_on_loopback_only(mpi: MpiEnvironment, tmp_path: Path) -> None:
+    ended = run_command(mpi.command(3, "-c", MPI_SUM), tmp_path, mpi.variables)
     assert ended.code == 0, ended
     lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("rank"))
     assert [line.rpartition(":")[0] for line in lines] == [f"rank {rank} 33.0 lo ['0100007F" for rank in range(3)]
@@ -122,8 +124,8 @@ time.sleep(600)
 """
 
 
-def test_abort_ends_all_ranks_with_its_code(tmp_path: Path) -> None:
-    assert run_command([*MPIRUN, "2", *python("-c", MPI_ABORT)], tmp_path).code == 7
+def test_abort_ends_all_ranks_with_its_code(mpi: MpiEnvironment, tmp_path: Path) -> None:
+    assert run_command(mpi.command(2, "-c", MPI_ABORT), tmp_path, mpi.variables).code == 7
 
 
 def test_mpirun_without_mpi4py_says_what_to_install(tmp_path: Path) -> None:
