@@ -30,6 +30,7 @@ class MpiTransport(Transport):
         timeout_seconds: how long a rank may stay away before the others give it up.
         wire: a wire format of `codec.FORMATS`.
         mailbox: what carries the messages, if not MPI.
+        piece_bytes: how much of a bucket is on its way at a time, if not chosen by the number of ranks.
     """
 
     name = "mpi"
@@ -41,11 +42,12 @@ class MpiTransport(Transport):
         timeout_seconds: float,
         wire: str = "gradient",
         mailbox: Mailbox | None = None,
+        piece_bytes: int | None = None,
     ) -> None:
         self._mailbox = mailbox or MpiMailbox(group, timeout_seconds)
         self.rank, self.world_size = self._mailbox.rank, self._mailbox.world_size
         self._wires = {dtype: codec.wire_kind(wire, own) for dtype, own in KINDS.items()}
-        self._piece_bytes = max(_SMALLEST_PIECE_BYTES, min(_LARGEST_PIECE_BYTES, self.world_size * _SHARE_BYTES))
+        self._piece_bytes = piece_bytes or piece_bytes_for(self.world_size)
         self._exchange = DirectExchange(self._mailbox, range(self.world_size), self._piece_bytes)
         self._closed, self._pid = False, os.getpid()
 
@@ -80,3 +82,8 @@ class MpiTransport(Transport):
         if not failed:
             self._exchange.settle()
         self._mailbox.close(failed=failed)
+
+
+def piece_bytes_for(members: int) -> int:
+    """How much of a bucket `members` ranks exchange at a time."""
+    return max(_SMALLEST_PIECE_BYTES, min(_LARGEST_PIECE_BYTES, members * _SHARE_BYTES))
