@@ -6,7 +6,8 @@
         first.bytes_sent()
 
 Each node has its own network, host name, IPC, mounts (a tmpfs on /dev/shm) and process ids: what makes two nodes
-two for every way ranks find each other's memory, /proc/PID/fd included. A head, which runs no ranks, holds the
+two for every way ranks find each other's memory, /proc/PID/fd included; and its share of the cores, where there
+is one for each. A head, which runs no ranks, holds the
 switch they are plugged into and may start programs on them as ssh would (`Cluster.agent`). Files are shared,
 as from a file server.
 
@@ -28,12 +29,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from launch.submit import descendants
 
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
-TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
+TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "taskset": "util-linux", "ip": "iproute2", "tc": "iproute2"}
 SETUP_SECONDS = 20.0
 AGENT = "/dev/shm/agent"
 _NETWORK = "10.77.0"  # seen inside only
@@ -68,10 +69,11 @@ class Place:
     Attributes:
         name, address: host name and IPv4 address.
         pid: of the first process, as this process sees it.
+        cores: that its commands may run on; empty for all.
     """
 
-    def __init__(self, name: str, address: str, inside: Place | None = None) -> None:
-        self.name, self.address = name, address
+    def __init__(self, name: str, address: str, inside: Place | None = None, cores: Sequence[int] = ()) -> None:
+        self.name, self.address, self.cores = name, address, tuple(cores)
         entered = inside._enter() if inside is not None else []
         unshare = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
         self._holder = subprocess.Popen(
@@ -93,7 +95,11 @@ class Place:
     def argv(self, command: Sequence[str], folder: Path | None = None) -> list[str]:
         """The argv that runs `command` in there, in `folder`."""
         change = ["env", f"--chdir={folder.resolve()}"] if folder is not None else []
-        return [*self._enter(), *change, *command]
+        return [*self._enter(), *self.on_cores(), *change, *command]
+
+    def on_cores(self) -> list[str]:
+        """The start of an argv that keeps to the cores of this place."""
+        return ["taskset", "--cpu-list", ",".join(map(str, self.cores))] if self.cores else []
 
     def popen(
         self, command: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
@@ -162,8 +168,8 @@ class Place:
 class Node(Place):
     """A place with one link, eth0, to the switch."""
 
-    def __init__(self, index: int, head: Place, link: Link, shared_memory: str) -> None:
-        super().__init__(f"node{index}", f"{_NETWORK}.{index + 1}", inside=head)
+    def __init__(self, index: int, head: Place, link: Link, shared_memory: str, cores: Sequence[int]) -> None:
+        super().__init__(f"node{index}", f"{_NETWORK}.{index + 1}", inside=head, cores=cores)
         self._head, self._port = head, f"port{index}"
         try:
             self._plug_in(link, shared_memory)
@@ -228,8 +234,8 @@ class Cluster:
         self.head = Place("head", _HEAD_ADDRESS)
         try:
             self.head.set_up(_own_host("head", "4m") + _hosts_file(self._count) + _SWITCH)
-            for index in range(self._count):
-                self.nodes.append(Node(index, self.head, self._link, self._shared_memory))
+            for index, cores in enumerate(_shares(sorted(os.sched_getaffinity(0)), self._count)):
+                self.nodes.append(Node(index, self.head, self._link, self._shared_memory, cores))
             for place in (self.head, *self.nodes):  # Open MPI's daemon on a node insists on finding it, too
                 place.set_up(_agent_file(self.head, self.nodes))
         except BaseException:
@@ -239,6 +245,13 @@ class Cluster:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def mpirun_options(self, mpi: Literal["openmpi", "mpich"], ranks_per_node: int) -> list[str]:
+        """What an mpirun on the head needs to start so many ranks on each node, one node after the other."""
+        hosts = ",".join(f"{node.name}:{ranks_per_node}" for node in self.nodes)
+        if mpi == "mpich":
+            return ["-launcher", "ssh", "-launcher-exec", self.agent, "-hosts", hosts]
+        return ["--prtemca", "plm_ssh_agent", self.agent, "--host", hosts]
 
     def close(self) -> None:
         """End all that runs on the nodes, and the nodes."""
@@ -258,6 +271,11 @@ def refusal() -> str | None:
             return None
     except ClusterError as error:
         return str(error)
+
+
+def _shares(cores: Sequence[int], nodes: int) -> list[Sequence[int]]:
+    """Each node's cores; nothing where there are more nodes than cores."""
+    return [cores[index::nodes] if len(cores) >= nodes else () for index in range(nodes)]
 
 
 def _own_host(name: str, shared_memory: str) -> str:
@@ -281,13 +299,15 @@ _SWITCH = f"ip link add switch type bridge\nip addr add {_HEAD_ADDRESS}/24 dev s
 
 
 def _agent_file(head: Place, nodes: Sequence[Place]) -> str:
-    cases = " ".join(f"{node.name}) pid={node.pid_seen_by(head)};;" for node in nodes)
+    cases = " ".join(
+        f"{node.name}) pid={node.pid_seen_by(head)} cores='{' '.join(node.on_cores())}';;" for node in nodes
+    )
     text = (
         "#!/bin/sh\n# [OPTIONS] HOST COMMAND...: what ssh does.\n"
         'while [ "${1#-}" != "$1" ]; do shift; done\nhost=$1; shift\n'
         f'case $host in {cases} *) echo "there is no node $host" >&2; exit 255;; esac\n'
         f"exec nsenter --target $pid {' '.join(NAMESPACES)} -- "
-        f'env -i HOME="$HOME" PATH={_LOGIN_PATH} sh -c "$*"\n'
+        f'$cores env -i HOME="$HOME" PATH={_LOGIN_PATH} sh -c "$*"\n'
     )
     return f"printf '%s' {shlex.quote(text)} >{AGENT}\nchmod 755 {AGENT}\n"
 

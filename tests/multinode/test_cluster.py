@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -53,6 +54,19 @@ def test_each_node_has_its_own_name_memory_and_processes(two_nodes: Cluster) -> 
         here = os.readlink(f"/proc/self/ns/{kind}")
         there = {os.readlink(f"/proc/{place.pid}/ns/{kind}") for place in (two_nodes.head, first, second)}
         assert len({here, *there}) == 4, kind
+
+
+def test_nodes_share_out_the_cores(two_nodes: Cluster) -> None:
+    here = os.sched_getaffinity(0)
+    seen = [
+        output(node, *python("-c", "import os; print(*os.sched_getaffinity(0))")).split() for node in two_nodes.nodes
+    ]
+    if len(here) >= 2:
+        assert sorted(int(core) for cores in seen for core in cores) == sorted(here)
+    by_agent = two_nodes.head.run(
+        [two_nodes.agent, "node1", *map(shlex.quote, python("-c", "import os; print(*os.sched_getaffinity(0))"))]
+    )
+    assert by_agent.stdout.split() == seen[1]
 
 
 def test_shared_memory_has_the_size_that_was_asked(may_have_nodes: None) -> None:
