@@ -42,6 +42,8 @@ check: .venv/.dev
 
 bench: .venv/.test .venv-mpich/.made
 	@$(python) benchmarks/all_reduce.py
+	@$(python) benchmarks/all_reduce.py --ranks 4 8 --sizes 4KiB 25MiB
+	@$(python) benchmarks/all_reduce.py --busy-neighbour --sizes 4KiB 1MiB 25MiB
 	@$(python) benchmarks/train_step.py
 
 clean:

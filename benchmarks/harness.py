@@ -1,42 +1,35 @@
-"""What the benchmarks share: ranks that start themselves, interleaved timing, tables and JSON."""
+"""What the benchmarks share: ranks that start themselves, interleaved timing, tables and JSON.
+
+`run` is a whole benchmark of one start of the ranks; one of several starts, in places of several kinds, begins with
+`places`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from ddp.process_group import initialise, shutdown
 from ddp.topology import from_environment
+from places import Environment, Figures, Place, inside_ranks, start_ranks
 
-Figures = dict[str, dict[str, float]]  # seconds, by case and contender
-INSIDE = "DDP_BENCHMARK_RANK"
-
-
-def start_ranks(ranks: int, *arguments: str) -> int:
-    """Run this script again as `ranks` ranks under Open MPI, one core and one thread each where cores suffice."""
-    mpirun = Path(sysconfig.get_path("scripts")) / "mpirun"
-    cores = len(os.sched_getaffinity(0))
-    binding = ["--bind-to", "core"] if ranks <= cores else ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        INSIDE: "1",
-    }
-    command = [str(mpirun), *binding, "-n", str(ranks), sys.executable, *sys.argv, *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+PR_SET_PDEATHSIG = 1
 
 
 def run(
@@ -53,8 +46,9 @@ def run(
     options(parser)
     arguments = parser.parse_args()
     if not inside_ranks():
-        return start_ranks(arguments.ranks)
+        return start_ranks(Environment.of(sys.executable), arguments.ranks, {})
     topology = from_environment(os.environ)
+    Place.of(arguments.ranks).take(topology.local_rank)
     torch.set_num_threads(1)
     initialise(topology, "cpu", 120.0)
     figures = measure(arguments)
@@ -66,8 +60,103 @@ def run(
     return 0
 
 
-def inside_ranks() -> bool:
-    return INSIDE in os.environ
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLimits:
+    """How long to measure one contender: rounds end after `seconds` of it, but not before the fewest."""
+
+    seconds: float
+    sample_seconds: float  # of calls in a row, timed together
+    fewest_rounds: int = 3
+    most_rounds: int = 101
+    most_calls: int = 2000
+
+    @classmethod
+    def of(cls, place: Place, seconds: float) -> Self:
+        """Where ranks take turns on a core, a sample lasts for several of their time slices."""
+        return cls(seconds, 0.05 if place.is_crowded else 0.005)
+
+
+class Neighbour:
+    """A process that only burns time, stopped until it is told to work. Where not `wanted`, nothing at all."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        if self._wanted:
+            burn = [sys.executable, "-c", "while True: pass"]
+            self._process = subprocess.Popen(burn, preexec_fn=_die_with_the_parent)  # noqa: PLW1509  only forks here
+            self.rest()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def rest(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def work(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
+
+def _die_with_the_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def medians_within(
+    limits: SampleLimits,
+    contenders: Mapping[str, tuple[Callable[[], object], Callable[[], None]]],
+    prepare: Callable[[], object],
+) -> dict[str, float]:
+    """Median seconds a call of each contender, which take turns. Collective over MPI's world.
+
+    Args:
+        limits: how long.
+        contenders: what is called and, before each sample, what makes its surroundings.
+        prepare: called before each sample, too, untimed.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+
+    def sample(name: str, calls: int) -> float:
+        call, surround = contenders[name]
+        surround()
+        prepare()
+        comm.Barrier()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - began) / calls
+
+    calls = _calls(comm, limits, [min(sample(name, 1) for _ in range(2)) for name in contenders])
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    running = bytearray(b"\1" * len(contenders))
+    for round_ in range(limits.most_rounds):
+        for index, name in enumerate(contenders):
+            if running[index]:
+                samples[name].append(sample(name, calls[index]))
+                spent = sum(samples[name]) * calls[index]
+                running[index] = round_ + 1 < limits.fewest_rounds or spent < limits.seconds
+        comm.Bcast(running)  # rank 0's clock decides
+        if not any(running):
+            break
+    return {name: statistics.median(seconds) for name, seconds in samples.items()}
+
+
+def _calls(comm: Any, limits: SampleLimits, seconds: Sequence[float]) -> list[int]:
+    """How many calls make a sample, as rank 0 sees it: the same on all ranks."""
+    calls = torch.tensor([min(limits.most_calls, max(1, round(limits.sample_seconds / each))) for each in seconds])
+    comm.Bcast(calls.numpy())
+    return calls.tolist()
 
 
 def machine() -> str:

@@ -178,8 +178,28 @@ class ScheduleSection(Section):
 
 
 class TransportSection(Section):
-    name: Literal["auto", "shared_memory", "c10d"] = "auto"
-    timeout_seconds: PositiveFloat = 300.0
+    """How gradients are averaged over ranks."""
+
+    name: Literal["auto", "shared_memory", "c10d", "mpi", "hierarchical"] = "auto"
+    timeout_seconds: PositiveFloat = Field(default=300.0, description="for a rank to come before the others give it up")
+    wire: Literal["gradient", "bfloat16", "float16", "int8"] = Field(
+        default="gradient", description="what gradients travel as: as they are, or narrower; sums are always wider"
+    )
+    overlap: Literal["auto", True, False] = Field(
+        default="auto", description="a thread averages while backward goes on; auto: where a rank has a core for it"
+    )
+    pin: Literal["auto", True, False] = Field(
+        default="auto", description="ranks keep to cores of their own; auto: where ranks <= cores and nobody bound them"
+    )
+
+    @model_validator(mode="after")
+    def _c10d_sends_gradients_as_they_are(self) -> Self:
+        if self.name == "c10d" and self.wire != "gradient":
+            raise ValueError(
+                f'wire "{self.wire}" does not go with c10d, which would round the sums again on every hop: '
+                'use another transport, or wire = "gradient"'
+            )
+        return self
 
 
 class NoiseScaleSection(Section):
@@ -360,7 +380,12 @@ def _describe(fault: ErrorDetails) -> str:
             return f"{where}.name: unknown task {name!r}{_did_you_mean(str(name), TASKS)}; {valid}"
         case "literal_error":
             expected = fault["ctx"]["expected"] if "ctx" in fault else ""
-            valid = re.findall(r"'([^']*)'", expected)
+            valid = [
+                word.strip("'")
+                for word in re.findall(
+                    r"'[^']*'|true|false", expected.replace("True", "true").replace("False", "false")
+                )
+            ]
             return f"{where}: {fault['input']!r} is not valid{_did_you_mean(str(fault['input']), valid)}; valid: {', '.join(valid)}"
         case "value_error":
             message = fault["msg"].removeprefix("Value error, ")

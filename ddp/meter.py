@@ -12,11 +12,15 @@ So a reading lags one step, and no call of `meter.step` is a collective: it may 
 import atexit
 import logging
 import weakref
+from collections import deque
+from concurrent.futures import Future as Answer
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -27,9 +31,11 @@ from ddp.errors import UsageError
 from ddp.noise.moments import unbiased_moments
 from ddp.noise.noise_scale import NoiseScaleWindow, Reading
 from ddp.transport.base import Reduction, Transport
+from ddp.transport.binding import Binding
+from ddp.transport.binding import pin as pin_ranks
 from ddp.transport.comm_hook import GradientExchange, add_up, register
 from ddp.transport.row import StepRow
-from ddp.transport.select import select_transport
+from ddp.transport.select import control_group, select_transport
 
 logger = logging.getLogger("ddp.meter")
 
@@ -61,29 +67,51 @@ class _Backward:
     examples: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a backward, which a communication thread may still be exchanging."""
+
+    answer: Answer[NDArray[np.float64]]
+    mean_squared_norm: float
+
+
 class GradientMeter:
     """Measures the gradient noise scale of one DDP model; made by `attach`.
 
     Attributes:
-        reading: the newest reading, one step behind; `unresolved` until enough steps were observed.
         transport: what averages the model's gradients.
         batch_size: examples of one forward, where `step` does not say otherwise.
     """
 
-    def __init__(self, model: DistributedDataParallel, batch_size: int, transport: Transport) -> None:
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        batch_size: int,
+        transport: Transport,
+        binding: Binding | None = None,
+    ) -> None:
         self.transport = transport
         self.batch_size = batch_size
+        self._binding = binding or Binding()
         self._exchange = GradientExchange(transport, model.process_group)
         self._window = NoiseScaleWindow(training_examples=None)
-        self.reading: Reading = self._window.reading
+        self._reading: Reading = self._window.reading
         self._forwards = 0
         self._last: _Backward | None = None
+        self._rows: deque[_Rows] = deque()
         self._closed = False
+        self._exchange.prepare(model)
         register(model, self, _attached_hook)
         self._counting: Any = model.register_forward_pre_hook(self._count_forward)
         self._model = weakref.ref(model)
         weakref.finalize(model, register_optimizer_step_pre_hook(self._before_optimizer).remove)
         atexit.register(self.close)
+
+    @property
+    def reading(self) -> Reading:
+        """The newest reading, one step behind; `unresolved` until enough steps were observed."""
+        self._observe(wait=True)
+        return self._reading
 
     def step(self, examples: int | None = None) -> Reading:
         """Say that an optimizer step is over; returns the newest reading, which lags one step.
@@ -96,6 +124,7 @@ class GradientMeter:
             UsageError: `examples` is negative.
             TransportError: what went wrong inside this step's gradient exchange.
         """
+        self._observe(wait=True)
         self._exchange.raise_error()
         if examples is not None and self._last is not None:
             if examples < 0:
@@ -112,50 +141,73 @@ class GradientMeter:
         self._counting.remove()
         atexit.unregister(self.close)
         self.transport.close()
+        self._binding.release()
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         if self._closed:
             self._exchange.attempt(_refuse)
-        future = self._exchange.reduce(bucket.buffer(), bucket.is_last())
+        future = self._exchange.reduce(bucket)
         if bucket.is_last():
             last, self._last = self._last, _Backward(self._exchange.detach(), self.batch_size * self._forwards)
             self._forwards = 0
             if last is not None:
-                self._exchange.attempt(lambda: self._observe(last))
+                self._exchange.attempt(lambda: self._send_row(last))
+            self._exchange.attempt(lambda: self._observe(wait=False))
         return future
 
-    def _observe(self, backward: _Backward) -> None:
-        """Exchange the rows of the backward before this one: its numbers are there without waiting."""
+    def _send_row(self, backward: _Backward) -> None:
+        """Of the backward before this one: its numbers are there without waiting."""
         sums = add_up(backward.reductions)
         row = StepRow(examples=backward.examples, own_squared_norm=sums.own_squared_norm)
-        rows = [StepRow.unpack(each) for each in self.transport.exchange_row(row.pack())]
-        equal = [1.0 / len(rows)] * len(rows)
-        self.reading = observe_step(self._window, rows, sums.mean_squared_norm, weights=equal)
+        self._rows.append(_Rows(self.transport.start_row(row.pack()), sums.mean_squared_norm))
+
+    def _observe(self, *, wait: bool) -> None:
+        """Enter into the window the rows that have come, or all that are on their way."""
+        while self._rows and (wait or self._rows[0].answer.done()):
+            ready = self._rows.popleft()
+            packed = self._exchange.attempt(ready.answer.result)
+            if packed is None:
+                continue
+            rows = [StepRow.unpack(each) for each in packed]
+            equal = [1.0 / len(rows)] * len(rows)
+            self._reading = observe_step(self._window, rows, ready.mean_squared_norm, weights=equal)
 
     def _count_forward(self, module: nn.Module, arguments: Any) -> None:
         self._forwards += torch.is_grad_enabled()
 
     def _before_optimizer(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         """Any optimizer may hold copies of the model's parameters; after `close` only those that hold them count."""
+        self._observe(wait=False)
         model = self._model()
         if not self._closed or (model is not None and _updates(optimizer, model)):
             self._exchange.raise_error()
 
 
 def attach(
-    model: DistributedDataParallel, batch_size: int, transport: str = "auto", timeout_seconds: float = 300.0
+    model: DistributedDataParallel,
+    batch_size: int,
+    transport: str = "auto",
+    timeout_seconds: float = 300.0,
+    *,
+    wire: str = "gradient",
+    overlap: Literal["auto"] | bool = "auto",
+    pin: Literal["auto"] | bool = False,
 ) -> GradientMeter:
     """Average the gradients of `model` and measure their noise scale on the way. Collective over its group.
 
     Args:
         model: a DistributedDataParallel model without a comm hook, before its first backward.
         batch_size: examples per rank and backward.
-        transport: "auto" (shared memory on one node's CPUs, else c10d), "shared_memory" or "c10d".
+        transport: "auto" (shared memory on one node's CPUs, else c10d), or one by its name.
         timeout_seconds: how long a rank may stay away from an exchange before the others give it up.
+        wire: what gradients travel as: "gradient" (as they are), "bfloat16", "float16" or "int8".
+        overlap: whether a thread averages while backward goes on; "auto" where there is a core to spare for it.
+        pin: whether to keep each rank on cores of its own until the meter is closed; "auto" where there is a
+            core for each and nothing has bound them.
 
     Raises:
-        UsageError: not a DDP model, a batch size that is not positive, an unknown transport, or a model
-            that has a comm hook already.
+        UsageError: not a DDP model, a batch size that is not positive, a transport that is unknown or
+            cannot do what is asked, or a model that has a comm hook already.
     """
     if not isinstance(model, DistributedDataParallel):
         raise UsageError(
@@ -166,10 +218,16 @@ def attach(
         raise UsageError(f"ddp.attach(batch_size={batch_size}): give the examples per rank and backward, at least 1")
     group = model.process_group
     device_type = next(model.parameters()).device.type
-    chosen = select_transport(transport, device_type, timeout_seconds, group)
+    binding = pin_ranks(pin, control_group(group)) if pin is not False else Binding()
+    try:
+        chosen = select_transport(transport, device_type, timeout_seconds, group, wire=wire, overlap=overlap)
+        meter = GradientMeter(model, batch_size, chosen, binding)
+    except BaseException:
+        binding.release()
+        raise
     if dist.get_world_size(group) == 1:
         logger.warning("one rank: nothing to compare its gradient with, so the noise scale stays unresolved")
-    return GradientMeter(model, batch_size, chosen)
+    return meter
 
 
 def _updates(optimizer: Optimizer, model: nn.Module) -> bool:

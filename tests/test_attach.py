@@ -17,6 +17,7 @@ from torch.optim import SGD
 import ddp
 from ddp.errors import PeerLostError, TransportError, UsageError
 from ddp.noise.moments import Moments, unbiased_moments
+from ddp.transport.base import BucketState
 from jobs import python, run_command
 from ranks import RankPool, process_group
 
@@ -233,10 +234,10 @@ def _raises_on_second_bucket(rank: int, world_size: int, store_address: str) -> 
         before = [parameter.detach().clone() for parameter in model.parameters()]
         reduce, calls = meter.transport.all_reduce_mean_, iter(range(100))
 
-        def fail(bucket: Tensor, weight: float) -> Any:
+        def fail(bucket: Tensor, weight: float, state: BucketState | None = None) -> Any:
             if next(calls) == 1:
                 raise TransportError("the cable is out")
-            return reduce(bucket, weight)
+            return reduce(bucket, weight, state)
 
         meter.transport.all_reduce_mean_ = fail
         optimizer.zero_grad()
@@ -252,7 +253,7 @@ def _raises_on_second_bucket(rank: int, world_size: int, store_address: str) -> 
 
 
 def test_an_error_in_the_hook_is_itself_before_the_optimizer_takes_the_step(rank_pool: RankPool) -> None:
-    assert rank_pool.run(2, _raises_on_second_bucket) == [("the cable is out", True)] * 2
+    assert rank_pool.run(2, _raises_on_second_bucket) == [("the cable is out, in bucket 1 of backward 4", True)] * 2
 
 
 def _train_on_after_close(rank: int, world_size: int, store_address: str, transport: str) -> tuple[str, bool]:

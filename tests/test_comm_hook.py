@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp.errors import TransportError, UsageError
-from ddp.transport.base import Reduction
+from ddp.transport.base import BucketState, Reduction
 from ddp.transport.c10d import C10dTransport
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 from ddp.transport.select import select_transport
@@ -209,11 +209,11 @@ class Broken(C10dTransport):
         super().__init__(None, None)
         self.left = bucket if dist.get_rank() == rank else -1
 
-    def all_reduce_mean_(self, bucket: Tensor, weight: float) -> Reduction:
+    def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
         self.left -= 1
         if self.left == -1:
             raise TransportError("the cable is out")
-        return super().all_reduce_mean_(bucket, weight)
+        return super().all_reduce_mean_(bucket, weight, state)
 
 
 def _broken(rank: int, world_size: int, store_address: str) -> tuple[str, str, int]:
@@ -240,7 +240,7 @@ def _broken(rank: int, world_size: int, store_address: str) -> tuple[str, str, i
 
 def test_an_error_in_the_hook_is_itself_right_after_backward(rank_pool: RankPool) -> None:
     (message, raised, buckets), _ = rank_pool.run(2, _broken)
-    assert (message, raised) == ("the cable is out", "nothing in backward")
+    assert (message, raised) == ("the cable is out, in bucket 1 of backward 3", "nothing in backward")
     assert buckets >= 3
 
 

@@ -37,13 +37,13 @@ from ddp.training.agreement import from_rank_zero, together
 from ddp.training.data import BatchPlan
 from ddp.training.optimizers import build_optimizer
 from ddp.training.random_state import seed_rank
+from ddp.training.resources import choose_device, open_transport, pinned, refuse_worlds_of_one, threads_per_rank
 from ddp.training.resume import Origin, find_origin
 from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
 from ddp.training.signals import StopRequest, stop_on_signals
 from ddp.training.state import restore_state, save_state
 from ddp.training.trainer import Splits, Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
-from ddp.transport.select import select_transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +71,13 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
         DivergedError, StoppedError, TransportError, CheckpointError: see `ddp.errors`; each carries the
             attributes `step` and `run_directory`.
     """
-    device = _device(job.run.device, topology)
-    torch.set_num_threads(job.run.threads_per_rank or _threads(topology))
+    device = choose_device(job.run.device, topology)
+    refuse_worlds_of_one(job.transport, topology)
+    torch.set_num_threads(job.run.threads_per_rank or threads_per_rank(topology))
     initialise(topology, device.type, job.transport.timeout_seconds)
     if topology.restarts and run_id_is_given(job.run.id, os.environ):
         resume = "auto"  # what an earlier attempt saved is newer than what the user named
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, pinned(job.transport.pin):
         directory = _train(job, topology, device, resume, allow_import, stop)
         shutdown()  # a signal while rank 0 writes the report comes too late to stop anything
     return directory
@@ -86,7 +87,7 @@ def _train(
     job: Job, topology: Topology, device: torch.device, resume: str | None, allow_import: bool, stop: StopRequest
 ) -> Path:
     plan = together(lambda: _plan(job, topology.world_size, allow_import))
-    transport = together(lambda: select_transport(job.transport.name, device.type, job.transport.timeout_seconds))
+    transport = together(lambda: open_transport(job.transport, device))
     exchange = GradientExchange(transport)
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
         sinks = station.sinks if station else ()
@@ -212,6 +213,7 @@ def _trainer(
         **_keep_buffers_apart(),
         gradient_as_bucket_view=True,
     )
+    exchange.prepare(model)
     register(model, exchange, comm_hook)
     seed_rank(job.run.seed, exchange.transport.rank)
     model.train()
@@ -257,29 +259,6 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         restarts=topology.restarts,
         goal=plan.goal,
     )
-
-
-def _device(name: str, topology: Topology) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UsageError('run.device: "cuda" asked for, but torch finds no CUDA device here; use "cpu" or "auto"')
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    if topology.local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"run.device: local rank {topology.local_rank} has no CUDA device, this node has "
-            f"{torch.cuda.device_count()}: start one rank a device"
-        )
-    device = torch.device("cuda", topology.local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _threads(topology: Topology) -> int:
-    """Cores a rank: mpirun may have shared them out already, which shows in cores that it kept for itself."""
-    cores = os.sched_getaffinity(0)
-    bound = topology.under_mpi and cores < os.sched_getaffinity(os.getppid())
-    return max(1, len(cores) if bound else len(cores) // topology.local_world_size)
 
 
 def _size(dataset: Dataset[Any]) -> int:

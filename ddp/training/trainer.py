@@ -93,7 +93,8 @@ class Trainer:
 
     def _step(self, steps: Iterator[StepData]) -> list[StepRow]:
         clock = PhaseClock()
-        hook_before, wait_before = self.exchange.hook_seconds, self.exchange.transport.wait_seconds
+        blocked_before, wait_before = self.exchange.blocked_seconds, self.exchange.transport.wait_seconds
+        self.exchange.step = self.step_count + 1
         bytes_before = self.exchange.bytes_total
         data = next(steps)
         clock.lap("data")
@@ -128,7 +129,7 @@ class Trainer:
         for sink in self.sinks:
             sink.step(record)
         self._previous_phases = clock.seconds(
-            hook_seconds=self.exchange.hook_seconds - hook_before,
+            hook_seconds=self.exchange.blocked_seconds - blocked_before,
             wait_seconds=self.exchange.transport.wait_seconds - wait_before,
         )
         return rows
@@ -169,7 +170,7 @@ class Trainer:
             stop=float(self.stop.asked),
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
         )
-        return [StepRow.unpack(each) for each in self.exchange.transport.exchange_row(row.pack())]
+        return self.exchange.exchange_row(row)
 
     def _raise_if_not_finite(self, rows: list[StepRow]) -> None:
         bad = [str(rank) for rank, row in enumerate(rows) if not row.finite]
@@ -247,6 +248,7 @@ class Trainer:
         DDP reduces its first backward as one bucket. Sums of squares depend on the buckets in their last
         bits, so a resumed run would differ from one that went on: this way all steps have the same buckets.
         """
+        self.exchange.step = self.step_count
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with preserved_random_state():
             data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future as Answer
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -73,7 +74,12 @@ class Transport(ABC):
     @property
     @abstractmethod
     def wait_seconds(self) -> float:
-        """Time spent waiting for other ranks so far."""
+        """Time spent waiting for other ranks so far, as far as it held up whoever called."""
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Time so far from `complete` to the last average, where `complete` does not wait for that itself."""
+        return 0.0
 
     @abstractmethod
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
@@ -103,9 +109,17 @@ class Transport(ABC):
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         """Give this rank's row, shape (ROW_LENGTH,), and get everyone's, shape (world_size, ROW_LENGTH)."""
 
+    def start_row(self, row: NDArray[np.float64]) -> Answer[NDArray[np.float64]]:
+        """As `exchange_row`, whose answer or error comes later where a thread of the transport's own can fetch it."""
+        answer: Answer[NDArray[np.float64]] = Answer()
+        answer.set_result(self.exchange_row(row))
+        return answer
+
     @abstractmethod
     def close(self, *, failed: bool = False) -> None:
         """Release what the transport holds; safe to call twice. Peers that wait for this rank are told at once.
+
+        A call that another thread is in ends soon after, with an error.
 
         Args:
             failed: this rank has an error of its own, which is the one to show.

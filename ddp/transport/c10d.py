@@ -1,12 +1,13 @@
 """All-reduce through torch.distributed: gloo on CPU, NCCL on CUDA. Serves where shared memory cannot.
 
-The squared norms cost a pass of their own here, on the device that holds the gradient. On CUDA they stay
+The squared norms cost passes of their own here, on the device that holds the gradient. On CUDA they stay
 there as tensors until somebody reads them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.futures import Future
 
 from ddp.errors import PeerLostError
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
+from ddp.transport.squares import squared_norms_
 
 
 class C10dTransport(Transport):
@@ -34,14 +36,15 @@ class C10dTransport(Transport):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._group, self._control = group, control
         self._waited_seconds = 0.0
-        self._pending: list[tuple[dist.Work, Tensor, Reduction]] = []
+        self._pending: list[tuple[dist.Work, Reduction, BucketState]] = []
 
     @property
     def wait_seconds(self) -> float:
         return self._waited_seconds
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
-        own = squared_norm(bucket)
+        state = state or BucketState.of([bucket.numel()])
+        own, state.own_squared_norms = _squared_norms(bucket, state, state.own_squared_norms)
         bucket.mul_(weight)
         try:
             work = dist.all_reduce(bucket, group=self._group, async_op=True)
@@ -50,12 +53,12 @@ class C10dTransport(Transport):
         assert work is not None
         reduction = Reduction(bucket, own, float("nan"), Future())
         if bucket.device.type == "cpu":
-            self._pending.append((work, bucket, reduction))
+            self._pending.append((work, reduction, state))
             return reduction
 
         def finish(done: Future[list[Tensor]]) -> Tensor:
-            result = done.value()[0]
-            reduction.mean_squared_norm = squared_norm(result)
+            result = done.value()[0]  # raises where NCCL failed
+            _take_mean(reduction, state)
             return result
 
         reduction.future = work.get_future().then(finish)
@@ -64,16 +67,20 @@ class C10dTransport(Transport):
     def complete(self) -> None:
         """Wait in this thread for gloo's: an error is caught here and raised as itself, and no Python runs on theirs."""
         pending, self._pending = self._pending, []
-        try:
-            for work, bucket, reduction in pending:
-                work.wait()
-                reduction.mean_squared_norm = squared_norm(bucket)
-        except RuntimeError as error:
-            raise self._lost(error) from error
-        finally:
-            for _, bucket, reduction in pending:
-                assert reduction.future is not None
-                reduction.future.set_result(bucket)
+        lost: PeerLostError | None = None
+        for work, reduction, state in pending:
+            try:
+                if lost is None:
+                    work.wait()
+                    _take_mean(reduction, state)
+            except RuntimeError as error:
+                lost = self._lost(error)
+                lost.__cause__ = error
+            reduction.error = lost
+            assert reduction.future is not None
+            reduction.future.set_result(reduction.bucket)
+        if lost is not None:
+            raise lost
 
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         rows = [torch.empty(ROW_LENGTH, dtype=torch.float64) for _ in range(self.world_size)]
@@ -92,7 +99,24 @@ class C10dTransport(Transport):
         return PeerLostError(f"rank {self.rank} lost another rank in c10d: {str(error).splitlines()[0]}")
 
 
-def squared_norm(tensor: Tensor) -> float | Tensor:
-    """Sum of squares in float64: a float for a CPU tensor, else a 0-dim tensor on its device."""
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return float(norm) ** 2 if tensor.device.type == "cpu" else norm.square()
+def _take_mean(reduction: Reduction, state: BucketState) -> None:
+    reduction.mean_squared_norm, state.mean_squared_norms = _squared_norms(
+        reduction.bucket, state, state.mean_squared_norms
+    )
+
+
+def _squared_norms(
+    bucket: Tensor, state: BucketState, into: NDArray[np.float64] | Tensor
+) -> tuple[float | Tensor, NDArray[np.float64] | Tensor]:
+    """The whole bucket's sum of squares, and each parameter's: in place in `into`, or new tensors on the device."""
+    if bucket.device.type == "cpu":
+        assert isinstance(into, np.ndarray)
+        return squared_norms_(into, bucket, state.ends), into
+    each = _squared_norms_on_device(bucket, np.diff(state.ends, prepend=0).tolist())
+    return each.sum(), each
+
+
+def _squared_norms_on_device(bucket: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Each parameter's sum of squares in float64, a tensor where `bucket` is; the host waits for nothing."""
+    norms = torch._foreach_norm(bucket.split(list(lengths)), 2, torch.float64)
+    return torch.stack(norms).square()

@@ -33,9 +33,9 @@ from ddp.transport.jit import (
 
 FLOAT64, FLOAT32, BFLOAT16, FLOAT16, SCALED_FLOAT16, INT8 = range(6)
 BLOCK = 1024
+ELEMENT_BYTES = {FLOAT64: 8, FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, SCALED_FLOAT16: 2, INT8: 1}
 FORMATS = {"gradient": FLOAT32, "bfloat16": BFLOAT16, "float16": SCALED_FLOAT16, "int8": INT8}
 
-_ELEMENT_BYTES = {FLOAT64: 8, FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, SCALED_FLOAT16: 2, INT8: 1}
 _INFINITY_BITS, _ANY_BITS = 0x7F800000, 0x7FFFFFFF
 _SMALLEST_BITS = 0x05549DA2  # of 1e-35: below, a scale of 1/127 of it would be no normal number
 
@@ -46,13 +46,13 @@ def wire_kind(wire: str, own: int) -> int:
     float64 is always sent as it is: who asks for it does not want 8 bits.
     """
     asked = FORMATS[wire]
-    return asked if own != FLOAT64 and _ELEMENT_BYTES[asked] < _ELEMENT_BYTES[own] else own
+    return asked if own != FLOAT64 and ELEMENT_BYTES[asked] < ELEMENT_BYTES[own] else own
 
 
 def payload_bytes(kind: int, length: int) -> int:
     """What `length` elements take on the wire."""
     blocks = -(-length // BLOCK) if kind in (SCALED_FLOAT16, INT8) else 0
-    return 4 * blocks + _ELEMENT_BYTES[kind] * length
+    return 4 * blocks + ELEMENT_BYTES[kind] * length
 
 
 def _reinterpret(source: Any, target: Any, kind: Any) -> Any:

@@ -24,6 +24,8 @@ HEADER_BYTES = 16
 WORKSPACE_BYTES = 4 * BLOCK
 NO_RESULT = -1
 WHOLE_ONLY, NOT_MEASURED = 0, -1  # what `parameters` may be beside their number
+NO_SQUARES = (0, NOT_MEASURED, 0, 0)  # ends, parameters, position, sums
+ANOTHER_BUCKET = -1.0
 _TINY, _HUGE = 1e-30, 1e37  # outside, a sum of float32 squares may have under- or overflowed
 
 
@@ -173,12 +175,12 @@ def reduce(  # type: ignore[no-untyped-def]
 
     `out` takes `length` numbers of kind `target`. With a `result_kind` the sum also goes into the message `result` as
     that, `residual` included as in `encode`, and `out` gets what readers of that message get. Squares of what `out` gets
-    are summed as in `encode`. Returns -1, having done nothing, where a message belongs to a bucket of another length.
+    are summed as in `encode`. Returns ANOTHER_BUCKET, having done nothing, where a message belongs to a bucket of another length.
     """
     messages = carray(int64_pointer(addresses), count)
     for member in range(count):
         if carray(int64_pointer(messages[member] + 8), 1)[0] != bucket_length:
-            return -1.0
+            return ANOTHER_BUCKET
     measured = parameters != NOT_MEASURED
     bounds = carray(int64_pointer(ends), max(0, parameters))
     totals = carray(float64_pointer(sums), max(0, parameters))

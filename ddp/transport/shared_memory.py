@@ -208,6 +208,8 @@ class SharedMemoryTransport(Transport):
         progress, gone = None, ""
         while (status := attempt()) != kernels.DONE:
             late = int(self._state[kernels.WAITING_FOR])
+            if self._closed:  # by another thread than this one
+                raise TransportError(f"rank {self.rank} closed the gradient exchange while it waited with {what}")
             if status == kernels.MISMATCH:
                 raise TransportError(
                     f"rank {self.rank} brought {what} to the all-reduce, rank {late} another number: "
