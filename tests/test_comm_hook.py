@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,22 +23,27 @@ from ddp.transport.select import select_transport
 from ranks import RankPool, process_group
 
 ITERATIONS = 4
-SIZES = ((7,), (5, 3), (11, 3, 2), (2, 9, 4, 6))  # examples of each rank, by number of ranks
+EXAMPLES = (5, 3, 11, 2)  # of each rank
+PER_PARAMETER = {"c10d"}  # transports that take each parameter's sums
 
 
 class Network(nn.Module):
     """Six parameters of odd sizes; the last layer takes part only where `deep`, and one parameter never does."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, middle: torch.dtype | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(5, 13), nn.Linear(13, 31), nn.Linear(31, 3)])
         self.spare = nn.Linear(3, 3)
         self.to(dtype)
+        self.layers[1].to(middle or dtype)
 
     def forward(self, inputs: Tensor, deep: bool) -> Tensor:
+        dtype = inputs.dtype
         for layer in self.layers:
-            inputs = torch.tanh(layer(inputs))
-        return self.spare(inputs) if deep else inputs
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            inputs = torch.tanh(layer(inputs.to(weight.dtype)))
+        return self.spare(inputs.to(dtype)) if deep else inputs.to(dtype)
 
 
 def data(rank: int, iteration: int, examples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -58,56 +63,114 @@ class Case:
 
     transport: str = "shared_memory"
     dtype: torch.dtype = torch.float32
+    middle: torch.dtype | None = None
     accumulation: int = 1
-    deep: bool = True
+    shallow_ranks: tuple[int, ...] = ()  # which leave the last layer out
     options: dict[str, Any] = field(default_factory=dict)
 
     def tolerance(self) -> float:
-        return {torch.float64: 1e-12, torch.bfloat16: 2e-2}.get(self.dtype, 2e-6)
+        if torch.bfloat16 in (self.dtype, self.middle):
+            return 2e-2
+        return 1e-12 if self.dtype == torch.float64 else 2e-6
+
+    def is_deep(self, rank: int) -> bool:
+        return rank not in self.shallow_ranks
 
 
-def _backwards(rank: int, world_size: int, store_address: str, case: Case) -> list[str]:
-    """What differs from a single process that has all examples; several iterations, so that buckets are rebuilt."""
-    sizes = SIZES[world_size - 1]
-    faults: list[str] = []
-    with process_group(rank, world_size, store_address):
+@dataclass(frozen=True)
+class Team:
+    """The ranks that train one model; `weights` by rank."""
+
+    rank: int
+    weights: dict[int, float]
+    overlap: bool
+    group: dist.ProcessGroup | None = None
+
+
+class Session:
+    """One model of a team through a few iterations, compared with a single process that has all examples."""
+
+    def __init__(self, case: Case, team: Team) -> None:
         torch.manual_seed(0)
-        model = DistributedDataParallel(Network(case.dtype), **case.options)
-        exchange = GradientExchange(select_transport(case.transport, "cpu", 20.0))
-        register(model, exchange, comm_hook)
-        exchange.weight = sizes[rank] / sum(sizes)
-        for iteration in range(ITERATIONS):
-            mine = data(rank, iteration, sizes[rank], case.dtype)
-            model.zero_grad()
-            _accumulate(model, mine, case)
-            sums = exchange.take()
-            own, expected = _alone(model.module, mine, case), _whole_batch(model.module, sizes, iteration, case)
-            faults += [
-                f"iteration {iteration}: {name}: {a} and {b}"
-                for name, a, b, tolerance in (
-                    ("gradient", _flat(model.module), expected, case.tolerance()),
-                    ("own norm", torch.tensor(sums.own_squared_norm, dtype=torch.float64), own @ own, case.tolerance()),
-                    (
-                        "mean norm",
-                        torch.tensor(sums.mean_squared_norm, dtype=torch.float64),
-                        _squared(model.module),
-                        1e-6,
-                    ),
-                )
-                if (a - b).norm() > tolerance * b.norm()
-            ]
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter.sub_(0.1 * parameter.grad)
-        elements = sum(parameter.numel() for parameter in model.parameters())
-        if exchange.bytes_total != ITERATIONS * elements * case.dtype.itemsize:
-            faults.append(f"{exchange.bytes_total} bytes for {elements} elements")
-        exchange.transport.close()
-    return faults
+        self.case, self.team = case, team
+        self.model = DistributedDataParallel(Network(case.dtype, case.middle), process_group=team.group, **case.options)
+        self.exchange = GradientExchange(
+            select_transport(case.transport, "cpu", 20.0, team.group, overlap=team.overlap), team.group
+        )
+        register(self.model, self.exchange, comm_hook)
+        self.exchange.prepare(self.model)
+        self.exchange.weight = team.weights[team.rank]
+        self.faults: list[str] = []
+
+    def batch(self, rank: int, iteration: int) -> tuple[Tensor, Tensor]:
+        return data(rank, iteration, EXAMPLES[rank], self.case.dtype)
+
+    def check(self, iteration: int) -> None:
+        """After a backward: gradients, both norms, and each parameter's."""
+        module, case, rank = self.model.module, self.case, self.team.rank
+        sums = self.exchange.take()
+        own = _alone(module, self.batch(rank, iteration), case.is_deep(rank))
+        expected = sum(
+            (
+                weight * _flat(_alone(module, self.batch(other, iteration), case.is_deep(other)))
+                for other, weight in self.team.weights.items()
+            ),
+            torch.zeros(()),
+        )
+        mean = [_or_zero(parameter.grad, parameter) for parameter in module.parameters()]
+        self._compare(f"{iteration}: gradient", _flat(mean), expected, case.tolerance())
+        self._compare(f"{iteration}: own norm", sums.own_squared_norm, _flat(own).square().sum(), case.tolerance())
+        self._compare(f"{iteration}: mean norm", sums.mean_squared_norm, _flat(mean).square().sum(), 1e-6)
+        if case.transport in PER_PARAMETER:
+            found = sums.by_parameter()
+            each = [found[parameter] for parameter in module.parameters()]
+            for index, tolerance, gradients in ((0, 4 * case.tolerance(), own), (1, 1e-6, mean)):
+                for place, gradient in enumerate(gradients):
+                    name = f"{iteration}: parameter {place}, {('own', 'mean')[index]}"
+                    self._compare(name, each[place][index], gradient.square().sum(), tolerance)
+
+    def update(self) -> None:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.1 * parameter.grad)
+
+    def close(self) -> list[str]:
+        elements = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        if self.exchange.bytes_total != ITERATIONS * elements:
+            self.faults.append(f"{self.exchange.bytes_total} bytes in {ITERATIONS} iterations of {elements}")
+        self.exchange.transport.close()
+        return self.faults
+
+    def _compare(self, name: str, found: Tensor | float, expected: Tensor, tolerance: float) -> None:
+        difference = (torch.as_tensor(found, dtype=torch.float64) - expected).norm()
+        if not difference <= tolerance * expected.norm() + 1e-300:
+            self.faults.append(f"iteration {name}: {found} instead of {expected}")
 
 
-def _accumulate(model: DistributedDataParallel, batch: tuple[Tensor, Tensor], case: Case) -> None:
+def _team(rank: int, ranks: Sequence[int], overlap: bool, group: dist.ProcessGroup | None = None) -> Team:
+    total = sum(EXAMPLES[other] for other in ranks)
+    return Team(rank, {other: EXAMPLES[other] / total for other in ranks}, overlap, group)
+
+
+def _session(case: Case, team: Team) -> list[str]:
+    """What differs; several iterations, so that buckets are rebuilt."""
+    session = Session(case, team)
+    for iteration in range(ITERATIONS):
+        session.model.zero_grad()
+        _accumulate(session.model, session.batch(team.rank, iteration), case, case.is_deep(team.rank))
+        session.check(iteration)
+        session.update()
+    return session.close()
+
+
+def _backwards(rank: int, world_size: int, store_address: str, cases: dict[str, Case], overlap: bool) -> list[str]:
+    with process_group(rank, world_size, store_address):
+        team = _team(rank, range(world_size), overlap)
+        return [f"{name}: {fault}" for name, case in cases.items() for fault in _session(case, team)]
+
+
+def _accumulate(model: DistributedDataParallel, batch: tuple[Tensor, Tensor], case: Case, deep: bool) -> None:
     """The gradient of the mean over this rank's batch, in `accumulation` uneven parts; all but the last unsynchronised."""
     examples = len(batch[0])
     cuts = [0, *range(1, case.accumulation), examples]
@@ -116,68 +179,104 @@ def _accumulate(model: DistributedDataParallel, batch: tuple[Tensor, Tensor], ca
         loss = (stop - start) / examples
         if index < case.accumulation - 1:
             with model.no_sync():
-                (loss * mean_loss(model, part, case.deep)).backward()
+                (loss * mean_loss(model, part, deep)).backward()
         else:
-            (loss * mean_loss(model, part, case.deep)).backward()
+            (loss * mean_loss(model, part, deep)).backward()
 
 
-def _alone(module: nn.Module, batch: tuple[Tensor, Tensor], case: Case) -> Tensor:
-    """This rank's own gradient, by torch.autograd.grad, which fires no hook; float64."""
+def _alone(module: nn.Module, batch: tuple[Tensor, Tensor], deep: bool) -> list[Tensor]:
+    """One rank's own gradients, by torch.autograd.grad, which fires no hook; float64."""
     parameters = list(module.parameters())
-    loss = mean_loss(module, batch, case.deep)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat(
-        [
-            (torch.zeros_like(p) if g is None else g).double().flatten()
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-    )
+    gradients = torch.autograd.grad(mean_loss(module, batch, deep), parameters, allow_unused=True)
+    return [_or_zero(gradient, parameter) for gradient, parameter in zip(gradients, parameters, strict=True)]
 
 
-def _whole_batch(module: nn.Module, sizes: tuple[int, ...], iteration: int, case: Case) -> Tensor:
-    """The gradient of the mean over all ranks' examples, in one process."""
-    parts = [data(rank, iteration, size, case.dtype) for rank, size in enumerate(sizes)]
-    whole = (torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts]))
-    return _alone(module, whole, case)
+def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return (torch.zeros_like(parameter) if gradient is None else gradient).detach().double()
 
 
-def _flat(module: nn.Module) -> Tensor:
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
-    return torch.cat([gradient.double().flatten() for gradient in gradients])
-
-
-def _squared(module: nn.Module) -> Tensor:
-    return _flat(module).square().sum()
+def _flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 TINY: dict[str, Any] = {"bucket_cap_mb": 0.0005}  # 131 elements: several buckets
-CASES = {
+ALL_SHALLOW = (0, 1, 2, 3)
+WAYS = {
     "plain": Case(),
     "double": Case(dtype=torch.float64),
-    "many-buckets": Case(options=TINY),
+    "many buckets": Case(options=TINY),
     "views": Case(options={"gradient_as_bucket_view": True, **TINY}),
     "accumulated": Case(accumulation=2),
-    "accumulated-views": Case(accumulation=2, options={"gradient_as_bucket_view": True, **TINY}),
+    "accumulated views": Case(accumulation=2, options={"gradient_as_bucket_view": True, **TINY}),
     "static": Case(options={"static_graph": True, **TINY}),
-    "unused": Case(deep=False, options={"find_unused_parameters": True, **TINY}),
-    "unused-double": Case(deep=False, dtype=torch.float64, options={"find_unused_parameters": True}),
-    "unused-views": Case(deep=False, options={"find_unused_parameters": True, "gradient_as_bucket_view": True}),
-    "c10d": Case(transport="c10d", options=TINY),
-    "c10d-unused": Case(transport="c10d", deep=False, options={"find_unused_parameters": True}),
-    "c10d-static": Case(transport="c10d", options={"static_graph": True, **TINY}),
-    "bfloat16": Case(transport="c10d", dtype=torch.bfloat16),
+    "unused": Case(shallow_ranks=ALL_SHALLOW, options={"find_unused_parameters": True, **TINY}),
+    "unused double": Case(shallow_ranks=ALL_SHALLOW, dtype=torch.float64, options={"find_unused_parameters": True}),
+    "unused on some": Case(shallow_ranks=(0, 2), options={"find_unused_parameters": True, **TINY}),
+    "unused views": Case(shallow_ranks=(1,), options={"find_unused_parameters": True, "gradient_as_bucket_view": True}),
 }
+CASES = {
+    f"{transport}, {name}": replace(case, transport=transport)
+    for transport in ("shared_memory", "c10d")
+    for name, case in WAYS.items()
+}
+CASES["bfloat16"] = Case(transport="c10d", dtype=torch.bfloat16)
+CASES["mixed"] = Case(transport="c10d", middle=torch.bfloat16, options=TINY)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_average_is_the_gradient_of_the_whole_batch(rank_pool: RankPool, world_size: int, case: Case) -> None:
-    assert rank_pool.run(world_size, _backwards, case) == [[]] * world_size
+def test_the_average_is_the_gradient_of_the_whole_batch(rank_pool: RankPool, world_size: int, overlap: bool) -> None:
+    assert rank_pool.run(world_size, _backwards, CASES, overlap) == [[]] * world_size
 
 
-def _bfloat16(rank: int, world_size: int, store_address: str) -> tuple[list[str], list[str]]:
+def _several(rank: int, world_size: int, store_address: str, transport: str, overlap: bool) -> list[str]:
+    """Two models whose buckets alternate in one backward, then each one's alone, the second's first."""
+    with process_group(rank, world_size, store_address):
+        team = _team(rank, range(world_size), overlap)
+        sessions = [
+            Session(Case(transport, options=TINY), team),
+            Session(Case(transport, options={"gradient_as_bucket_view": True}), team),
+        ]
+        for iteration in range(ITERATIONS):
+            losses = [mean_loss(each.model, each.batch(rank, iteration), deep=True) for each in sessions]
+            for backward in [losses[0] + losses[1]] if iteration % 2 else losses[::-1]:
+                backward.backward()
+            for session in sessions:
+                session.check(iteration)
+                session.update()
+                session.model.zero_grad()
+        return [fault for session in sessions for fault in session.close()]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
+@pytest.mark.parametrize("transport", ["shared_memory", "c10d"])
+def test_several_models_at_once(rank_pool: RankPool, transport: str, overlap: bool) -> None:
+    assert rank_pool.run(2, _several, transport, overlap) == [[]] * 2
+
+
+def _subgroups(rank: int, world_size: int, store_address: str, overlap: bool) -> list[str]:
+    faults: list[str] = []
+    with process_group(rank, world_size, store_address):
+        for parts in ([[0, 2], [1, 3]], [[0, 1, 3], [2]]):
+            groups = [(ranks, dist.new_group(ranks)) for ranks in parts]
+            for ranks, group in groups:
+                if rank in ranks:
+                    assert isinstance(group, dist.ProcessGroup)
+                    for transport in ("shared_memory", "c10d"):
+                        faults += _session(Case(transport, options=TINY), _team(rank, ranks, overlap, group))
+        dist.barrier()
+    return faults
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
+def test_models_on_some_of_the_ranks(rank_pool: RankPool, overlap: bool) -> None:
+    assert rank_pool.run(4, _subgroups, overlap) == [[]] * 4
+
+
+def _bfloat16(rank: int, world_size: int, store_address: str, overlap: bool) -> tuple[list[str], list[str]]:
+    cases = {"mixed": Case(middle=torch.bfloat16, options=TINY)}
     with _messages() as messages:
-        faults = _backwards(rank, world_size, store_address, Case(dtype=torch.bfloat16, options=TINY))
+        faults = _backwards(rank, world_size, store_address, cases, overlap)
     return faults, messages
 
 
@@ -195,8 +294,9 @@ def _messages() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def test_bfloat16_goes_through_c10d_and_says_so_once(rank_pool: RankPool) -> None:
-    (faults, messages), *others = rank_pool.run(3, _bfloat16)
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
+def test_bfloat16_goes_through_c10d_and_says_so_once(rank_pool: RankPool, overlap: bool) -> None:
+    (faults, messages), *others = rank_pool.run(3, _bfloat16, overlap)
     assert faults == [] and len(messages) == 1
     assert "bfloat16" in messages[0] and "c10d" in messages[0]
     assert others == [([], [])] * 2

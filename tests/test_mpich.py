@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mpi_environments
 from jobs import Ended, finish, run_command, started, wait_until, write_job
 from mpi_environments import MPI_NAMES, MpiEnvironment, mpi_environment
 
@@ -113,3 +116,32 @@ def test_an_mpirun_of_another_mpi_than_the_ranks_is_refused(mpich: MpiEnvironmen
     ended = run_command([mpich.mpirun, "-n", "2", openmpi.python, *TRAIN], tmp_path)
     assert ended.code == 2, ended
     assert "mpirun started 2 ranks, but mpi4py sees 1: it uses another MPI than this mpirun" in ended.stderr
+
+
+@pytest.mark.parametrize("ci, outcome", [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_without_the_environment_ci_fails_and_others_skip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(mpi_environments, "MPICH_PYTHON", tmp_path / ".venv-mpich" / "bin" / "python")
+    with pytest.raises(outcome, match=r"^\.venv-mpich is missing: `make test` makes it$"):
+        mpi_environment("mpich")
+
+
+def test_make_keeps_the_environment_up_to_date_and_no_demo_waits_for_it(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_bytes((mpi_environments.ROOT / name).read_bytes())
+    for at, stamp in enumerate((".venv/.made", "pyproject.toml", ".venv/.test", ".venv/.demo", ".venv-mpich/.made")):
+        (tmp_path / stamp).parent.mkdir(exist_ok=True)
+        (tmp_path / stamp).touch()
+        os.utime(tmp_path / stamp, (1e9 + at, 1e9 + at))
+
+    def would_run(target: str) -> str:
+        shown = subprocess.run(
+            ["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=30
+        )
+        return shown.stdout
+
+    assert "MPICH" not in would_run("test") and ".venv-mpich" in would_run("clean")
+    os.utime(tmp_path / "pyproject.toml")
+    assert "MPICH" in would_run("test") and "MPICH" in would_run("bench") and "MPICH" not in would_run("demo")
