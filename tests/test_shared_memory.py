@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -196,5 +197,5 @@ def test_the_places_for_slices_hold_the_largest_slice() -> None:
     for world_size in range(1, 65):
         for element_bytes in (2, 4, 8):
             elements = CHUNK_BYTES // element_bytes
-            each = -(-(-(-elements // world_size)) // 16) * 16
+            each = math.ceil(elements / world_size / 16) * 16
             assert min(each, elements) * max(4, element_bytes) <= shared_memory._result_bytes(world_size)

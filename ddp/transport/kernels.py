@@ -638,9 +638,15 @@ _HALF_SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.float
 @compiled(_SIGNATURE)
 def all_reduce_float32(state_address, data_address, length, weight, bucket_address):  # type: ignore[no-untyped-def]
     """Average float32 in place."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(float32_pointer(data_address), length)
-    totals, weights = carray(float32_pointer(state[TOTALS]), BLOCK), carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE])
+    totals, weights = (
+        carray(float32_pointer(state[TOTALS]), BLOCK),
+        carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
     wire = gradient
     return _all_reduce(state, sums, bucket, gradient, wire, weight, totals, weights, True, types.float32(0))
 
@@ -648,9 +654,15 @@ def all_reduce_float32(state_address, data_address, length, weight, bucket_addre
 @on_demand(_SIGNATURE)
 def all_reduce_float64(state_address, data_address, length, weight, bucket_address):  # type: ignore[no-untyped-def]
     """As `all_reduce_float32`, for float64."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(float64_pointer(data_address), length)
-    totals, weights = carray(float64_pointer(state[TOTALS]), BLOCK), carray(float64_pointer(state[WEIGHTS]), state[WORLD_SIZE])
+    totals, weights = (
+        carray(float64_pointer(state[TOTALS]), BLOCK),
+        carray(float64_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
     wire = gradient
     return _all_reduce(state, sums, bucket, gradient, wire, weight, totals, weights, True, types.float64(0))
 
@@ -658,9 +670,15 @@ def all_reduce_float64(state_address, data_address, length, weight, bucket_addre
 @on_demand(_SIGNATURE)
 def all_reduce_bfloat16(state_address, data_address, length, weight, bucket_address):  # type: ignore[no-untyped-def]
     """As `all_reduce_float32`, for bfloat16, summed in float32."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(uint16_pointer(data_address), length)
-    totals, weights = carray(float32_pointer(state[TOTALS]), BLOCK), carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE])
+    totals, weights = (
+        carray(float32_pointer(state[TOTALS]), BLOCK),
+        carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
     wire = gradient
     return _all_reduce(state, sums, bucket, gradient, wire, weight, totals, weights, True, types.float32(0))
 
@@ -668,9 +686,15 @@ def all_reduce_bfloat16(state_address, data_address, length, weight, bucket_addr
 @on_demand(_SIGNATURE)
 def all_reduce_float16(state_address, data_address, length, weight, bucket_address):  # type: ignore[no-untyped-def]
     """As `all_reduce_float32`, for float16, summed in float32."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(int16_pointer(data_address), length)
-    totals, weights = carray(float32_pointer(state[TOTALS]), BLOCK), carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE])
+    totals, weights = (
+        carray(float32_pointer(state[TOTALS]), BLOCK),
+        carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
     wire = gradient
     return _all_reduce(state, sums, bucket, gradient, wire, weight, totals, weights, True, types.float32(0))
 
@@ -678,9 +702,15 @@ def all_reduce_float16(state_address, data_address, length, weight, bucket_addre
 @on_demand(_SIGNATURE)
 def all_reduce_encoded_float32(state_address, data_address, length, weight, bucket_address):  # type: ignore[no-untyped-def]
     """As `all_reduce_float32`; between the ranks it travels as `state[WIRE]` says."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(float32_pointer(data_address), length)
-    totals, weights = carray(float32_pointer(state[TOTALS]), BLOCK), carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE])
+    totals, weights = (
+        carray(float32_pointer(state[TOTALS]), BLOCK),
+        carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
     wire = carray(int8_pointer(state_address), 1)
     return _all_reduce(state, sums, bucket, gradient, wire, weight, totals, weights, False, types.float32(0))
 
@@ -688,80 +718,140 @@ def all_reduce_encoded_float32(state_address, data_address, length, weight, buck
 @on_demand(_HALF_SIGNATURE)
 def reduce_scatter_float32(state_address, data_address, length, weight, bucket_address, out_address):  # type: ignore[no-untyped-def]
     """This rank's slices of the weighted sum of float32 gradients, as float32."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(float32_pointer(data_address), length)
-    totals, weights = carray(float32_pointer(state[TOTALS]), BLOCK), carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE])
-    out = carray(float32_pointer(out_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    totals, weights = (
+        carray(float32_pointer(state[TOTALS]), BLOCK),
+        carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
+    out = carray(
+        float32_pointer(out_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _reduce_scatter(state, sums, bucket, gradient, out, weight, totals, weights, types.float32(0))
 
 
 @on_demand(_HALF_SIGNATURE)
 def all_gather_float32(state_address, data_address, length, weight, bucket_address, own_address):  # type: ignore[no-untyped-def]
     """A float32 bucket from all ranks' slices."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(float32_pointer(data_address), length)
     totals = carray(float32_pointer(state[TOTALS]), BLOCK)
-    own = carray(float32_pointer(own_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    own = carray(
+        float32_pointer(own_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _all_gather(state, sums, bucket, own, gradient, totals, types.float32(0))
 
 
 @on_demand(_HALF_SIGNATURE)
 def reduce_scatter_float64(state_address, data_address, length, weight, bucket_address, out_address):  # type: ignore[no-untyped-def]
     """This rank's slices of the weighted sum of float64 gradients, as float64."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(float64_pointer(data_address), length)
-    totals, weights = carray(float64_pointer(state[TOTALS]), BLOCK), carray(float64_pointer(state[WEIGHTS]), state[WORLD_SIZE])
-    out = carray(float64_pointer(out_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    totals, weights = (
+        carray(float64_pointer(state[TOTALS]), BLOCK),
+        carray(float64_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
+    out = carray(
+        float64_pointer(out_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _reduce_scatter(state, sums, bucket, gradient, out, weight, totals, weights, types.float64(0))
 
 
 @on_demand(_HALF_SIGNATURE)
 def all_gather_float64(state_address, data_address, length, weight, bucket_address, own_address):  # type: ignore[no-untyped-def]
     """A float64 bucket from all ranks' slices."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(float64_pointer(data_address), length)
     totals = carray(float64_pointer(state[TOTALS]), BLOCK)
-    own = carray(float64_pointer(own_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    own = carray(
+        float64_pointer(own_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _all_gather(state, sums, bucket, own, gradient, totals, types.float64(0))
 
 
 @on_demand(_HALF_SIGNATURE)
 def reduce_scatter_bfloat16(state_address, data_address, length, weight, bucket_address, out_address):  # type: ignore[no-untyped-def]
     """This rank's slices of the weighted sum of bfloat16 gradients, as float32."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(uint16_pointer(data_address), length)
-    totals, weights = carray(float32_pointer(state[TOTALS]), BLOCK), carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE])
-    out = carray(float32_pointer(out_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    totals, weights = (
+        carray(float32_pointer(state[TOTALS]), BLOCK),
+        carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
+    out = carray(
+        float32_pointer(out_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _reduce_scatter(state, sums, bucket, gradient, out, weight, totals, weights, types.float32(0))
 
 
 @on_demand(_HALF_SIGNATURE)
 def all_gather_bfloat16(state_address, data_address, length, weight, bucket_address, own_address):  # type: ignore[no-untyped-def]
     """A bfloat16 bucket from all ranks' slices."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(uint16_pointer(data_address), length)
     totals = carray(float32_pointer(state[TOTALS]), BLOCK)
-    own = carray(float32_pointer(own_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    own = carray(
+        float32_pointer(own_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _all_gather(state, sums, bucket, own, gradient, totals, types.float32(0))
 
 
 @on_demand(_HALF_SIGNATURE)
 def reduce_scatter_float16(state_address, data_address, length, weight, bucket_address, out_address):  # type: ignore[no-untyped-def]
     """This rank's slices of the weighted sum of float16 gradients, as float32."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(int16_pointer(data_address), length)
-    totals, weights = carray(float32_pointer(state[TOTALS]), BLOCK), carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE])
-    out = carray(float32_pointer(out_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    totals, weights = (
+        carray(float32_pointer(state[TOTALS]), BLOCK),
+        carray(float32_pointer(state[WEIGHTS]), state[WORLD_SIZE]),
+    )
+    out = carray(
+        float32_pointer(out_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _reduce_scatter(state, sums, bucket, gradient, out, weight, totals, weights, types.float32(0))
 
 
 @on_demand(_HALF_SIGNATURE)
 def all_gather_float16(state_address, data_address, length, weight, bucket_address, own_address):  # type: ignore[no-untyped-def]
     """A float16 bucket from all ranks' slices."""
-    state, bucket = carray(int64_pointer(state_address), STATE_LENGTH), carray(int64_pointer(bucket_address), BUCKET_LENGTH)
+    state, bucket = (
+        carray(int64_pointer(state_address), STATE_LENGTH),
+        carray(int64_pointer(bucket_address), BUCKET_LENGTH),
+    )
     sums, gradient = carray(float64_pointer(state_address), STATE_LENGTH), carray(int16_pointer(data_address), length)
     totals = carray(float32_pointer(state[TOTALS]), BLOCK)
-    own = carray(float32_pointer(own_address), slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]))
+    own = carray(
+        float32_pointer(own_address),
+        slices_length(length, state[CHUNK_BYTES] // gradient.itemsize, state[RANK], state[WORLD_SIZE]),
+    )
     return _all_gather(state, sums, bucket, own, gradient, totals, types.float32(0))
 
 

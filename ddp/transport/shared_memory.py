@@ -154,9 +154,7 @@ class SharedMemoryTransport(Transport):
         self._half(_KERNELS[piece.dtype].all_gather, piece, 0.0, own, state, offset)
         return float(self._sums[kernels.MEAN_SUM])
 
-    def _half(
-        self, kernel: Any, piece: Tensor, weight: float, slices: Tensor, state: BucketState, offset: int
-    ) -> None:
+    def _half(self, kernel: Any, piece: Tensor, weight: float, slices: Tensor, state: BucketState, offset: int) -> None:
         description, description_address = self._description(state, piece)
         description[kernels.OFFSET] = offset
         arguments = (self._state_address, piece.data_ptr(), piece.numel(), weight, description_address)
