@@ -31,7 +31,7 @@ KINDS = {
     torch.float16: codec.FLOAT16,
 }
 _AHEAD = 2  # pieces begun before the oldest is added up, and as many added up before the oldest is finished
-_SLOTS = 2 * _AHEAD + 1
+SLOTS = 2 * _AHEAD + 1
 _SMALL_BYTES = 32 * 1024
 _TERMS, _SUMS, _ROWS = 0, 1, 2  # tags
 _ALIGNMENT = 64
@@ -137,8 +137,7 @@ class DirectExchange:
         room = whole if self._count <= 2 else self._share_bytes
         sums = 0 if self._count <= 2 else self._count
         self._slots = [
-            _Slot(_Box(self._count, room), _Box(self._count, room), _Box(sums, self._share_bytes))
-            for _ in range(_SLOTS)
+            _Slot(_Box(self._count, room), _Box(self._count, room), _Box(sums, self._share_bytes)) for _ in range(SLOTS)
         ]
         self._workspace = np.zeros(message.WORKSPACE_BYTES, np.uint8)
         self._workspace_address = self._workspace.ctypes.data
@@ -167,11 +166,11 @@ class DirectExchange:
         lag = ahead if swap else 2 * ahead
         for step in range(count + lag):
             if step < count:
-                own += self._begin(self._slots[step % _SLOTS], bucket, piece(step), swap)
+                own += self._begin(self._slots[step % SLOTS], bucket, piece(step), swap)
             if not swap and 0 <= step - ahead < count:
-                self._add(self._slots[(step - ahead) % _SLOTS])
+                self._add(self._slots[(step - ahead) % SLOTS])
             if step >= lag:
-                mean += self._finish(self._slots[(step - lag) % _SLOTS], swap)
+                mean += self._finish(self._slots[(step - lag) % SLOTS], swap)
                 if finished:
                     finished(step - lag)
         return own, mean

@@ -39,6 +39,11 @@ _ABANDONED: list[object] = []  # memory that MPI may still write to, although no
 class Mailbox(ABC):
     """Between the ranks of one group; peers are its ranks.
 
+    Args:
+        group: takes CPU tensors (None: the default group).
+        timeout_seconds: how long a rank may stay away before the others give it up.
+        grace_seconds: on top of that, for a peer that may itself be waiting for somebody and should tell.
+
     Attributes:
         places: where each rank runs.
         wait_seconds: time spent waiting so far.
@@ -46,13 +51,13 @@ class Mailbox(ABC):
         subject: what is being exchanged, for messages of errors.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float, grace_seconds: float = 0.0) -> None:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.places: Sequence[Place] = places(group)
         self.sent_bytes = [0] * self.world_size
         self.wait_seconds = 0.0
         self.subject = "a message"
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._grace_seconds = timeout_seconds, grace_seconds
 
     @abstractmethod
     def post_send(self, peer: int, message: Bytes, tag: int) -> Any:
@@ -99,8 +104,8 @@ class MpiMailbox(Mailbox):
         UsageError: the ranks of `group` are not in one world of MPI.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float) -> None:
-        super().__init__(group, timeout_seconds)
+    def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float, grace_seconds: float = 0.0) -> None:
+        super().__init__(group, timeout_seconds, grace_seconds)
         self._mpi = import_mpi(self.world_size)
         self._comm = self._communicator(group)
         self._pid, self._closing = os.getpid(), False
@@ -148,7 +153,7 @@ class MpiMailbox(Mailbox):
                 continue
             if (how := self._departure(peer)) and not handle.Test():  # what it sent before it went still counts
                 raise self._gone(peer, how)
-            if waited > self._timeout_seconds:
+            if waited > self._timeout_seconds + self._grace_seconds:
                 raise self._late(peer)
             time.sleep(_LONG_SLEEP_SECONDS if waited > 1 else 5 * _SHORT_SLEEP_SECONDS)
 
@@ -195,10 +200,10 @@ class MpiMailbox(Mailbox):
 class C10dMailbox(Mailbox):
     """gloo's sends and receives in `group`. Its waits end a connection that is late, so a deadline is final."""
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float) -> None:
-        super().__init__(group, timeout_seconds)
+    def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float, grace_seconds: float = 0.0) -> None:
+        super().__init__(group, timeout_seconds, grace_seconds)
         self._group = group
-        self._timeout = timedelta(seconds=timeout_seconds)
+        self._timeout = timedelta(seconds=timeout_seconds + grace_seconds)
         self._tags = _tags_of_its_own(group)
 
     def post_send(self, peer: int, message: Bytes, tag: int) -> dist.Work:

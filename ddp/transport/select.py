@@ -18,6 +18,7 @@ from ddp.topology import from_environment
 from ddp.transport.base import Transport
 from ddp.transport.binding import has_core_to_spare, look_around
 from ddp.transport.c10d import C10dTransport
+from ddp.transport.mpi import MpiTransport
 from ddp.transport.overlap import OverlappedTransport
 from ddp.transport.shared_memory import SharedMemoryTransport, attach_segment
 
@@ -27,13 +28,17 @@ WIRES = ("gradient", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a transport is opened for. `control` is a group of the same ranks as `group` that takes CPU tensors."""
+    """What a transport is opened for. `control` is a group of the same ranks as `group` that takes CPU tensors.
+
+    `automatic`: nobody asked for it by name.
+    """
 
     timeout_seconds: float
     group: dist.ProcessGroup | None
     control: dist.ProcessGroup | None
     wire: str
     overlap: Literal["auto"] | bool
+    automatic: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,13 @@ def _c10d(request: Request) -> Transport:
     return C10dTransport(own, own)
 
 
+def _mpi(request: Request) -> Transport:
+    return MpiTransport(request.control, request.timeout_seconds, request.wire)
+
+
 SERVERS = {
     "shared_memory": Server(_shared_memory, wires=True),
+    "mpi": Server(_mpi, wires=True),
     "c10d": Server(_c10d, accelerators=True, works_alone=True),
 }
 AUTOMATIC = ("shared_memory", "c10d")  # the first that can be had
@@ -95,7 +105,9 @@ def select_transport(
         UsageError: an unknown name, or a transport that cannot be had here or does not do what is asked.
     """
     candidates = _candidates(name, device_type, wire)
-    request = Request(timeout_seconds, group, control_group(group), wire, overlap if device_type == "cpu" else False)
+    request = Request(
+        timeout_seconds, group, control_group(group), wire, overlap if device_type == "cpu" else False, name == "auto"
+    )
     transport = _open_first(candidates, request)
     if not _overlaps(SERVERS[transport.name], request):
         return transport
@@ -143,7 +155,8 @@ def _open_first(names: list[str], request: Request) -> Transport:
             reasons.append(str(error))
             continue
         if reasons and transport.rank == 0:
-            logger.warning("gradients go through %s: %s", name, "; ".join(reasons))
+            level = logging.INFO if name == "hierarchical" else logging.WARNING  # what several nodes are made for
+            logger.log(level, "gradients go through %s: %s", name, "; ".join(reasons))
         return transport
     raise UsageError(f'transport "{names[-1]}": {"; ".join(reasons)}; use "auto" or "c10d"')
 
