@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -93,7 +95,7 @@ class Session:
         self.case, self.team = case, team
         self.model = DistributedDataParallel(Network(case.dtype, case.middle), process_group=team.group, **case.options)
         self.exchange = GradientExchange(
-            select_transport(case.transport, "cpu", 20.0, team.group, overlap=team.overlap)
+            select_transport(case.transport, "cpu", 20.0, team.group, overlap=team.overlap), team.group
         )
         register(self.model, self.exchange, comm_hook)
         self.exchange.prepare(self.model)
@@ -271,27 +273,33 @@ def test_models_on_some_of_the_ranks(rank_pool: RankPool, overlap: bool) -> None
     assert rank_pool.run(4, _subgroups, overlap) == [[]] * 4
 
 
-def _complex(rank: int, world_size: int, store_address: str) -> str:
-    with process_group(rank, world_size, store_address):
-        module = nn.Module()
-        module.register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
-        module.forward = lambda: torch.view_as_real(module.phase).square().sum()
-        model = DistributedDataParallel(module)
-        exchange = GradientExchange(select_transport("shared_memory", "cpu", 20.0))
-        register(model, exchange, comm_hook)
-        model().backward()
-        try:
-            exchange.take()
-        except UsageError as error:
-            return str(error)
-        finally:
-            dist.barrier()
-            exchange.transport.close()
-        return ""
+def _bfloat16(rank: int, world_size: int, store_address: str, overlap: bool) -> tuple[list[str], list[str]]:
+    cases = {"mixed": Case(middle=torch.bfloat16, options=TINY)}
+    with _messages() as messages:
+        faults = _backwards(rank, world_size, store_address, cases, overlap)
+    return faults, messages
 
 
-def test_gradients_that_no_transport_takes_are_refused(rank_pool: RankPool) -> None:
-    assert all("complex64 gradients are not averaged" in message for message in rank_pool.run(2, _complex))
+@contextmanager
+def _messages() -> Iterator[list[str]]:
+    """What the transports log meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("ddp.transport")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
+def test_bfloat16_goes_through_c10d_and_says_so_once(rank_pool: RankPool, overlap: bool) -> None:
+    (faults, messages), *others = rank_pool.run(3, _bfloat16, overlap)
+    assert faults == [] and len(messages) == 1
+    assert "bfloat16" in messages[0] and "c10d" in messages[0]
+    assert others == [([], [])] * 2
 
 
 class Broken(C10dTransport):
