@@ -31,6 +31,8 @@ from ranks import RankFailure, RankPool, process_group, run_ranks
 CASES = [
     ("shared_memory", torch.float32),
     ("shared_memory", torch.float64),
+    ("shared_memory", torch.float16),
+    ("shared_memory", torch.bfloat16),
     ("c10d", torch.float32),
     ("c10d", torch.float64),
     ("c10d", torch.float16),

@@ -6,10 +6,12 @@ inside a deadline. Acquire and release order is stated although x86 hides its ab
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,57 @@ from numba import extending, types  # noqa: E402
 
 def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile now for `signature`, without the GIL, cached on disk where possible."""
-    return numba.njit(signature, nogil=True, cache=_CACHE, error_model="numpy", boundscheck=False)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = on_demand(signature)(function)
+        dispatcher.prepare()
+        return dispatcher
+
+    return decorate
+
+
+def on_demand(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: as `compiled`, but compiled by its method `prepare`, or at the first call."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(nogil=True, cache=_CACHE, error_model="numpy", boundscheck=False)(function)
+
+        def prepare() -> None:
+            if not dispatcher.signatures:
+                with _one_at_a_time():
+                    dispatcher.compile(signature)
+                dispatcher.disable_compile()
+
+        dispatcher.prepare = prepare
+        return dispatcher
+
+    return decorate
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Among the processes of a node: of ranks that start together one compiles, and the others find it in the cache."""
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or _SOURCE)
+    try:
+        descriptor = os.open(folder / ".compiling", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:  # nowhere to write: no cache either
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def intrinsic(definition: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: machine code by hand; kernels call it without the typing context that the definition starts with."""
     return extending.intrinsic(definition)
+
+
+def chosen_by_type(stub: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: the function is given the types of the arguments, and answers with what `stub` means for them."""
+    return extending.overload(stub, jit_options={"nogil": True, "error_model": "numpy", "boundscheck": False})
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -136,6 +183,21 @@ def cpu_pause(typingctx: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Begin to fetch the cache line at `address`, which need not be valid, for reading."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        pointer = builder.inttoptr(arguments[0], byte)
+        builder.call(fetch, [pointer, number(0), number(3), number(1)])  # to read, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def pointer_like(typingctx: Any, array: Any, address: Any) -> Any:
     """`address` as a pointer to `array`'s element type, for `numba.carray`."""
 
@@ -160,6 +222,7 @@ int64_pointer = _typed_pointer(types.int64)
 float32_pointer = _typed_pointer(types.float32)
 float64_pointer = _typed_pointer(types.float64)
 uint16_pointer = _typed_pointer(types.uint16)
+int16_pointer = _typed_pointer(types.int16)
 int8_pointer = _typed_pointer(types.int8)
 
 
@@ -175,20 +238,68 @@ def add_square(typingctx: Any, total: Any, value: Any) -> Any:
     return total(total, value), generate
 
 
-def _bits_to_float(kind: ir.Type) -> Any:
-    """float32 of the 16 bits of a narrower float; exact."""
+def _widened(builder: Any, bits: Any, is_float16: bool) -> Any:
+    if is_float16:
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+    word = builder.zext(bits, ir.IntType(32))
+    return builder.bitcast(builder.shl(word, ir.IntType(32)(16)), ir.FloatType())
 
-    @intrinsic
-    def widen(typingctx: Any, bits: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            if isinstance(kind, ir.HalfType):
-                return builder.fpext(builder.bitcast(arguments[0], kind), ir.FloatType())
-            word = builder.zext(arguments[0], ir.IntType(32))
-            return builder.bitcast(builder.shl(word, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
 
-        return types.float32(types.uint16), generate
+def _float16(builder: Any, value: Any) -> Any:
+    return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
 
-    return widen
+
+def _bfloat16(builder: Any, value: Any) -> Any:
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    chosen = builder.select(is_nan, builder.or_(bits, word(0x400000)), rounded)
+    return builder.trunc(builder.lshr(chosen, word(16)), ir.IntType(16))
+
+
+@intrinsic
+def widen(typingctx: Any, element: Any) -> Any:
+    """A gradient's element in the type that sums are made in; uint16 holds a bfloat16, int16 a float16. Exact."""
+    real = element if isinstance(element, types.Float) else types.float32
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return arguments[0] if real == element else _widened(builder, arguments[0], element == types.int16)
+
+    return real(element), generate
+
+
+@intrinsic
+def narrow(typingctx: Any, value: Any, like: Any) -> Any:
+    """`value` rounded to the element type of the array `like`: to nearest, ties to even; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if value == like.dtype:
+            return arguments[0]
+        return _float16(builder, arguments[0]) if like.dtype == types.int16 else _bfloat16(builder, arguments[0])
+
+    return like.dtype(value, like), generate
+
+
+@intrinsic
+def bfloat16_value(typingctx: Any, bits: Any) -> Any:
+    """float32 of the 16 bits of a bfloat16; exact."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _widened(builder, arguments[0], False)
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def float16_value(typingctx: Any, bits: Any) -> Any:
+    """float32 of the 16 bits of a float16; exact."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _widened(builder, arguments[0], True)
+
+    return types.float32(types.uint16), generate
 
 
 @intrinsic
@@ -196,7 +307,7 @@ def float16_bits(typingctx: Any, value: Any) -> Any:
     """The 16 bits of the float16 nearest to a float32, ties to even; too large a value gives infinity."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+        return _float16(builder, arguments[0])
 
     return types.uint16(types.float32), generate
 
@@ -206,19 +317,9 @@ def bfloat16_bits(typingctx: Any, value: Any) -> Any:
     """The 16 bits of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(32)
-        bits = builder.bitcast(arguments[0], word)
-        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
-        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        chosen = builder.select(is_nan, builder.or_(bits, word(0x400000)), rounded)
-        return builder.trunc(builder.lshr(chosen, word(16)), ir.IntType(16))
+        return _bfloat16(builder, arguments[0])
 
     return types.uint16(types.float32), generate
-
-
-bfloat16_value = _bits_to_float(ir.IntType(16))
-float16_value = _bits_to_float(ir.HalfType())
 
 
 @inlined

@@ -61,7 +61,7 @@ class Server:
 def _shared_memory(request: Request) -> Transport:
     rank, world_size = dist.get_rank(request.group), dist.get_world_size(request.group)
     segment = attach_segment(request.control) if world_size > 1 else None
-    return SharedMemoryTransport(segment, rank, world_size, request.timeout_seconds)
+    return SharedMemoryTransport(segment, rank, world_size, request.timeout_seconds, request.wire)
 
 
 def _c10d(request: Request) -> Transport:
@@ -77,7 +77,7 @@ def _mpi(request: Request) -> Transport:
 
 
 SERVERS = {
-    "shared_memory": Server(_shared_memory),
+    "shared_memory": Server(_shared_memory, wires=True),
     "mpi": Server(_mpi, wires=True),
     "c10d": Server(_c10d, accelerators=True, works_alone=True),
 }

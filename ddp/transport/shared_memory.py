@@ -10,8 +10,10 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,42 +22,77 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddp.errors import PeerLostError, TransportError
-from ddp.transport import kernels
+from ddp.transport import codec, kernels
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
 from ddp.transport.jit import SUPPORTED
 from ddp.transport.segment import HEADER_BYTES, Segment, share
 
 CHUNK_BYTES = 128 * 1024
 DEPTH = 4
+SLICE_RANKS = 4  # from so many ranks on, each reduces a slice of a chunk
+SLICE_ELEMENTS = 4096  # of a bucket; below, whole chunks need fewer meetings
 _PATIENCE_SECONDS = 0.25
-_KERNELS = {torch.float32: kernels.all_reduce_float32, torch.float64: kernels.all_reduce_float64}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """What serves one dtype."""
+
+    all_reduce: Any
+    reduce_scatter: Any
+    all_gather: Any
+    sums: torch.dtype  # that sums are made in
+
+
+_KERNELS = {
+    torch.float32: _Kernels(
+        kernels.all_reduce_float32, kernels.reduce_scatter_float32, kernels.all_gather_float32, torch.float32
+    ),
+    torch.float64: _Kernels(
+        kernels.all_reduce_float64, kernels.reduce_scatter_float64, kernels.all_gather_float64, torch.float64
+    ),
+    torch.bfloat16: _Kernels(
+        kernels.all_reduce_bfloat16, kernels.reduce_scatter_bfloat16, kernels.all_gather_bfloat16, torch.float32
+    ),
+    torch.float16: _Kernels(
+        kernels.all_reduce_float16, kernels.reduce_scatter_float16, kernels.all_gather_float16, torch.float32
+    ),
+}
 
 
 class SharedMemoryTransport(Transport):
-    """Ranks that share one node's memory; float32 and float64.
+    """Ranks that share one node's memory; float32, float64, bfloat16 and float16, the last two summed in float32.
 
     Args:
         segment: from `attach_segment`; None for a single rank.
         rank, world_size: of the group that made the segment.
         timeout_seconds: how long a rank may stay away before the others give it up.
+        wire: what float32 gradients travel as between the ranks, see `codec`; others travel as they are.
     """
 
     name = "shared_memory"
     dtypes = frozenset(_KERNELS)
 
-    def __init__(self, segment: Segment | None, rank: int, world_size: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, segment: Segment | None, rank: int, world_size: int, timeout_seconds: float, wire: str = "gradient"
+    ) -> None:
         self.rank, self.world_size = rank, world_size
         self._timeout_seconds = timeout_seconds
         self._segment = segment
         self._pids = segment.pids if segment else ()
         self._pidfds = _open_pidfds(self._pids, rank)
         self._rows = np.zeros((world_size, ROW_LENGTH))
-        self._state = _initial_state(segment, rank, world_size)
+        self._scratch = np.zeros(2 + kernels.BLOCK + world_size, dtype=np.int64)
+        self._wire = codec.wire_kind(wire, codec.FLOAT32)
+        self._state = _initial_state(segment, rank, world_size, self._scratch)
+        self._state[kernels.WIRE] = self._wire
         self._sums = self._state.view(np.float64)
-        self._scratch = np.zeros(2, dtype=np.int64)
-        self._state[kernels.SCRATCH] = self._scratch.ctypes.data
         self._state_address = self._state.ctypes.data
         self._rows_address = self._rows.ctypes.data
+        self._whole = BucketState.of([1 << 62])
+        self._all_reduce = {dtype: each.all_reduce for dtype, each in _KERNELS.items()}
+        if self._encodes:
+            self._all_reduce[torch.float32] = kernels.all_reduce_encoded_float32
         self._closed = False
         self._pid = os.getpid()
 
@@ -63,12 +100,81 @@ class SharedMemoryTransport(Transport):
     def wait_seconds(self) -> float:
         return float(self._state[kernels.WAITED]) * 1e-9
 
+    @property
+    def _encodes(self) -> bool:
+        return self._wire != codec.FLOAT32 and self.world_size > 1
+
+    def prepare(self, dtypes: Iterable[torch.dtype]) -> None:
+        for dtype in dtypes:
+            self._all_reduce[dtype].prepare()
+
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
-        kernel = _KERNELS[bucket.dtype]
+        kernel = self._all_reduce[bucket.dtype]
         address, length = bucket.data_ptr(), bucket.numel()
-        if kernel(self._state_address, address, length, weight) != kernels.DONE:
-            self._persist(lambda: kernel(self._state_address, address, length, weight), f"{length} elements")
+        _, description = self._description(self._whole if state is None else state, bucket)
+        if kernel(self._state_address, address, length, weight, description) != kernels.DONE:
+            self._persist(
+                lambda: kernel(self._state_address, address, length, weight, description), f"{length} elements"
+            )
         return Reduction(bucket, float(self._sums[kernels.OWN_SUM]), float(self._sums[kernels.MEAN_SUM]))
+
+    def slices_length(self, length: int, dtype: torch.dtype) -> int:
+        """Elements of this rank's slices of a bucket of `length` elements."""
+        return kernels.slices_length(length, CHUNK_BYTES // dtype.itemsize, self.rank, self.world_size)
+
+    def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What sums of gradients of `dtype` are made in."""
+        return _KERNELS[dtype].sums
+
+    def reduce_scatter(self, piece: Tensor, weight: float, out: Tensor, state: BucketState, offset: int) -> float:
+        """The first half of an all-reduce: `out` = this rank's slices of the sum of weight_r * piece_r.
+
+        Which elements these are depends on the piece's length and dtype and the number of ranks alone.
+
+        Args:
+            piece: 1-D contiguous part of a bucket, from its element `offset` on; it stays as it is.
+            out: 1-D contiguous, of `slices_length(len(piece), piece.dtype)` elements of `sum_dtype(piece.dtype)`.
+            state: the bucket's; what the piece adds to the parameters' own squared norms is added.
+
+        Returns:
+            The piece's own squared norm.
+
+        Raises:
+            PeerLostError, TransportError: as `all_reduce_mean_`.
+        """
+        self._half(_KERNELS[piece.dtype].reduce_scatter, piece, weight, out, state, offset)
+        return float(self._sums[kernels.OWN_SUM])
+
+    def all_gather(self, own: Tensor, piece: Tensor, state: BucketState, offset: int) -> float:
+        """The second half: `piece` is written from all ranks' slices, of which `own` holds this rank's.
+
+        Returns:
+            The squared norm of what was written; what the parameters have of it is added to `state`.
+        """
+        self._half(_KERNELS[piece.dtype].all_gather, piece, 0.0, own, state, offset)
+        return float(self._sums[kernels.MEAN_SUM])
+
+    def _half(self, kernel: Any, piece: Tensor, weight: float, slices: Tensor, state: BucketState, offset: int) -> None:
+        description, description_address = self._description(state, piece)
+        description[kernels.OFFSET] = offset
+        arguments = (self._state_address, piece.data_ptr(), piece.numel(), weight, description_address)
+        if kernel(*arguments, slices.data_ptr()) != kernels.DONE:
+            self._persist(lambda: kernel(*arguments, slices.data_ptr()), f"{piece.numel()} elements")
+
+    def _description(self, state: BucketState, bucket: Tensor) -> tuple[NDArray[np.int64], int]:
+        """What a kernel needs to know of a bucket, and its address; made once, as `state` keeps its arrays."""
+        known = state.kept.get(self.name)
+        if known is None:
+            description = np.zeros(kernels.BUCKET_LENGTH, dtype=np.int64)
+            description[kernels.ENDS] = state.ends.ctypes.data
+            description[kernels.OWN_SUMS] = _address(state.own_squared_norms)
+            description[kernels.MEAN_SUMS] = _address(state.mean_squared_norms)
+            description[kernels.PARAMETERS] = len(state.ends)
+            if self._encodes and self._wire == codec.INT8 and state is not self._whole:
+                residual = state.kept["residual"] = np.zeros(bucket.numel(), dtype=np.float32)
+                description[kernels.RESIDUAL] = residual.ctypes.data
+            known = state.kept[self.name] = (description, description.ctypes.data)
+        return known
 
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         row = np.ascontiguousarray(row, dtype=np.float64)
@@ -137,15 +243,36 @@ def attach_segment(group: dist.ProcessGroup | None) -> Segment:
     world_size = dist.get_world_size(group)
     if not SUPPORTED:
         raise TransportError("shared memory needs Linux on x86-64 or arm64")
-    return share(HEADER_BYTES + world_size * (kernels.CONTROL_BYTES + DEPTH * CHUNK_BYTES), group)
+    one_rank = kernels.CONTROL_BYTES + DEPTH * (CHUNK_BYTES + _result_bytes(world_size))
+    return share(HEADER_BYTES + world_size * one_rank, group)
 
 
-def _initial_state(segment: Segment | None, rank: int, world_size: int) -> NDArray[np.int64]:
+def _address(sums: NDArray[np.float64] | Tensor) -> int:
+    assert isinstance(sums, np.ndarray)
+    return sums.ctypes.data
+
+
+def _result_bytes(world_size: int) -> int:
+    """The largest slice of a chunk, whose 16-bit elements are summed in twice as many bits."""
+    return 2 * (-(-CHUNK_BYTES // world_size) + 32) // 64 * 64 + 64
+
+
+def _initial_state(
+    segment: Segment | None, rank: int, world_size: int, scratch: NDArray[np.int64]
+) -> NDArray[np.int64]:
     state = np.zeros(kernels.STATE_LENGTH, dtype=np.int64)
     if segment is not None:
         state[kernels.CONTROL] = segment.address + HEADER_BYTES
-        state[kernels.RINGS] = segment.address + HEADER_BYTES + world_size * kernels.CONTROL_BYTES
+        state[kernels.RINGS] = state[kernels.CONTROL] + world_size * kernels.CONTROL_BYTES
+        state[kernels.RESULTS] = state[kernels.RINGS] + world_size * DEPTH * CHUNK_BYTES
+    else:
+        state[kernels.CONTROL] = scratch[2:].ctypes.data  # a lone rank speaks to nobody
+    state[kernels.SCRATCH] = scratch.ctypes.data
+    state[kernels.TOTALS] = scratch[2:].ctypes.data
+    state[kernels.WEIGHTS] = scratch[2 + kernels.BLOCK :].ctypes.data
+    state[kernels.RESULT_BYTES] = _result_bytes(world_size)
     state[kernels.RANK], state[kernels.WORLD_SIZE] = rank, world_size
+    state[kernels.SLICES_FROM] = SLICE_ELEMENTS if world_size >= SLICE_RANKS else 1 << 62
     state[kernels.CHUNK_BYTES], state[kernels.DEPTH] = CHUNK_BYTES, DEPTH
     # Spinning while the rank waited for has no core is the main hazard: then yield soon.
     cores = {core for pid in (segment.pids if segment else ()) for core in os.sched_getaffinity(pid)}
