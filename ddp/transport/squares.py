@@ -5,6 +5,7 @@ For transports that hand the bucket to somebody else's loops; our own loops take
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from ddp.transport.jit import (
     add_square,
     bfloat16_value,
     carray,
-    compiled,
     float16_value,
     float32_pointer,
     float64_pointer,
     inlined,
     int64_pointer,
+    on_demand,
     types,
     uint16_pointer,
 )
@@ -56,7 +57,7 @@ def _sum_float16_squares(values: Any, zero: Any) -> Any:
 _SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64, types.int64)
 
 
-@compiled(_SIGNATURE)
+@on_demand(_SIGNATURE)
 def _squares_float32(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
     ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
     bucket, start = carray(float32_pointer(data_address), length), 0
@@ -65,7 +66,7 @@ def _squares_float32(data_address: Any, length: Any, ends_address: Any, segments
         start = ends[segment]
 
 
-@compiled(_SIGNATURE)
+@on_demand(_SIGNATURE)
 def _squares_float64(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
     ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
     bucket, start = carray(float64_pointer(data_address), length), 0
@@ -74,7 +75,7 @@ def _squares_float64(data_address: Any, length: Any, ends_address: Any, segments
         start = ends[segment]
 
 
-@compiled(_SIGNATURE)
+@on_demand(_SIGNATURE)
 def _squares_bfloat16(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
     ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
     bucket, start = carray(uint16_pointer(data_address), length), 0
@@ -83,7 +84,7 @@ def _squares_bfloat16(data_address: Any, length: Any, ends_address: Any, segment
         start = ends[segment]
 
 
-@compiled(_SIGNATURE)
+@on_demand(_SIGNATURE)
 def _squares_float16(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
     ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
     bucket, start = carray(uint16_pointer(data_address), length), 0
@@ -98,6 +99,12 @@ _KERNELS = {
     torch.bfloat16: _squares_bfloat16,
     torch.float16: _squares_float16,
 }
+
+
+def prepare(dtypes: Iterable[torch.dtype]) -> None:
+    """Compile what buckets of these dtypes need."""
+    for dtype in dtypes:
+        _KERNELS[dtype].prepare()
 
 
 def squared_norms_(sums: NDArray[np.float64], bucket: Tensor, ends: NDArray[np.int64]) -> float:
