@@ -5,7 +5,7 @@
         first.run(["python", "-m", "ddp", "train", "job.toml"], folder, {"MASTER_ADDR": first.address, ...})
         first.bytes_sent()
 
-Each node has its own network, host name, IPC, mounts (a tmpfs on /dev/shm) and process ids: what makes two nodes
+Each node has its own network, host name, IPC, mounts (a tmpfs on /dev/shm, one for TMPDIR) and process ids: what makes two nodes
 two for every way ranks find each other's memory, /proc/PID/fd included; and its share of the cores, where there
 is one for each. A head, which runs no ranks, holds the
 switch they are plugged into and may start programs on them as ssh would (`Cluster.agent`). Files are shared,
@@ -39,6 +39,7 @@ SETUP_SECONDS = 20.0
 AGENT = "/dev/shm/agent"
 _NETWORK = "10.77.0"  # seen inside only
 _HEAD_ADDRESS = f"{_NETWORK}.254"
+_TEMPORARY = "/var/tmp"  # Open MPI's daemons name files there by their process ids, which nodes have alike
 _LOGIN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # A node's first process: orphans are reaped as they end, and the end of the standard input is the end of the node.
@@ -104,13 +105,13 @@ class Place:
     def popen(
         self, command: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start `command` with `environment` on top of this process's; its outputs are pipes.
+        """Start `command` with `environment` on top of this process's and the place's TMPDIR; its outputs are pipes.
 
         What is still running when the cluster ends is killed.
         """
         return subprocess.Popen(
             self.argv(command, folder),
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "TMPDIR": _TEMPORARY, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -282,6 +283,7 @@ def _own_host(name: str, shared_memory: str) -> str:
     """IPv6 is off where it can be: its own messages would be counted as bytes on the link."""
     return (
         f"hostname {name}\nmount -t tmpfs -o size={shared_memory},mode=1777 tmpfs /dev/shm\n"
+        f"mount -t tmpfs -o size=64m,mode=1777 tmpfs {_TEMPORARY}\n"
         "mount -t sysfs sysfs /sys\n"
         "echo 1 2>/dev/null >/proc/sys/net/ipv6/conf/default/disable_ipv6 || true\nip link set lo up\n"
     )
@@ -307,7 +309,7 @@ def _agent_file(head: Place, nodes: Sequence[Place]) -> str:
         'while [ "${1#-}" != "$1" ]; do shift; done\nhost=$1; shift\n'
         f'case $host in {cases} *) echo "there is no node $host" >&2; exit 255;; esac\n'
         f"exec nsenter --target $pid {' '.join(NAMESPACES)} -- "
-        f'$cores env -i HOME="$HOME" PATH={_LOGIN_PATH} sh -c "$*"\n'
+        f'$cores env -i HOME="$HOME" PATH={_LOGIN_PATH} TMPDIR={_TEMPORARY} sh -c "$*"\n'
     )
     return f"printf '%s' {shlex.quote(text)} >{AGENT}\nchmod 755 {AGENT}\n"
 
