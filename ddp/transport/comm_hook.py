@@ -110,7 +110,7 @@ class GradientExchange:
         try:
             return action()
         except Exception as error:  # kept, see the module's docstring
-            self._error = error
+            self._error = self._error_on_the_way() or error
             return None
 
     def raise_error(self) -> None:

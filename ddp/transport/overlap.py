@@ -105,45 +105,46 @@ class _Lane:
 
     def reduce(self, outer: Reduction, weight: float, state: BucketState | None) -> None:
         """`outer` takes over what the inner transport makes of its bucket."""
-        try:
-            self._raise_error()
-            inner = self.inner.all_reduce_mean_(outer.bucket, weight, state)
-        except Exception as error:
-            self._error = self._error or error
-            outer.error = self._error
-            self._finish(outer)
-            return
-        if inner.future is None:
-            self._finish(outer, inner)
-        else:
+        inner: Reduction | None = None
+        if self._error is None:
+            try:
+                inner = self.inner.all_reduce_mean_(outer.bucket, weight, state)
+            except Exception as error:
+                self._error = error
+        if inner is not None and inner.future is not None:
             self._open.append((outer, inner))
+        else:
+            self._finish(outer, inner)
 
     def complete(self, asked: float, waited: float) -> None:
         """Everything before is done after this; `asked` and `waited` are of the moment when that was asked for."""
+        opened, self._open = self._open, []
         try:
             self.inner.complete()
         except Exception as error:
             self._error = self._error or error
+            if not any(inner.error for _, inner in opened):  # it does not say which
+                for _, inner in opened:
+                    inner.error = error
         exposed = time.perf_counter() - asked
         self.exposed_seconds += exposed
         self.waited_seconds += min(self.inner.wait_seconds - waited, exposed)
-        opened, self._open = self._open, []
         for outer, inner in opened:
-            outer.error = inner.error or self._error
             self._finish(outer, inner)
 
     def exchange_row(self, row: NDArray[np.float64], answer: Answer[Rows], *, waited_for: bool) -> None:
         waited = self.inner.wait_seconds
-        try:
-            self._raise_error()
-            rows = self.inner.exchange_row(row)
-        except Exception as error:
-            self._error = self._error or error
-            answer.set_exception(self._error)
-            return
-        if waited_for:
-            self.waited_seconds += self.inner.wait_seconds - waited
-        answer.set_result(rows)
+        if self._error is None:
+            try:
+                rows = self.inner.exchange_row(row)
+            except Exception as error:
+                self._error = error
+            else:
+                if waited_for:
+                    self.waited_seconds += self.inner.wait_seconds - waited
+                answer.set_result(rows)
+                return
+        answer.set_exception(self._error)
 
     def end(self) -> None:
         """Called once, by whoever has the transport; the thread is gone afterwards if the inner transport lets it go."""
@@ -160,14 +161,11 @@ class _Lane:
         if threading.current_thread() is not self._thread:  # whose garbage collection may have come here
             self._thread.join(_FAREWELL_SECONDS)
 
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _finish(self, outer: Reduction, inner: Reduction | None = None) -> None:
+    def _finish(self, outer: Reduction, inner: Reduction | None) -> None:
         """Also where it failed: DDP waits for every future."""
         if inner is not None:
             outer.own_squared_norm, outer.mean_squared_norm = inner.own_squared_norm, inner.mean_squared_norm
+        outer.error = self._error if inner is None else inner.error
         self._reduced += 1
         assert outer.future is not None
         outer.future.set_result(outer.bucket)
