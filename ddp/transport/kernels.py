@@ -22,6 +22,7 @@ from ddp.transport.blocks import (
     BLOCK,
     add_block,
     add_kept,
+    add_strips,
     copy_block,
     first_two_terms,
     measure_block,
@@ -301,7 +302,10 @@ def _add_other(state, bucket, gradient, start, stop, slot, weights, zero):  # ty
     cursor, position, total = state[MEAN_CURSOR], start, 0.0
     while position < stop:
         cursor, end = _piece(ends, cursor, bucket[OFFSET], position, stop)
-        squares = add_block(gradient[position:end], slot[position - start : end - start], mine, other, zero)
+        if state[27] | state[28]:
+            squares = add_strips(gradient[position:end], slot[position - start : end - start], mine, other, zero, state[27], state[28])
+        else:
+            squares = add_block(gradient[position:end], slot[position - start : end - start], mine, other, zero)
         sums[cursor] += squares
         total += squares
         position = end
@@ -491,7 +495,7 @@ def _by_whole_chunks(state, sums, bucket, gradient, wire, totals, weights, exact
     elements = state[CHUNK_BYTES] // gradient.itemsize
     chunks = _chunks(len(gradient), elements)
     while state[REDUCED] < chunks:
-        if state[COPIED] < min(chunks, state[REDUCED] + _AHEAD):
+        if state[COPIED] < min(chunks, state[REDUCED] + state[29]):
             if not _copy_chunk(state, sums, bucket, gradient, wire, elements, zero):
                 return WAITING
             continue

@@ -86,10 +86,11 @@ class SharedMemoryTransport(Transport):
         self._wire = codec.wire_kind(wire, codec.FLOAT32)
         self._state = _initial_state(segment, rank, world_size, self._scratch)
         self._state[kernels.WIRE] = self._wire
-        self._sums = self._state.view(np.float64)
+        self._sums = memoryview(self._state.view(np.float64))  # half the time of an array's elements
         self._state_address = self._state.ctypes.data
         self._rows_address = self._rows.ctypes.data
         self._whole = BucketState.of([1 << 62])
+        self._whole_address = self._description(self._whole, 0)[1]
         self._all_reduce = {dtype: each.all_reduce for dtype, each in _KERNELS.items()}
         if self._encodes:
             self._all_reduce[torch.float32] = kernels.all_reduce_encoded_float32
@@ -109,14 +110,12 @@ class SharedMemoryTransport(Transport):
             self._all_reduce[dtype].prepare()
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
-        kernel = self._all_reduce[bucket.dtype]
-        address, length = bucket.data_ptr(), bucket.numel()
-        _, description = self._description(self._whole if state is None else state, bucket)
-        if kernel(self._state_address, address, length, weight, description) != kernels.DONE:
-            self._persist(
-                lambda: kernel(self._state_address, address, length, weight, description), f"{length} elements"
-            )
-        return Reduction(bucket, float(self._sums[kernels.OWN_SUM]), float(self._sums[kernels.MEAN_SUM]))
+        kernel, length = self._all_reduce[bucket.dtype], bucket.numel()
+        description = self._whole_address if state is None else self._description(state, length)[1]
+        arguments = (self._state_address, bucket.data_ptr(), length, weight, description)
+        if kernel(*arguments) != kernels.DONE:
+            self._persist(lambda: kernel(*arguments), f"{length} elements")
+        return Reduction(bucket, self._sums[kernels.OWN_SUM], self._sums[kernels.MEAN_SUM])
 
     def slices_length(self, length: int, dtype: torch.dtype) -> int:
         """Elements of this rank's slices of a bucket of `length` elements."""
@@ -143,7 +142,7 @@ class SharedMemoryTransport(Transport):
             PeerLostError, TransportError: as `all_reduce_mean_`.
         """
         self._half(_KERNELS[piece.dtype].reduce_scatter, piece, weight, out, state, offset)
-        return float(self._sums[kernels.OWN_SUM])
+        return self._sums[kernels.OWN_SUM]
 
     def all_gather(self, own: Tensor, piece: Tensor, state: BucketState, offset: int) -> float:
         """The second half: `piece` is written from all ranks' slices, of which `own` holds this rank's.
@@ -152,16 +151,16 @@ class SharedMemoryTransport(Transport):
             The squared norm of what was written; what the parameters have of it is added to `state`.
         """
         self._half(_KERNELS[piece.dtype].all_gather, piece, 0.0, own, state, offset)
-        return float(self._sums[kernels.MEAN_SUM])
+        return self._sums[kernels.MEAN_SUM]
 
     def _half(self, kernel: Any, piece: Tensor, weight: float, slices: Tensor, state: BucketState, offset: int) -> None:
-        description, description_address = self._description(state, piece)
+        description, description_address = self._description(state, piece.numel())
         description[kernels.OFFSET] = offset
         arguments = (self._state_address, piece.data_ptr(), piece.numel(), weight, description_address)
         if kernel(*arguments, slices.data_ptr()) != kernels.DONE:
             self._persist(lambda: kernel(*arguments, slices.data_ptr()), f"{piece.numel()} elements")
 
-    def _description(self, state: BucketState, bucket: Tensor) -> tuple[NDArray[np.int64], int]:
+    def _description(self, state: BucketState, length: int) -> tuple[NDArray[np.int64], int]:
         """What a kernel needs to know of a bucket, and its address; made once, as `state` keeps its arrays."""
         known = state.kept.get(self.name)
         if known is None:
@@ -170,8 +169,8 @@ class SharedMemoryTransport(Transport):
             description[kernels.OWN_SUMS] = _address(state.own_squared_norms)
             description[kernels.MEAN_SUMS] = _address(state.mean_squared_norms)
             description[kernels.PARAMETERS] = len(state.ends)
-            if self._encodes and self._wire == codec.INT8 and state is not self._whole:
-                residual = state.kept["residual"] = np.zeros(bucket.numel(), dtype=np.float32)
+            if self._encodes and self._wire == codec.INT8 and length:
+                residual = state.kept["residual"] = np.zeros(length, dtype=np.float32)
                 description[kernels.RESIDUAL] = residual.ctypes.data
             known = state.kept[self.name] = (description, description.ctypes.data)
         return known
@@ -278,6 +277,7 @@ def _initial_state(
     cores = {core for pid in (segment.pids if segment else ()) for core in os.sched_getaffinity(pid)}
     enough_cores = len(cores) >= world_size
     state[kernels.PAUSES], state[kernels.YIELDS] = (200 if enough_cores else 20), 20
+    state[29] = 2
     state[kernels.PATIENCE] = int(_PATIENCE_SECONDS * 1e9)
     return state
 
