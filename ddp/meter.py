@@ -93,7 +93,7 @@ class GradientMeter:
         self.transport = transport
         self.batch_size = batch_size
         self._binding = binding or Binding()
-        self._exchange = GradientExchange(transport, model.process_group)
+        self._exchange = GradientExchange(transport)
         self._window = NoiseScaleWindow(training_examples=None)
         self._reading: Reading = self._window.reading
         self._forwards = 0

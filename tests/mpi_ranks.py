@@ -42,7 +42,7 @@ def run_under_mpi(
 
 def groups(world_size: int) -> dict[int, dist.ProcessGroup | None]:
     """For each size up to all ranks the group of the first so many, None for a rank outside. Collective."""
-    made = {size: dist.new_group(list(range(size))) for size in range(1, world_size + 1)}
+    made: dict[int, Any] = {size: dist.new_group(list(range(size))) for size in range(1, world_size + 1)}
     return {size: group if dist.get_rank() < size else None for size, group in made.items()}
 
 

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import ddp
-from ddp.errors import PeerLostError, TransportError, UsageError
+from ddp.errors import TransportError, UsageError
 from ddp.noise.moments import Moments, unbiased_moments
 from ddp.transport.base import BucketState
+from ddp.transport.overlap import OverlappedTransport
 from jobs import python, run_command
 from ranks import RankPool, process_group
 
@@ -49,14 +50,16 @@ Use = tuple[str, tuple[int, ...]]  # how `meter.step` is called, and the example
 Seen = tuple[list[ddp.Reading], list[Tensor], list[Tensor]]  # readings, own gradients, weights after each step
 
 
-def _train(rank: int, world_size: int, store_address: str, transport: str, use: Use, options: dict[str, Any]) -> Seen:
+def _train(
+    rank: int, world_size: int, store_address: str, transport: str, overlap: bool, use: Use, options: dict[str, Any]
+) -> Seen:
     how, examples = use
     readings, own, weights = [], [], []
     with process_group(rank, world_size, store_address):
         model = make_model(**options)
         optimizer = SGD(model.parameters(), lr=0.1)
-        meter = ddp.attach(model, batch_size=DECLARED, transport=transport)
-        assert meter.transport.name == transport
+        meter = ddp.attach(model, batch_size=DECLARED, transport=transport, overlap=overlap)
+        assert meter.transport.name == transport and isinstance(meter.transport, OverlappedTransport) is overlap
         for step in range(STEPS):
             rows = batch(rank, step, examples[rank])
             own.append(gradient_of(model.module, rows))
@@ -96,7 +99,9 @@ def mean_moments(own: list[list[Tensor]], counts: tuple[int, ...]) -> list[Momen
     return means
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "c10d"])
+@pytest.mark.parametrize(
+    ("transport", "overlap"), [("shared_memory", False), ("shared_memory", True), ("c10d", False), ("c10d", True)]
+)
 @pytest.mark.parametrize(
     "how, examples, counted",
     [
@@ -110,12 +115,13 @@ def mean_moments(own: list[list[Tensor]], counts: tuple[int, ...]) -> list[Momen
 def test_a_reading_is_the_moments_of_the_ranks_gradients_one_step_later(
     rank_pool: RankPool,
     transport: str,
+    overlap: bool,
     how: str,
     examples: tuple[int, ...],
     counted: tuple[int, ...],
     options: dict[str, Any],
 ) -> None:
-    seen = rank_pool.run(len(examples), _train, transport, (how, examples), options)
+    seen = rank_pool.run(len(examples), _train, transport, overlap, (how, examples), options)
     own = [gradients for _, gradients, _ in seen]
     expected = mean_moments(own, counted)
     for readings, _, weights in seen:
@@ -186,12 +192,12 @@ def test_a_model_on_some_of_the_ranks(rank_pool: RankPool, transport: str) -> No
         assert reading.squared_norm == pytest.approx(expected.squared_norm, rel=1e-4)
 
 
-def _one_leaves(rank: int, world_size: int, store_address: str, transport: str) -> tuple[str, str, bool]:
+def _one_leaves(rank: int, world_size: int, store_address: str, overlap: bool) -> tuple[str, str, bool]:
     """Rank 1's meter is closed in the middle, as at the end of its process."""
     with process_group(rank, world_size, store_address, timeout=5.0):
         model = make_model(bucket_cap_mb=0.00001)
         optimizer = SGD(model.parameters(), lr=0.1)
-        meter = ddp.attach(model, batch_size=DECLARED, transport=transport, timeout_seconds=5.0)
+        meter = ddp.attach(model, DECLARED, transport="shared_memory", timeout_seconds=5.0, overlap=overlap)
         for step in range(3):
             optimizer.zero_grad()
             loss_of(model, batch(rank, step, DECLARED)).backward()
@@ -203,43 +209,48 @@ def _one_leaves(rank: int, world_size: int, store_address: str, transport: str) 
             return "", "", True
         optimizer.zero_grad()
         loss_of(model, batch(rank, 3, DECLARED)).backward()
-        kinds = [_kind(optimizer.step), _kind(meter.step)]
+        raised = [_raised(optimizer.step), _raised(meter.step)]
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         dist.barrier()
         meter.close()
-        return kinds[0], kinds[1], same
+        return raised[0], raised[1], same
 
 
-def _kind(action: Callable[[], object]) -> str:
+def _raised(action: Callable[[], object]) -> str:
     try:
         action()
     except Exception as error:
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
-def test_a_lost_rank_is_raised_before_the_optimizer_takes_the_step(rank_pool: RankPool) -> None:
-    lost, _ = rank_pool.run(2, _one_leaves, "shared_memory")
-    assert lost == (PeerLostError.__name__, PeerLostError.__name__, True)
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
+def test_a_lost_rank_is_raised_before_the_optimizer_takes_the_step(rank_pool: RankPool, overlap: bool) -> None:
+    (before, after, same), _ = rank_pool.run(2, _one_leaves, overlap)
+    assert re.fullmatch(r"PeerLostError: rank 1 \(pid \d+, host \S+\) left .*, in bucket 0 of backward 4", before), (
+        before
+    )
+    assert after == before and same
 
 
-def _raises_on_second_bucket(rank: int, world_size: int, store_address: str) -> tuple[str, bool]:
+def _raises_on_second_bucket(rank: int, world_size: int, store_address: str, overlap: bool) -> tuple[str, bool]:
     with process_group(rank, world_size, store_address, timeout=5.0):
         model = make_model(bucket_cap_mb=0.00001)
         optimizer = SGD(model.parameters(), lr=0.1)
-        meter = ddp.attach(model, batch_size=DECLARED, transport="shared_memory", timeout_seconds=5.0)
+        meter = ddp.attach(model, DECLARED, transport="shared_memory", timeout_seconds=5.0, overlap=overlap)
         for step in range(3):
             optimizer.zero_grad()
             loss_of(model, batch(rank, step, DECLARED)).backward()
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        reduce, calls = meter.transport.all_reduce_mean_, iter(range(100))
+        inner = meter.transport._lane.inner if isinstance(meter.transport, OverlappedTransport) else meter.transport
+        reduce, calls = inner.all_reduce_mean_, iter(range(100))
 
         def fail(bucket: Tensor, weight: float, state: BucketState | None = None) -> Any:
             if next(calls) == 1:
                 raise TransportError("the cable is out")
             return reduce(bucket, weight, state)
 
-        meter.transport.all_reduce_mean_ = fail
+        inner.all_reduce_mean_ = fail
         optimizer.zero_grad()
         loss_of(model, batch(rank, 3, DECLARED)).backward()
         try:
@@ -252,8 +263,12 @@ def _raises_on_second_bucket(rank: int, world_size: int, store_address: str) -> 
         return message, all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_an_error_in_the_hook_is_itself_before_the_optimizer_takes_the_step(rank_pool: RankPool) -> None:
-    assert rank_pool.run(2, _raises_on_second_bucket) == [("the cable is out, in bucket 1 of backward 4", True)] * 2
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
+def test_an_error_in_the_hook_is_itself_before_the_optimizer_takes_the_step(rank_pool: RankPool, overlap: bool) -> None:
+    assert (
+        rank_pool.run(2, _raises_on_second_bucket, overlap)
+        == [("the cable is out, in bucket 1 of backward 4", True)] * 2
+    )
 
 
 def _train_on_after_close(rank: int, world_size: int, store_address: str, transport: str) -> tuple[str, bool]:
@@ -288,6 +303,8 @@ def _refusals(rank: int, world_size: int, store_address: str) -> dict[str, str]:
             "not DDP": lambda: ddp.attach(model.module, batch_size=8),  # type: ignore[arg-type]
             "batch size": lambda: ddp.attach(model, batch_size=0),
             "transport": lambda: ddp.attach(model, batch_size=8, transport="shared_memry"),
+            "wire": lambda: ddp.attach(model, batch_size=8, transport="c10d", wire="int8"),
+            "format": lambda: ddp.attach(model, batch_size=8, wire="int4"),
             "twice": lambda: ddp.attach(model, batch_size=8),
         }
         messages: dict[str, str] = {}
@@ -309,8 +326,10 @@ def test_what_attach_refuses(rank_pool: RankPool) -> None:
     assert messages == other
     assert "Sequential" in messages["not DDP"] and "DistributedDataParallel(model)" in messages["not DDP"]
     assert "batch_size=0" in messages["batch size"]
-    assert "shared_memry" in messages["transport"] and "shared_memory, c10d" in messages["transport"]
+    assert "shared_memry" in messages["transport"] and "valid: auto, shared_memory," in messages["transport"]
     assert "already has a communication hook" in messages["twice"]
+    assert 'transport "c10d" sends gradients as they are' in messages["wire"]
+    assert "'int4'" in messages["format"] and "gradient, bfloat16, float16, int8" in messages["format"]
 
 
 LINE = re.compile(r"step (\d+): loss ([\d.]+), noise scale (\S+) \[(\S+), (\S+)\] examples \((\w+)\)")

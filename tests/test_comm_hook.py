@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -24,7 +22,6 @@ from ranks import RankPool, process_group
 
 ITERATIONS = 4
 EXAMPLES = (5, 3, 11, 2)  # of each rank
-PER_PARAMETER = {"c10d"}  # transports that take each parameter's sums
 
 
 class Network(nn.Module):
@@ -95,7 +92,7 @@ class Session:
         self.case, self.team = case, team
         self.model = DistributedDataParallel(Network(case.dtype, case.middle), process_group=team.group, **case.options)
         self.exchange = GradientExchange(
-            select_transport(case.transport, "cpu", 20.0, team.group, overlap=team.overlap), team.group
+            select_transport(case.transport, "cpu", 20.0, team.group, overlap=team.overlap)
         )
         register(self.model, self.exchange, comm_hook)
         self.exchange.prepare(self.model)
@@ -121,13 +118,12 @@ class Session:
         self._compare(f"{iteration}: gradient", _flat(mean), expected, case.tolerance())
         self._compare(f"{iteration}: own norm", sums.own_squared_norm, _flat(own).square().sum(), case.tolerance())
         self._compare(f"{iteration}: mean norm", sums.mean_squared_norm, _flat(mean).square().sum(), 1e-6)
-        if case.transport in PER_PARAMETER:
-            found = sums.by_parameter()
-            each = [found[parameter] for parameter in module.parameters()]
-            for index, tolerance, gradients in ((0, 4 * case.tolerance(), own), (1, 1e-6, mean)):
-                for place, gradient in enumerate(gradients):
-                    name = f"{iteration}: parameter {place}, {('own', 'mean')[index]}"
-                    self._compare(name, each[place][index], gradient.square().sum(), tolerance)
+        found = sums.by_parameter()
+        each = [found[parameter] for parameter in module.parameters()]
+        for index, tolerance, gradients in ((0, 4 * case.tolerance(), own), (1, 2e-6, mean)):
+            for place, gradient in enumerate(gradients):
+                name = f"{iteration}: parameter {place}, {('own', 'mean')[index]}"
+                self._compare(name, each[place][index], gradient.square().sum(), tolerance)
 
     def update(self) -> None:
         with torch.no_grad():
@@ -204,6 +200,8 @@ ALL_SHALLOW = (0, 1, 2, 3)
 WAYS = {
     "plain": Case(),
     "double": Case(dtype=torch.float64),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "mixed": Case(middle=torch.bfloat16, options=TINY),
     "many buckets": Case(options=TINY),
     "views": Case(options={"gradient_as_bucket_view": True, **TINY}),
     "accumulated": Case(accumulation=2),
@@ -219,8 +217,6 @@ CASES = {
     for transport in ("shared_memory", "c10d")
     for name, case in WAYS.items()
 }
-CASES["bfloat16"] = Case(transport="c10d", dtype=torch.bfloat16)
-CASES["mixed"] = Case(transport="c10d", middle=torch.bfloat16, options=TINY)
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
@@ -273,33 +269,51 @@ def test_models_on_some_of_the_ranks(rank_pool: RankPool, overlap: bool) -> None
     assert rank_pool.run(4, _subgroups, overlap) == [[]] * 4
 
 
-def _bfloat16(rank: int, world_size: int, store_address: str, overlap: bool) -> tuple[list[str], list[str]]:
-    cases = {"mixed": Case(middle=torch.bfloat16, options=TINY)}
-    with _messages() as messages:
-        faults = _backwards(rank, world_size, store_address, cases, overlap)
-    return faults, messages
+class Phases(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases = nn.Parameter(torch.tensor([1.0 + 2.0j, 3.0j, -1.0]))
+        self.scales = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, factor: float) -> Tensor:
+        return factor * torch.view_as_real(self.phases).square().sum() + self.scales.square().sum()
 
 
-@contextmanager
-def _messages() -> Iterator[list[str]]:
-    """What the transports log meanwhile."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("ddp.transport")
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
+def _complex(rank: int, world_size: int, store_address: str) -> tuple[list[complex], list[tuple[float, float]]]:
+    with process_group(rank, world_size, store_address):
+        model = DistributedDataParallel(Phases())
+        exchange = GradientExchange(select_transport("shared_memory", "cpu", 20.0))
+        register(model, exchange, comm_hook)
+        model(1.0 + rank).backward()
+        sums = exchange.take().by_parameter()
+        dist.barrier()
+        exchange.transport.close()
+        assert model.module.phases.grad is not None
+        return model.module.phases.grad.tolist(), [sums[parameter] for parameter in model.module.parameters()]
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
-def test_bfloat16_goes_through_c10d_and_says_so_once(rank_pool: RankPool, overlap: bool) -> None:
-    (faults, messages), *others = rank_pool.run(3, _bfloat16, overlap)
-    assert faults == [] and len(messages) == 1
-    assert "bfloat16" in messages[0] and "c10d" in messages[0]
-    assert others == [([], [])] * 2
+def test_complex_parameters_are_pairs_of_real_ones(rank_pool: RankPool) -> None:
+    for rank, (gradient, sums) in enumerate(rank_pool.run(2, _complex)):
+        assert gradient == [3.0 + 6.0j, 9.0j, -3.0]  # 2 * 1.5 * the parameter
+        assert sums[0] == pytest.approx((4 * (1 + rank) ** 2 * 15, 9 * 15))
+        assert sums[1] == pytest.approx((52, 52))
+
+
+def _other_type(rank: int, world_size: int, store_address: str) -> str:
+    with process_group(rank, world_size, store_address):
+        exchange = GradientExchange(select_transport("shared_memory", "cpu", 20.0))
+        exchange.transport.dtypes = frozenset({torch.float64})  # DDP itself makes no buckets of 8 bits
+        model = DistributedDataParallel(nn.Linear(2, 1))
+        register(model, exchange, comm_hook)
+        model(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(UsageError) as caught:
+            exchange.take()
+        exchange.transport.close()
+        return str(caught.value)
+
+
+def test_gradients_that_the_transport_does_not_take_are_refused(rank_pool: RankPool) -> None:
+    assert all("float32 gradients are not averaged" in message for message in rank_pool.run(2, _other_type))
 
 
 class Broken(C10dTransport):

@@ -107,7 +107,7 @@ def over_mpi(rank: int, world_size: int) -> dict[str, Any]:
         seen[f"gone {failed}"] = _departure(MpiMailbox(None, 20.0), failed)
     seen["late"] = _lateness(MpiMailbox(None, 0.6))
     dist.barrier()
-    odd = dist.new_group([1, 3], use_local_synchronization=True) if rank in (1, 3) else None
+    odd: Any = dist.new_group([1, 3], use_local_synchronization=True) if rank in (1, 3) else None
     if odd is not None:
         subgroup = MpiMailbox(odd, 20.0)
         seen["subgroup"] = send_around(subgroup)

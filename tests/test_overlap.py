@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddp.errors import PeerLostError, TransportError
+from ddp import outcome
+from ddp.errors import CheckpointError, PeerLostError, TransportError
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 from ddp.transport.overlap import OverlappedTransport
 from ddp.transport.select import select_transport
 from jobs import Ended, finish, started
 from ranks import RankPool, connect_store, process_group
-from training_runs import differences, job, losses_of, train_ranks
+from training_runs import Ended as TrainingEnded
+from training_runs import Misbehaving, differences, job, losses_of, train_ranks
 
 TRANSPORTS = ("shared_memory", "c10d")
 SIZES = (1, 70_001, 0, 1009, 300_007, 5)
@@ -350,3 +353,36 @@ def test_training_is_the_same_with_a_thread(rank_pool: RankPool, tmp_path: Path,
         parameters.append([each.parameters for each in ended])
     assert losses[0] == losses[1] and len(losses[0]) == 20
     assert differences(parameters[0], parameters[1]) == []
+
+
+class Leaving(Misbehaving):
+    """The rank `rank` gives up in the forward of its step `example`."""
+
+    forwards = 0
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        self.forwards += 1
+        if self.is_the_one and self.forwards == 1 + self.example:  # the first settles the buckets
+            raise CheckpointError("this rank gives up")
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["inline", "thread"])
+def test_a_run_says_once_who_was_lost_where(rank_pool: RankPool, tmp_path: Path, overlap: bool) -> None:
+    options = {"rank": 1, "example": 3}
+    here = job(tmp_path, task__name="test_overlap:Leaving", task__options=options, transport__overlap=overlap)
+    lost, cause = train_ranks(rank_pool, 2, here)
+    assert (cause.kind, lost.kind, lost.step) == ("CheckpointError", "PeerLostError", 3)
+    line = outcome.failure(_as_error(lost), 0, 2).line()
+    pattern = (
+        r"rank 0 on (\S+), step 3: rank 1 \(pid \d+, host \S+\) failed while rank 0 waited for it with .*, in bucket 0"
+    )
+    assert re.fullmatch(pattern, line), line
+    assert line.count("step") == line.count("bucket") == line.count("pid") == 1
+    assert lost.threads == cause.threads == 0
+
+
+def _as_error(ended: TrainingEnded) -> PeerLostError:
+    error = PeerLostError(ended.message)
+    outcome.annotate(error, step=ended.step)
+    return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,13 +51,19 @@ def test_waiting_is_never_more_than_there_was() -> None:
     assert phases.all_reduce == 0 < phases.wait < clock.elapsed_seconds
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "c10d"])
+@pytest.mark.parametrize(
+    ("transport", "overlap"), [("shared_memory", False), ("shared_memory", True), ("c10d", False), ("c10d", True)]
+)
 @pytest.mark.parametrize("slow_rank", [0, 2])
 def test_phases_fill_the_step_and_the_straggler_is_named(
-    rank_pool: RankPool, tmp_path: Path, transport: str, slow_rank: int
+    rank_pool: RankPool, tmp_path: Path, transport: str, overlap: bool, slow_rank: int
 ) -> None:
-    options = {"action": "slow", "rank": slow_rank}
-    here = job(tmp_path, run__steps=8, micro_batch_size=2, task__options=options, transport__name=transport)
+    settings: dict[str, Any] = {
+        "task__options": {"action": "slow", "rank": slow_rank},
+        "transport__name": transport,
+        "transport__overlap": overlap,
+    }
+    here = job(tmp_path, run__steps=8, micro_batch_size=2, **settings)
     assert {ended.kind for ended in train_ranks(rank_pool, 3, here)} == {""}
     records = steps_of(tmp_path / "run")
     assert records[0].straggler_rank == -1

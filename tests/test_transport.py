@@ -267,7 +267,7 @@ def _refuse(rank: int, world_size: int, store: str, name: str, device_type: str)
 
 @pytest.mark.parametrize(
     ("name", "device_type", "words"),
-    [("shm", "cpu", "valid: auto, shared_memory, mpi, c10d"), ("shared_memory", "cuda", "cuda")],
+    [("shm", "cpu", "valid: auto, shared_memory, hierarchical, mpi, c10d"), ("shared_memory", "cuda", "cuda")],
 )
 def test_impossible_transports_are_refused(rank_pool: RankPool, name: str, device_type: str, words: str) -> None:
     assert all(words in message for message in rank_pool.run(2, _refuse, name, device_type))

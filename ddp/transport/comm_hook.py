@@ -4,7 +4,6 @@ The hook never raises: DDP would turn an exception in a future into an unreadabl
 and gives the bucket back; `GradientExchange.take` raises it right after backward, before any optimizer step.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp.errors import TransportError, UsageError
 from ddp.outcome import annotate
 from ddp.transport.base import BucketState, Reduction, Transport
-from ddp.transport.c10d import C10dTransport
 from ddp.transport.row import StepRow
 
 T = TypeVar("T")
-logger = logging.getLogger("ddp.transport")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +60,12 @@ class GradientExchange:
         bytes_total: gradient bytes handed to the transport so far.
     """
 
-    def __init__(self, transport: Transport, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.weight = 1.0 / transport.world_size
         self.step: int | None = None
         self.bytes_total = 0
         self._hook_seconds = 0.0
-        self._fallback: C10dTransport | None = None
-        self._group = group
         self._layouts: dict[int, Layout] = {}
         self._reductions: list[Reduction] = []
         self._detached = False
@@ -150,9 +145,12 @@ class GradientExchange:
         if buffer.layout != torch.strided:
             raise UsageError("sparse gradients are not averaged: build the embedding with sparse=False")
         self.bytes_total += buffer.numel() * buffer.element_size()
-        transport = self._transport_for(buffer.dtype)
+        if buffer.dtype not in self.transport.dtypes:
+            raise UsageError(
+                f"{buffer.dtype} gradients are not averaged: keep parameters in a real floating-point type"
+            )
         try:
-            reduction = transport.all_reduce_mean_(buffer, self.weight, self._state_of(bucket))
+            reduction = self.transport.all_reduce_mean_(buffer, self.weight, self._state_of(bucket))
         except TransportError as error:
             self._locate(error, bucket.index())
             raise
@@ -172,7 +170,12 @@ class GradientExchange:
             or len(layout.parameters) != len(parameters)
             or not all(map(is_, layout.parameters, parameters))
         ):
-            layout = Layout(tuple(parameters), BucketState.of([parameter.numel() for parameter in parameters]))
+            layout = Layout(tuple(parameters), BucketState.of([_elements(parameter) for parameter in parameters]))
+            if layout.state.ends[-1] != bucket.buffer().numel():
+                raise TransportError(
+                    f"a bucket of {bucket.buffer().numel()} elements holds parameters of {layout.state.ends[-1]}: "
+                    "this version of torch lays out its buckets in a way that is not known here"
+                )
             self._layouts[index] = layout
         if bucket.is_last() and len(self._layouts) > index + 1:
             self._layouts = {kept: self._layouts[kept] for kept in range(index + 1)}
@@ -180,11 +183,10 @@ class GradientExchange:
 
     def _complete_all(self) -> None:
         """Also after an error: DDP waits for every bucket's future."""
-        for transport in filter(None, (self.transport, self._fallback)):
-            try:
-                transport.complete()
-            except Exception as error:  # kept, see the module's docstring
-                self._error = self._error or self._error_on_the_way() or error
+        try:
+            self.transport.complete()
+        except Exception as error:  # kept, see the module's docstring
+            self._error = self._error or self._error_on_the_way() or error
 
     def _error_on_the_way(self) -> Exception | None:
         """The first reduction's that failed after the hook had handed it over; a bucket's place is its index."""
@@ -199,17 +201,6 @@ class GradientExchange:
         where = f"bucket {index}" if self.step is not None else f"bucket {index} of backward {self._backwards}"
         error.args = (f"{error}, in {where}",)
         annotate(error, step=self.step)
-
-    def _transport_for(self, dtype: torch.dtype) -> Transport:
-        if dtype in self.transport.dtypes:
-            return self.transport
-        if dtype not in C10dTransport.dtypes:
-            raise UsageError(f"{dtype} gradients are not averaged: keep the parameters in a floating-point type")
-        if self._fallback is None:
-            self._fallback = C10dTransport(self._group, self._group)
-            if self.transport.rank == 0:
-                logger.warning("%s gradients go through c10d: %s does not take them", dtype, self.transport.name)
-        return self._fallback
 
 
 def add_up(reductions: list[Reduction]) -> GradientSums:
@@ -238,6 +229,11 @@ def register(model: DistributedDataParallel, state: object, hook: Callable[..., 
             "this DistributedDataParallel model already has a communication hook and DDP allows only one: "
             f"remove the other register_comm_hook or ddp.attach ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _elements(parameter: Tensor) -> int:
+    """Of its gradient in a bucket, where DDP puts two real numbers for a complex one."""
+    return 2 * parameter.numel() if parameter.is_complex() else parameter.numel()
 
 
 def _completed(bucket: Tensor) -> Future[Tensor]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Bytes = NDArray[np.uint8]
 _GOODBYE = 99  # a tag
 _LEFT, _FAILED = 1, 2
-_YIELDS = 100
+_YIELDING_SECONDS = 3e-4
 _SHORT_SLEEP_SECONDS, _LONG_SLEEP_SECONDS = 20e-6, 2e-3
 _PATIENCE_SECONDS = 0.02  # then look whether the peer is still there, and sleep longer
 _ABANDONED: list[object] = []  # memory that MPI may still write to, although nobody waits for it
@@ -98,7 +98,7 @@ class Mailbox(ABC):
 class MpiMailbox(Mailbox):
     """Non-blocking MPI messages in a communicator of their own, polled: MPI makes progress only while it is asked.
 
-    Who waits asks a few times, then offers its core to others between the questions, then sleeps shortly.
+    Who waits offers its core to others between the questions, and soon sleeps shortly.
 
     Raises:
         UsageError: the ranks of `group` are not in one world of MPI.
@@ -140,7 +140,7 @@ class MpiMailbox(Mailbox):
             self.wait_seconds += time.perf_counter() - began
 
     def _poll(self, peer: int, handle: MPI.Request, began: float) -> None:
-        for _ in range(_YIELDS):
+        while time.perf_counter() - began < _YIELDING_SECONDS:
             if handle.Test():
                 return
             os.sched_yield()

@@ -18,7 +18,9 @@ from ddp.topology import from_environment
 from ddp.transport.base import Transport
 from ddp.transport.binding import has_core_to_spare, look_around
 from ddp.transport.c10d import C10dTransport
+from ddp.transport.hierarchical import HierarchicalTransport
 from ddp.transport.mpi import MpiTransport
+from ddp.transport.nodes import nodes
 from ddp.transport.overlap import OverlappedTransport
 from ddp.transport.shared_memory import SharedMemoryTransport, attach_segment
 
@@ -76,12 +78,21 @@ def _mpi(request: Request) -> Transport:
     return MpiTransport(request.control, request.timeout_seconds, request.wire)
 
 
+def _hierarchical(request: Request) -> Transport:
+    """On a thread, too, no group of its own is needed: messages have tags, collectives only their order."""
+    layout = nodes(request.control)
+    if request.automatic and request.wire == "gradient" and len(layout[0]) == 1:
+        raise TransportError("no two ranks share a node")
+    return HierarchicalTransport(request.control, request.timeout_seconds, request.wire, layout)
+
+
 SERVERS = {
     "shared_memory": Server(_shared_memory, wires=True),
+    "hierarchical": Server(_hierarchical, wires=True),
     "mpi": Server(_mpi, wires=True),
     "c10d": Server(_c10d, accelerators=True, works_alone=True),
 }
-AUTOMATIC = ("shared_memory", "c10d")  # the first that can be had
+AUTOMATIC = ("shared_memory", "hierarchical", "c10d")  # the first that can be had
 NAMES = ("auto", *SERVERS)
 
 

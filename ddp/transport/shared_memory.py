@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -68,16 +68,24 @@ class SharedMemoryTransport(Transport):
         rank, world_size: of the group that made the segment.
         timeout_seconds: how long a rank may stay away before the others give it up.
         wire: what float32 gradients travel as between the ranks, see `codec`; others travel as they are.
+        names: what the ranks are called in errors, where they are some of more ranks.
     """
 
     name = "shared_memory"
     dtypes = frozenset(_KERNELS)
 
     def __init__(
-        self, segment: Segment | None, rank: int, world_size: int, timeout_seconds: float, wire: str = "gradient"
+        self,
+        segment: Segment | None,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        wire: str = "gradient",
+        names: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self._timeout_seconds = timeout_seconds
+        self._names = names or range(world_size)
         self._segment = segment
         self._pids = segment.pids if segment else ()
         self._pidfds = _open_pidfds(self._pids, rank)
@@ -108,6 +116,12 @@ class SharedMemoryTransport(Transport):
     def prepare(self, dtypes: Iterable[torch.dtype]) -> None:
         for dtype in dtypes:
             self._all_reduce[dtype].prepare()
+
+    def prepare_halves(self, dtypes: Iterable[torch.dtype]) -> None:
+        """As `prepare`, for `reduce_scatter` and `all_gather`."""
+        for dtype in dtypes:
+            _KERNELS[dtype].reduce_scatter.prepare()
+            _KERNELS[dtype].all_gather.prepare()
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
         kernel, length = self._all_reduce[bucket.dtype], bucket.numel()
@@ -202,27 +216,27 @@ class SharedMemoryTransport(Transport):
     def _persist(self, attempt: Callable[[], int], what: str) -> None:
         """Go on waiting in slices, so that signals, deadlines and dead peers are seen in between."""
         began = time.monotonic()
-        progress, gone = None, ""
+        progress, gone, here = None, "", self._names[self.rank]
         while (status := attempt()) != kernels.DONE:
             late = int(self._state[kernels.WAITING_FOR])
             if self._closed:  # by another thread than this one
-                raise TransportError(f"rank {self.rank} closed the gradient exchange while it waited with {what}")
+                raise TransportError(f"rank {here} closed the gradient exchange while it waited with {what}")
             if status == kernels.MISMATCH:
                 raise TransportError(
-                    f"rank {self.rank} brought {what} to the all-reduce, rank {late} another number: "
+                    f"rank {here} brought {what} to the all-reduce, rank {self._names[late]} another number: "
                     "the ranks do not run the same model or not in the same order"
                 )
             now = (late, int(self._state[kernels.COPIED]), int(self._state[kernels.REDUCED]))
             if now != progress:
                 progress, began, gone = now, time.monotonic(), ""
-            where = f"rank {late} (pid {self._pids[late]}, host {socket.gethostname()})"
+            where = f"rank {self._names[late]} (pid {self._pids[late]}, host {socket.gethostname()})"
             if gone:
-                raise PeerLostError(f"{where} {gone} while rank {self.rank} waited for it with {what}")
+                raise PeerLostError(f"{where} {gone} while rank {here} waited for it with {what}")
             gone = self._how_gone(late)  # and once more: what it published before it went still counts
             if time.monotonic() - began > self._timeout_seconds:
                 raise PeerLostError(
                     f"{where} did not bring {what} within {self._timeout_seconds:g} s (transport.timeout_seconds) "
-                    f"to rank {self.rank}: it hangs, is stopped, or took another path through the program"
+                    f"to rank {here}: it hangs, is stopped, or took another path through the program"
                 )
 
     def _how_gone(self, rank: int) -> str:
