@@ -7,7 +7,7 @@ there as tensors until somebody reads them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.futures import Future
 
 from ddp.errors import PeerLostError
+from ddp.transport import squares
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
-from ddp.transport.squares import squared_norms_
 
 
 class C10dTransport(Transport):
@@ -41,6 +41,9 @@ class C10dTransport(Transport):
     @property
     def wait_seconds(self) -> float:
         return self._waited_seconds
+
+    def prepare(self, dtypes: Iterable[torch.dtype]) -> None:
+        squares.prepare(dtypes)
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
         state = state or BucketState.of([bucket.numel()])
@@ -111,7 +114,7 @@ def _squared_norms(
     """The whole bucket's sum of squares, and each parameter's: in place in `into`, or new tensors on the device."""
     if bucket.device.type == "cpu":
         assert isinstance(into, np.ndarray)
-        return squared_norms_(into, bucket, state.ends), into
+        return squares.squared_norms_(into, bucket, state.ends), into
     each = _squared_norms_on_device(bucket, np.diff(state.ends, prepend=0).tolist())
     return each.sum(), each
 

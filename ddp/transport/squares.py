@@ -5,6 +5,7 @@ For transports that hand the bucket to somebody else's loops; our own loops take
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -77,9 +78,10 @@ _KERNELS = {
 }
 
 
-def prepare(dtype: torch.dtype) -> None:
-    """Compile for `dtype` now."""
-    _KERNELS[dtype].prepare()
+def prepare(dtypes: Iterable[torch.dtype]) -> None:
+    """Compile what buckets of these dtypes need."""
+    for dtype in dtypes:
+        _KERNELS[dtype].prepare()
 
 
 def squared_norms_(sums: NDArray[np.float64], bucket: Tensor, ends: NDArray[np.int64]) -> float:
