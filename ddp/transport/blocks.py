@@ -8,14 +8,14 @@ one buffer. Only sums of squares may be reordered (`add_square`), never the grad
 
 from __future__ import annotations
 
-from ddp.transport.jit import add_square, inlined, narrow, types, widen
+from ddp.transport.jit import add_square, inlined, narrow, prefetch, types, widen
 
 BLOCK = 8192  # elements whose squares are summed in the precision of the sums before float64 takes over
 _TINY = 1e-30  # below, float32 squares may have underflowed
 
 
 @inlined
-def _exact_squares(values):  # type: ignore[no-untyped-def]
+def _exact_squares(values):
     total = 0.0
     for i in range(len(values)):
         total = add_square(total, types.float64(widen(values[i])))
@@ -23,7 +23,7 @@ def _exact_squares(values):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _settle(partial, values):  # type: ignore[no-untyped-def]
+def _settle(partial, values):
     """The block's sum in float64; summed anew where the precision of the sums over- or underflowed."""
     total = types.float64(partial)
     if not (total < 1e37) or total < _TINY:
@@ -32,7 +32,7 @@ def _settle(partial, values):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def copy_block(slot, gradient, zero):  # type: ignore[no-untyped-def]
+def copy_block(slot, gradient, zero):
     """slot = gradient in the wire's type; returns the gradient's sum of squares."""
     partial = zero
     for i in range(len(gradient)):
@@ -43,7 +43,7 @@ def copy_block(slot, gradient, zero):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def add_block(gradient, slot, own_weight, weight, zero):  # type: ignore[no-untyped-def]
+def add_block(gradient, slot, own_weight, weight, zero):
     """gradient = own_weight * gradient + weight * slot, for two ranks; returns the sum of squares of the result."""
     partial = zero
     for i in range(len(gradient)):
@@ -54,28 +54,28 @@ def add_block(gradient, slot, own_weight, weight, zero):  # type: ignore[no-unty
 
 
 @inlined
-def first_two_terms(total, first, second, first_weight, second_weight):  # type: ignore[no-untyped-def]
+def first_two_terms(total, first, second, first_weight, second_weight):
     """total = first_weight * first + second_weight * second"""
     for i in range(len(total)):
         total[i] = first_weight * widen(first[i]) + second_weight * widen(second[i])
 
 
 @inlined
-def next_term(total, slot, weight):  # type: ignore[no-untyped-def]
+def next_term(total, slot, weight):
     """total += weight * slot"""
     for i in range(len(total)):
         total[i] = total[i] + weight * widen(slot[i])
 
 
 @inlined
-def write_slice(out, total):  # type: ignore[no-untyped-def]
+def write_slice(out, total):
     """out = total"""
     for i in range(len(out)):
         out[i] = narrow(total[i], out)
 
 
 @inlined
-def write_block(gradient, total, zero):  # type: ignore[no-untyped-def]
+def write_block(gradient, total, zero):
     """gradient = total; returns the sum of squares of what is stored."""
     partial = zero
     for i in range(len(gradient)):
@@ -86,7 +86,7 @@ def write_block(gradient, total, zero):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def scale_block(gradient, weight, zero):  # type: ignore[no-untyped-def]
+def scale_block(gradient, weight, zero):
     """gradient = weight * gradient; returns the sum of squares of the result."""
     partial = zero
     for i in range(len(gradient)):
@@ -97,7 +97,7 @@ def scale_block(gradient, weight, zero):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def measure_block(gradient, zero):  # type: ignore[no-untyped-def]
+def measure_block(gradient, zero):
     """The sum of squares."""
     partial = zero
     for i in range(len(gradient)):
@@ -106,21 +106,48 @@ def measure_block(gradient, zero):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def scaled(out, gradient, weight):  # type: ignore[no-untyped-def]
+def scaled(out, gradient, weight):
     """out = weight * gradient"""
     for i in range(len(out)):
         out[i] = weight * widen(gradient[i])
 
 
 @inlined
-def add_kept(out, gradient, kept):  # type: ignore[no-untyped-def]
+def add_kept(out, gradient, kept):
     """out = gradient + kept"""
     for i in range(len(out)):
         out[i] = gradient[i] + kept[i]
 
 
 @inlined
-def set_negative_zero(values):  # type: ignore[no-untyped-def]
+def set_negative_zero(values):
     """What a sum begins with that keeps the sign of a single zero."""
     for i in range(len(values)):
         values[i] = -0.0
+
+
+_STRIP = 512
+
+
+@inlined
+def add_strips(gradient, slot, own_weight, weight, zero, ahead_slot, ahead_gradient):
+    total = zero
+    size = gradient.itemsize
+    here = slot.ctypes.data
+    there = gradient.ctypes.data
+    for start in range(0, len(gradient), _STRIP):
+        if ahead_slot > 0:
+            for line in range(0, _STRIP * size, 64):
+                prefetch(here + start * size + ahead_slot + line)
+        if ahead_gradient > 0:
+            for line in range(0, _STRIP * size, 64):
+                prefetch(there + start * size + ahead_gradient + line)
+        mine = gradient[start : start + _STRIP]
+        other = slot[start : start + _STRIP]
+        partial = zero
+        for i in range(len(mine)):
+            element = narrow(own_weight * widen(mine[i]) + weight * widen(other[i]), gradient)
+            mine[i] = element
+            partial = add_square(partial, widen(element))
+        total += partial
+    return _settle(total, gradient)

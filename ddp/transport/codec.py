@@ -85,7 +85,7 @@ def _larger(typingctx: Any, largest: Any, value: Any, ceiling: Any) -> Any:
 
 
 @inlined
-def int8_scale(values):  # type: ignore[no-untyped-def]
+def int8_scale(values):
     """The block's largest magnitude / 127; 0 for a block of (almost) zeros, NaN where one is not finite.
 
     Cut to 16 bits, so that scale * code is exact, and never beyond the largest magnitude.
@@ -101,7 +101,7 @@ def int8_scale(values):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def int8_encode(values, codes):  # type: ignore[no-untyped-def]
+def int8_encode(values, codes):
     """codes = round(values / scale), ties to even; returns the scale."""
     scale = int8_scale(values)
     if scale > 0:
@@ -116,7 +116,7 @@ def int8_encode(values, codes):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def int8_residual(values, codes, scale, residual):  # type: ignore[no-untyped-def]
+def int8_residual(values, codes, scale, residual):
     """residual = values - what arrives of them; 0 where that is not finite, or it would stay so for ever."""
     if scale == scale:
         for i in range(len(values)):
@@ -127,7 +127,7 @@ def int8_residual(values, codes, scale, residual):  # type: ignore[no-untyped-de
 
 
 @inlined
-def float16_scale(values):  # type: ignore[no-untyped-def]
+def float16_scale(values):
     """The power of two that brings the block's largest finite magnitude to between 2**14 and 2**15."""
     largest = types.int32(0)
     for i in range(len(values)):
@@ -136,7 +136,7 @@ def float16_scale(values):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def float16_encode(values, halves):  # type: ignore[no-untyped-def]
+def float16_encode(values, halves):
     """halves = values / scale as float16; returns the scale."""
     scale = float16_scale(values)
     inverse = types.float32(1) / scale
@@ -146,7 +146,7 @@ def float16_encode(values, halves):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def widen(kind, address, start, values):  # type: ignore[no-untyped-def]
+def widen(kind, address, start, values):
     """values = the plain numbers from element `start` on."""
     if kind == FLOAT32:
         singles = carray(float32_pointer(address + 4 * start), len(values))
@@ -163,7 +163,7 @@ def widen(kind, address, start, values):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def narrow(kind, address, start, values):  # type: ignore[no-untyped-def]
+def narrow(kind, address, start, values):
     """Store `values` as plain numbers from element `start` on, and round them to what is stored."""
     if kind == FLOAT32:
         singles = carray(float32_pointer(address + 4 * start), len(values))
@@ -182,7 +182,7 @@ def narrow(kind, address, start, values):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def encode_block(kind, payload, blocks, start, values, residual):  # type: ignore[no-untyped-def]
+def encode_block(kind, payload, blocks, start, values, residual):
     """Write a block of a message; `residual` is an address, 0 where nothing is kept."""
     length = len(values)
     if kind <= FLOAT16:
@@ -202,7 +202,7 @@ def encode_block(kind, payload, blocks, start, values, residual):  # type: ignor
 
 
 @inlined
-def add_block(kind, payload, blocks, start, factor, values):  # type: ignore[no-untyped-def]
+def add_block(kind, payload, blocks, start, factor, values):
     """values += factor * what a block of a message holds."""
     length = len(values)
     if kind == FLOAT32:
@@ -227,7 +227,7 @@ def add_block(kind, payload, blocks, start, factor, values):  # type: ignore[no-
 
 
 @inlined
-def publish_block(kind, payload, blocks, start, values, residual):  # type: ignore[no-untyped-def]
+def publish_block(kind, payload, blocks, start, values, residual):
     """Write a block of the sum and leave in `values` what arrives of it."""
     if residual != 0:
         kept = carray(float32_pointer(residual + 4 * start), len(values))

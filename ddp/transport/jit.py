@@ -7,44 +7,55 @@ inside a deadline. Acquire and release order is stated although x86 hides its ab
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numba
+from llvmlite import ir
+from numba import carray as carray
+from numba import extending, types
+
 _SOURCE = Path(__file__).resolve().parent
 
 
-def _writable_cache_directory() -> bool:
-    """Whether compiled code can be kept; picks the user's cache where the source is read-only.
+def _cache_directory() -> Path | None:
+    """Where compiled kernels are kept; None: nowhere.
 
-    Numba raises while importing a cached function if it finds nowhere to write.
+    Numba compares a cached kernel with the file that defines it, not with those it imports from; so the directory is
+    named by what all of them hold.
     """
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return True
-    if os.access(_SOURCE, os.W_OK):
-        return True
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for candidate in (base / "ddp" / "numba", Path(tempfile.gettempdir()) / f"ddp-numba-{os.getuid()}"):
+    sources = (path.read_bytes() for path in sorted(_SOURCE.glob("*.py")))
+    digest = hashlib.sha256(b"".join(source for source in sources if b"transport.jit" in source)).hexdigest()
+    own = Path(tempfile.gettempdir()) / f"ddp-numba-{os.getuid()}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddp"
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    for base in (Path(given),) if given else (_SOURCE / "__pycache__", cache, own):
+        directory = base / f"kernels-{digest[:12]}"
+        if base.parent == _SOURCE:
+            _remove_older(base, directory.name)
         try:
-            candidate.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError:
             continue
-        if candidate.stat().st_uid == os.getuid() and os.access(candidate, os.W_OK):
-            os.environ["NUMBA_CACHE_DIR"] = str(candidate)
-            return True
-    return False
+        if directory.stat().st_uid == os.getuid() and os.access(directory, os.W_OK):
+            return directory
+    return None
 
 
-_CACHE = _writable_cache_directory()
+def _remove_older(base: Path, name: str) -> None:
+    for directory in base.glob("kernels-*"):
+        if directory.name != name:
+            shutil.rmtree(directory, ignore_errors=True)
 
-import numba  # noqa: E402  the cache directory must be chosen before numba reads its configuration
-from llvmlite import ir  # noqa: E402
-from numba import carray as carray  # noqa: E402
-from numba import extending, types  # noqa: E402
+
+_CACHE = _cache_directory()
 
 
 def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -62,7 +73,9 @@ def on_demand(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: as `compiled`, but compiled by its method `prepare`, or at the first call."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(nogil=True, cache=_CACHE, error_model="numpy", boundscheck=False)(function)
+        with _cached_in(_CACHE):
+            cached = _CACHE is not None
+            dispatcher = numba.njit(nogil=True, cache=cached, error_model="numpy", boundscheck=False)(function)
 
         def prepare() -> None:
             if not dispatcher.signatures:
@@ -77,14 +90,22 @@ def on_demand(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @contextmanager
+def _cached_in(directory: Path | None) -> Iterator[None]:
+    """Functions decorated meanwhile are cached there; others of this process where Numba's configuration says."""
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(directory or "")
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Among the processes of a node: of ranks that start together one compiles, and the others find it in the cache."""
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or _SOURCE)
-    try:
-        descriptor = os.open(folder / ".compiling", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:  # nowhere to write: no cache either
+    if _CACHE is None:
         yield
         return
+    descriptor = os.open(_CACHE / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -198,13 +219,13 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
-def pointer_like(typingctx: Any, array: Any, address: Any) -> Any:
-    """`address` as a pointer to `array`'s element type, for `numba.carray`."""
+def pointer_like(typingctx: Any, like: Any, address: Any) -> Any:
+    """`address` as a pointer to numbers like `like`, or like its elements; for `numba.carray`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
 
-    return types.CPointer(array.dtype)(array, types.int64), generate
+    return types.CPointer(getattr(like, "dtype", like))(like, types.int64), generate
 
 
 def _typed_pointer(element: Any) -> Any:

@@ -35,7 +35,7 @@ def message_bytes(kind: int, length: int) -> int:
 
 
 @inlined
-def _squares(values, zero):  # type: ignore[no-untyped-def]
+def _squares(values, zero):
     """The sum of squares, summed anew in float64 where the values' own precision over- or underflowed."""
     partial = zero
     for i in range(len(values)):
@@ -49,7 +49,7 @@ def _squares(values, zero):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _measure(values, zero, position, ends, sums, cursor):  # type: ignore[no-untyped-def]
+def _measure(values, zero, position, ends, sums, cursor):
     """Add the squares of `values`, which stand at `position` of the bucket, to the sums of their parameters.
 
     Returns their sum, and the parameter to begin with next time.
@@ -69,7 +69,7 @@ def _measure(values, zero, position, ends, sums, cursor):  # type: ignore[no-unt
 
 
 @inlined
-def _first_parameter(ends, position):  # type: ignore[no-untyped-def]
+def _first_parameter(ends, position):
     low, high = 0, len(ends)
     while low < high:
         middle = (low + high) // 2
@@ -81,13 +81,13 @@ def _first_parameter(ends, position):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _write_header(message, factor, bucket_length):  # type: ignore[no-untyped-def]
+def _write_header(message, factor, bucket_length):
     carray(float64_pointer(message), 1)[0] = factor
     carray(int64_pointer(message + 8), 1)[0] = bucket_length
 
 
 @inlined
-def _encode_float64(numbers, payload, measured, position, ends, sums):  # type: ignore[no-untyped-def]
+def _encode_float64(numbers, payload, measured, position, ends, sums):
     out = carray(float64_pointer(payload), len(numbers))
     total, cursor = 0.0, _first_parameter(ends, position)
     for start in range(0, len(numbers), BLOCK):
@@ -104,7 +104,7 @@ _I, _F = types.int64, types.float64
 
 
 @compiled(_F(_I, _I, _I, _F, _I, _I, _I, _I, _I, _I, _I, _I, _I))
-def encode(  # type: ignore[no-untyped-def]
+def encode(
     source, address, length, weight, kind, message, bucket_length, residual, workspace, ends, parameters, position, sums
 ):
     """Write weight * (`length` numbers of kind `source` at `address`) + residual into `message` as `kind`.
@@ -142,7 +142,7 @@ def encode(  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _reduce_float64(messages, out, result, bucket_length, measured, position, ends, sums):  # type: ignore[no-untyped-def]
+def _reduce_float64(messages, out, result, bucket_length, measured, position, ends, sums):
     total, cursor = 0.0, _first_parameter(ends, position)
     for start in range(0, len(out), BLOCK):
         values = out[start : start + BLOCK]
@@ -167,7 +167,7 @@ def _reduce_float64(messages, out, result, bucket_length, measured, position, en
 
 
 @compiled(_F(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I))
-def reduce(  # type: ignore[no-untyped-def]
+def reduce(
     kind, addresses, count, target, out, length, result_kind, result, bucket_length, residual, workspace, ends,
     parameters, position, sums,
 ):  # fmt: skip

@@ -1,7 +1,8 @@
 """A piece of memory that the ranks of one node share, and how they find it.
 
 Rank 0 makes an anonymous file (`memfd_create`): it has no name to leave behind, no limit of /dev/shm applies,
-and it vanishes with the last process that maps it, whatever kills them. Peers open it through
+and it vanishes with the last process that maps it, whatever kills them. Where a sandbox refuses that, it is a file
+in /dev/shm, of mode 0600, whose name is gone before anyone else could see it. Peers open either through
 /proc/<pid>/fd/<fd>, which the kernel grants to the same user only. A random number at its start tells a
 peer that it holds the right file: locality is decided by attaching, not by what a launcher said.
 """
@@ -13,6 +14,7 @@ import mmap
 import os
 import secrets
 import stat
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ from ddp.errors import TransportError
 
 HEADER_BYTES = 4096
 _UNREACHABLE = -1
+_FOLDER = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,10 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment:
     dist.broadcast(offer, group_src=0, group=group)
     pid, remote, nonce, error = offer.tolist()
     if remote == _UNREACHABLE:
-        raise TransportError(f"rank 0 cannot reserve {size_bytes:,} bytes of shared memory: {os.strerror(error)}")
+        raise TransportError(
+            f"rank 0 cannot reserve {size_bytes:,} bytes of shared memory, neither as an anonymous file nor in "
+            f"{_FOLDER}: {os.strerror(error)}; give the container more (--shm-size), or memory"
+        )
     if rank != 0:
         descriptor = _open_of(pid, remote, nonce)
     everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
@@ -68,18 +74,32 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment:
 
 def _create(size_bytes: int) -> tuple[int, torch.Tensor]:
     """Rank 0: the file's descriptor, and (pid, descriptor, nonce, errno) for the peers."""
-    nonce = secrets.randbits(62)
-    try:
-        descriptor = os.memfd_create("ddp-gradients", os.MFD_CLOEXEC)
-    except OSError as error:
-        return _UNREACHABLE, torch.tensor([0, _UNREACHABLE, 0, error.errno or 0])
-    try:
-        os.posix_fallocate(descriptor, 0, size_bytes)  # now, so that a limit is an error and no SIGBUS later
-        os.pwrite(descriptor, np.int64(nonce).tobytes(), 0)
-    except OSError as error:
-        os.close(descriptor)
-        return _UNREACHABLE, torch.tensor([0, _UNREACHABLE, 0, error.errno or 0])
-    return descriptor, torch.tensor([os.getpid(), descriptor, nonce, 0])
+    nonce, reason = secrets.randbits(62), 0
+    for make in (_anonymous_file, _nameless_file):
+        try:
+            descriptor = make()
+        except OSError as error:
+            reason = error.errno or 0
+            continue
+        try:
+            os.posix_fallocate(descriptor, 0, size_bytes)  # now, so that a limit is an error and no SIGBUS later
+            os.pwrite(descriptor, np.int64(nonce).tobytes(), 0)
+        except OSError as error:
+            os.close(descriptor)
+            reason = error.errno or 0
+            continue
+        return descriptor, torch.tensor([os.getpid(), descriptor, nonce, 0])
+    return _UNREACHABLE, torch.tensor([0, _UNREACHABLE, 0, reason])
+
+
+def _anonymous_file() -> int:
+    return os.memfd_create("ddp-gradients", os.MFD_CLOEXEC)
+
+
+def _nameless_file() -> int:
+    descriptor, name = tempfile.mkstemp(prefix="ddp-gradients-", dir=_FOLDER)  # mode 0600
+    os.unlink(name)
+    return descriptor
 
 
 def _open_of(pid: int, remote: int, nonce: int) -> int:

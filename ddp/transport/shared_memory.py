@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddp.errors import PeerLostError, TransportError
-from ddp.transport import codec, kernels
+from ddp.transport import codec, kernels, protocol
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
+from ddp.transport.blocks import BLOCK
 from ddp.transport.jit import SUPPORTED
 from ddp.transport.segment import HEADER_BYTES, Segment, share
 
@@ -90,14 +91,15 @@ class SharedMemoryTransport(Transport):
         self._pids = segment.pids if segment else ()
         self._pidfds = _open_pidfds(self._pids, rank)
         self._rows = np.zeros((world_size, ROW_LENGTH))
-        self._scratch = np.zeros(2 + kernels.BLOCK + world_size, dtype=np.int64)
+        self._scratch = np.zeros(2 + BLOCK + world_size, dtype=np.int64)
         self._wire = codec.wire_kind(wire, codec.FLOAT32)
         self._state = _initial_state(segment, rank, world_size, self._scratch)
-        self._state[kernels.WIRE] = self._wire
-        self._sums = self._state.view(np.float64)
+        self._state[protocol.WIRE] = self._wire
+        self._sums = memoryview(self._state.view(np.float64))  # half the time of an array's elements
         self._state_address = self._state.ctypes.data
         self._rows_address = self._rows.ctypes.data
         self._whole = BucketState.of([1 << 62])
+        self._whole_address = self._description(self._whole, 0)[1]
         self._all_reduce = {dtype: each.all_reduce for dtype, each in _KERNELS.items()}
         if self._encodes:
             self._all_reduce[torch.float32] = kernels.all_reduce_encoded_float32
@@ -106,7 +108,7 @@ class SharedMemoryTransport(Transport):
 
     @property
     def wait_seconds(self) -> float:
-        return float(self._state[kernels.WAITED]) * 1e-9
+        return float(self._state[protocol.WAITED]) * 1e-9
 
     @property
     def _encodes(self) -> bool:
@@ -123,14 +125,12 @@ class SharedMemoryTransport(Transport):
             _KERNELS[dtype].all_gather.prepare()
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
-        kernel = self._all_reduce[bucket.dtype]
-        address, length = bucket.data_ptr(), bucket.numel()
-        _, description = self._description(self._whole if state is None else state, bucket)
-        if kernel(self._state_address, address, length, weight, description) != kernels.DONE:
-            self._persist(
-                lambda: kernel(self._state_address, address, length, weight, description), f"{length} elements"
-            )
-        return Reduction(bucket, float(self._sums[kernels.OWN_SUM]), float(self._sums[kernels.MEAN_SUM]))
+        kernel, length = self._all_reduce[bucket.dtype], bucket.numel()
+        description = self._whole_address if state is None else self._description(state, length)[1]
+        arguments = (self._state_address, bucket.data_ptr(), length, weight, description)
+        if kernel(*arguments) != protocol.DONE:
+            self._persist(lambda: kernel(*arguments), f"{length} elements")
+        return Reduction(bucket, self._sums[protocol.OWN_SUM], self._sums[protocol.MEAN_SUM])
 
     def slices_length(self, length: int, dtype: torch.dtype) -> int:
         """Elements of this rank's slices of a bucket of `length` elements."""
@@ -157,7 +157,7 @@ class SharedMemoryTransport(Transport):
             PeerLostError, TransportError: as `all_reduce_mean_`.
         """
         self._half(_KERNELS[piece.dtype].reduce_scatter, piece, weight, out, state, offset)
-        return float(self._sums[kernels.OWN_SUM])
+        return self._sums[protocol.OWN_SUM]
 
     def all_gather(self, own: Tensor, piece: Tensor, state: BucketState, offset: int) -> float:
         """The second half: `piece` is written from all ranks' slices, of which `own` holds this rank's.
@@ -166,27 +166,27 @@ class SharedMemoryTransport(Transport):
             The squared norm of what was written; what the parameters have of it is added to `state`.
         """
         self._half(_KERNELS[piece.dtype].all_gather, piece, 0.0, own, state, offset)
-        return float(self._sums[kernels.MEAN_SUM])
+        return self._sums[protocol.MEAN_SUM]
 
     def _half(self, kernel: Any, piece: Tensor, weight: float, slices: Tensor, state: BucketState, offset: int) -> None:
-        description, description_address = self._description(state, piece)
-        description[kernels.OFFSET] = offset
+        description, description_address = self._description(state, piece.numel())
+        description[protocol.OFFSET] = offset
         arguments = (self._state_address, piece.data_ptr(), piece.numel(), weight, description_address)
-        if kernel(*arguments, slices.data_ptr()) != kernels.DONE:
+        if kernel(*arguments, slices.data_ptr()) != protocol.DONE:
             self._persist(lambda: kernel(*arguments, slices.data_ptr()), f"{piece.numel()} elements")
 
-    def _description(self, state: BucketState, bucket: Tensor) -> tuple[NDArray[np.int64], int]:
+    def _description(self, state: BucketState, length: int) -> tuple[NDArray[np.int64], int]:
         """What a kernel needs to know of a bucket, and its address; made once, as `state` keeps its arrays."""
         known = state.kept.get(self.name)
         if known is None:
-            description = np.zeros(kernels.BUCKET_LENGTH, dtype=np.int64)
-            description[kernels.ENDS] = state.ends.ctypes.data
-            description[kernels.OWN_SUMS] = _address(state.own_squared_norms)
-            description[kernels.MEAN_SUMS] = _address(state.mean_squared_norms)
-            description[kernels.PARAMETERS] = len(state.ends)
-            if self._encodes and self._wire == codec.INT8 and state is not self._whole:
-                residual = state.kept["residual"] = np.zeros(bucket.numel(), dtype=np.float32)
-                description[kernels.RESIDUAL] = residual.ctypes.data
+            description = np.zeros(protocol.BUCKET_LENGTH, dtype=np.int64)
+            description[protocol.ENDS] = state.ends.ctypes.data
+            description[protocol.OWN_SUMS] = _address(state.own_squared_norms)
+            description[protocol.MEAN_SUMS] = _address(state.mean_squared_norms)
+            description[protocol.PARAMETERS] = len(state.ends)
+            if self._encodes and self._wire == codec.INT8 and length:
+                residual = state.kept["residual"] = np.zeros(length, dtype=np.float32)
+                description[protocol.RESIDUAL] = residual.ctypes.data
             known = state.kept[self.name] = (description, description.ctypes.data)
         return known
 
@@ -197,7 +197,7 @@ class SharedMemoryTransport(Transport):
         address = row.ctypes.data
         if self._segment is None:
             return row[None].copy()
-        if kernels.exchange_rows(self._state_address, address, self._rows_address) != kernels.DONE:
+        if kernels.exchange_rows(self._state_address, address, self._rows_address) != protocol.DONE:
             self._persist(
                 lambda: kernels.exchange_rows(self._state_address, address, self._rows_address), "the step's row"
             )
@@ -208,8 +208,8 @@ class SharedMemoryTransport(Transport):
             return
         self._closed = True
         if self._segment is not None:
-            line = int(self._state[kernels.CONTROL]) + kernels.CONTROL_BYTES * self.rank + kernels.DEPARTED
-            kernels.store(line, kernels.FAILED if failed else kernels.LEFT)
+            line = int(self._state[protocol.CONTROL]) + protocol.CONTROL_BYTES * self.rank + protocol.DEPARTED
+            kernels.store(line, protocol.FAILED if failed else protocol.LEFT)
         for descriptor in self._pidfds.values():
             os.close(descriptor)
         self._pidfds = {}
@@ -218,16 +218,16 @@ class SharedMemoryTransport(Transport):
         """Go on waiting in slices, so that signals, deadlines and dead peers are seen in between."""
         began = time.monotonic()
         progress, gone, here = None, "", self._names[self.rank]
-        while (status := attempt()) != kernels.DONE:
-            late = int(self._state[kernels.WAITING_FOR])
+        while (status := attempt()) != protocol.DONE:
+            late = int(self._state[protocol.WAITING_FOR])
             if self._closed:  # by another thread than this one
                 raise TransportError(f"rank {here} closed the gradient exchange while it waited with {what}")
-            if status == kernels.MISMATCH:
+            if status == protocol.MISMATCH:
                 raise TransportError(
                     f"rank {here} brought {what} to the all-reduce, rank {self._names[late]} another number: "
                     "the ranks do not run the same model or not in the same order"
                 )
-            now = (late, int(self._state[kernels.COPIED]), int(self._state[kernels.REDUCED]))
+            now = (late, int(self._state[protocol.COPIED]), int(self._state[protocol.REDUCED]))
             if now != progress:
                 progress, began, gone = now, time.monotonic(), ""
             where = f"rank {self._names[late]} (pid {self._pids[late]}, host {socket.gethostname()})"
@@ -242,9 +242,9 @@ class SharedMemoryTransport(Transport):
 
     def _how_gone(self, rank: int) -> str:
         """Empty while `rank` is there."""
-        departed = kernels.load(int(self._state[kernels.CONTROL]) + kernels.CONTROL_BYTES * rank + kernels.DEPARTED)
+        departed = kernels.load(int(self._state[protocol.CONTROL]) + protocol.CONTROL_BYTES * rank + protocol.DEPARTED)
         if departed:
-            return "failed" if departed == kernels.FAILED else "left"
+            return "failed" if departed == protocol.FAILED else "left"
         return "died" if rank in self._pidfds and _has_exited(self._pidfds[rank]) else ""
 
 
@@ -257,7 +257,7 @@ def attach_segment(group: dist.ProcessGroup | None) -> Segment:
     world_size = dist.get_world_size(group)
     if not SUPPORTED:
         raise TransportError("shared memory needs Linux on x86-64 or arm64")
-    one_rank = kernels.CONTROL_BYTES + DEPTH * (CHUNK_BYTES + _result_bytes(world_size))
+    one_rank = protocol.CONTROL_BYTES + DEPTH * (CHUNK_BYTES + _result_bytes(world_size))
     return share(HEADER_BYTES + world_size * one_rank, group)
 
 
@@ -274,25 +274,26 @@ def _result_bytes(world_size: int) -> int:
 def _initial_state(
     segment: Segment | None, rank: int, world_size: int, scratch: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    state = np.zeros(kernels.STATE_LENGTH, dtype=np.int64)
+    state = np.zeros(protocol.STATE_LENGTH, dtype=np.int64)
     if segment is not None:
-        state[kernels.CONTROL] = segment.address + HEADER_BYTES
-        state[kernels.RINGS] = state[kernels.CONTROL] + world_size * kernels.CONTROL_BYTES
-        state[kernels.RESULTS] = state[kernels.RINGS] + world_size * DEPTH * CHUNK_BYTES
+        state[protocol.CONTROL] = segment.address + HEADER_BYTES
+        state[protocol.RINGS] = state[protocol.CONTROL] + world_size * protocol.CONTROL_BYTES
+        state[protocol.RESULTS] = state[protocol.RINGS] + world_size * DEPTH * CHUNK_BYTES
     else:
-        state[kernels.CONTROL] = scratch[2:].ctypes.data  # a lone rank speaks to nobody
-    state[kernels.SCRATCH] = scratch.ctypes.data
-    state[kernels.TOTALS] = scratch[2:].ctypes.data
-    state[kernels.WEIGHTS] = scratch[2 + kernels.BLOCK :].ctypes.data
-    state[kernels.RESULT_BYTES] = _result_bytes(world_size)
-    state[kernels.RANK], state[kernels.WORLD_SIZE] = rank, world_size
-    state[kernels.SLICES_FROM] = SLICE_ELEMENTS if world_size >= SLICE_RANKS else 1 << 62
-    state[kernels.CHUNK_BYTES], state[kernels.DEPTH] = CHUNK_BYTES, DEPTH
+        state[protocol.CONTROL] = scratch[2:].ctypes.data  # a lone rank speaks to nobody
+    state[protocol.SCRATCH] = scratch.ctypes.data
+    state[protocol.TOTALS] = scratch[2:].ctypes.data
+    state[protocol.WEIGHTS] = scratch[2 + BLOCK :].ctypes.data
+    state[protocol.RESULT_BYTES] = _result_bytes(world_size)
+    state[protocol.RANK], state[protocol.WORLD_SIZE] = rank, world_size
+    state[protocol.SLICES_FROM] = SLICE_ELEMENTS if world_size >= SLICE_RANKS else 1 << 62
+    state[protocol.CHUNK_BYTES], state[protocol.DEPTH] = CHUNK_BYTES, DEPTH
     # Spinning while the rank waited for has no core is the main hazard: then yield soon.
     cores = {core for pid in (segment.pids if segment else ()) for core in os.sched_getaffinity(pid)}
     enough_cores = len(cores) >= world_size
-    state[kernels.PAUSES], state[kernels.YIELDS] = (200 if enough_cores else 20), 20
-    state[kernels.PATIENCE] = int(_PATIENCE_SECONDS * 1e9)
+    state[protocol.PAUSES], state[protocol.YIELDS] = (200 if enough_cores else 20), 20
+    state[29] = 2
+    state[protocol.PATIENCE] = int(_PATIENCE_SECONDS * 1e9)
     return state
 
 

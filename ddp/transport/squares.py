@@ -15,82 +15,59 @@ from torch import Tensor
 
 from ddp.transport.jit import (
     add_square,
-    bfloat16_value,
     carray,
-    float16_value,
     float32_pointer,
     float64_pointer,
     inlined,
+    int16_pointer,
     int64_pointer,
     on_demand,
     types,
     uint16_pointer,
+    widen,
 )
 
 
 @inlined
-def _sum_squares(values: Any, zero: Any) -> Any:
-    total = zero
+def _sum_squares(values: Any) -> Any:
+    total = 0.0
     for i in range(len(values)):
-        total = add_square(total, types.float64(values[i]))
+        total = add_square(total, types.float64(widen(values[i])))
     return total
 
 
 @inlined
-def _sum_bfloat16_squares(values: Any, zero: Any) -> Any:
-    total = zero
-    for i in range(len(values)):
-        total = add_square(total, types.float64(bfloat16_value(values[i])))
-    return total
+def _by_segment(bucket: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
+    """Each segment is a slice of its own, because a loop from index 0 is what vectorises."""
+    ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
+    start = 0
+    for segment in range(segments):
+        sums[segment] = _sum_squares(bucket[start : ends[segment]])
+        start = ends[segment]
 
 
-@inlined
-def _sum_float16_squares(values: Any, zero: Any) -> Any:
-    total = zero
-    for i in range(len(values)):
-        total = add_square(total, types.float64(float16_value(values[i])))
-    return total
-
-
-# One function a dtype, written out: Numba would not find a closure in its cache again. Each segment is a slice
-# of its own, because a loop from index 0 is what vectorises.
+# One function a dtype, written out: Numba would not find a closure in its cache again.
 _SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64, types.int64)
 
 
 @on_demand(_SIGNATURE)
 def _squares_float32(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
-    ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
-    bucket, start = carray(float32_pointer(data_address), length), 0
-    for segment in range(segments):
-        sums[segment] = _sum_squares(bucket[start : ends[segment]], 0.0)
-        start = ends[segment]
+    _by_segment(carray(float32_pointer(data_address), length), ends_address, segments, sums_address)
 
 
 @on_demand(_SIGNATURE)
 def _squares_float64(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
-    ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
-    bucket, start = carray(float64_pointer(data_address), length), 0
-    for segment in range(segments):
-        sums[segment] = _sum_squares(bucket[start : ends[segment]], 0.0)
-        start = ends[segment]
+    _by_segment(carray(float64_pointer(data_address), length), ends_address, segments, sums_address)
 
 
 @on_demand(_SIGNATURE)
 def _squares_bfloat16(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
-    ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
-    bucket, start = carray(uint16_pointer(data_address), length), 0
-    for segment in range(segments):
-        sums[segment] = _sum_bfloat16_squares(bucket[start : ends[segment]], 0.0)
-        start = ends[segment]
+    _by_segment(carray(uint16_pointer(data_address), length), ends_address, segments, sums_address)
 
 
 @on_demand(_SIGNATURE)
 def _squares_float16(data_address: Any, length: Any, ends_address: Any, segments: Any, sums_address: Any) -> None:
-    ends, sums = carray(int64_pointer(ends_address), segments), carray(float64_pointer(sums_address), segments)
-    bucket, start = carray(uint16_pointer(data_address), length), 0
-    for segment in range(segments):
-        sums[segment] = _sum_float16_squares(bucket[start : ends[segment]], 0.0)
-        start = ends[segment]
+    _by_segment(carray(int16_pointer(data_address), length), ends_address, segments, sums_address)
 
 
 _KERNELS = {
