@@ -170,15 +170,23 @@ def machine() -> str:
 
 
 def interleaved_medians(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, calls: int, prepare: Callable[[], object]
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int = 1,
+    settle: int = 0,
+    prepare: Callable[[], object],
 ) -> dict[str, float]:
     """Median seconds a call: `rounds` times, each contender in turn makes `calls` calls after `prepare`, untimed.
 
-    `prepare` ends in a barrier, so that the ranks begin together.
+    `prepare` ends in a barrier, so that the ranks begin together. Before it come `settle` calls, for what
+    remembers who came last: caches, and memory that was given back or kept.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 1):
         for name, call in contenders.items():
+            for _ in range(settle):
+                call()
             prepare()
             began = time.perf_counter()
             for _ in range(calls):

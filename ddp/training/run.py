@@ -36,6 +36,7 @@ from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
 from ddp.training.data import BatchPlan
 from ddp.training.optimizers import build_optimizer
+from ddp.training.memory import keep_freed_memory
 from ddp.training.random_state import seed_rank
 from ddp.training.resources import choose_device, open_transport, pinned, refuse_worlds_of_one, threads_per_rank
 from ddp.training.resume import Origin, find_origin
@@ -74,6 +75,8 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
     device = choose_device(job.run.device, topology)
     refuse_worlds_of_one(job.transport, topology)
     torch.set_num_threads(job.run.threads_per_rank or threads_per_rank(topology))
+    if device.type == "cpu":
+        keep_freed_memory()
     initialise(topology, device.type, job.transport.timeout_seconds)
     if topology.restarts and run_id_is_given(job.run.id, os.environ):
         resume = "auto"  # what an earlier attempt saved is newer than what the user named
