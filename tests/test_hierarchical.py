@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddp.errors import PeerLostError, TransportError
 from ddp.transport.base import ROW_LENGTH, BucketState
-from ddp.transport.hierarchical import HierarchicalTransport
+from ddp.transport.hierarchical import GRACE_SECONDS, HierarchicalTransport
 from ddp.transport.mailbox import MpiMailbox
 from ddp.transport.select import select_transport
 from ddp.transport.shared_memory import SharedMemoryTransport
@@ -157,20 +157,20 @@ def test_nodes_of_different_sizes_are_refused(rank_pool: RankPool) -> None:
 
 
 def _without_memory_on_one(rank: int, world_size: int, store: str) -> str:
-    create = os.memfd_create
+    reserve = os.posix_fallocate
     with process_group(rank, world_size, store):
         try:
             if rank == 2:
-                os.memfd_create = _no_memory
+                os.posix_fallocate = _no_memory
             open_over(LAYOUTS["2 x 2"])
         except TransportError as error:
             return str(error)
         finally:
-            os.memfd_create = create
+            os.posix_fallocate = reserve
         return ""
 
 
-def _no_memory(name: str, flags: int = 0) -> int:
+def _no_memory(descriptor: int, offset: int, length: int) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -275,15 +275,14 @@ def test_a_killed_rank_ends_all() -> None:
     assert "PeerLostError" in caught.value.causes[0]
 
 
-def under_mpi(rank: int, world_size: int) -> tuple[list[Seen], str]:
-    transport = open_over(LAYOUTS["2 x 2"])
+def under_mpi(rank: int, world_size: int) -> list[Seen]:
+    mailbox = MpiMailbox(None, 20.0, GRACE_SECONDS)
+    transport = HierarchicalTransport(None, 20.0, "gradient", LAYOUTS["2 x 2"], SLICE_BYTES, mailbox=mailbox)
     seen = reduce_all(transport, torch.float32, SIZES)
     transport.exchange_row(np.zeros(ROW_LENGTH))
     transport.close()
-    return seen, type(transport._mailbox).__name__
+    return seen
 
 
-def test_under_mpi(mpi: MpiEnvironment, tmp_path: Path) -> None:
-    by_rank = run_under_mpi(mpi, 4, under_mpi, tmp_path)
-    check([seen for seen, _ in by_rank], torch.float32, sizes=SIZES)
-    assert [mailbox for _, mailbox in by_rank] == [MpiMailbox.__name__] * 4
+def test_over_mpi(mpi: MpiEnvironment, tmp_path: Path) -> None:
+    check(run_under_mpi(mpi, 4, under_mpi, tmp_path), torch.float32, sizes=SIZES)

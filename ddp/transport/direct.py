@@ -30,8 +30,7 @@ KINDS = {
     torch.bfloat16: codec.BFLOAT16,
     torch.float16: codec.FLOAT16,
 }
-_AHEAD = 2  # pieces begun before the oldest is added up, and as many added up before the oldest is finished
-SLOTS = 2 * _AHEAD + 1
+AHEAD = 2
 _SMALL_BYTES = 32 * 1024
 _TERMS, _SUMS, _ROWS = 0, 1, 2  # tags
 _ALIGNMENT = 64
@@ -125,19 +124,26 @@ class DirectExchange:
 
     Args:
         piece_bytes: the most that the numbers of a piece take.
+        ahead: pieces begun before the oldest is added up, and as many added up before the oldest is finished.
+
+    Attributes:
+        places: how many pieces may be on their way at once.
     """
 
-    def __init__(self, mailbox: Mailbox, members: Sequence[int], piece_bytes: int) -> None:
+    def __init__(self, mailbox: Mailbox, members: Sequence[int], piece_bytes: int, ahead: int = AHEAD) -> None:
         self._mailbox, self._members = mailbox, list(members)
         self._count, self._me = len(members), list(members).index(mailbox.rank)
         peers = [(index, rank) for index, rank in enumerate(members) if rank != mailbox.rank]
         self._peers = peers[self._me :] + peers[: self._me]  # so that not all send to the same one first
+        self._ahead = ahead
+        self.places = (1 if self._count <= 2 else 2) * ahead + 1
         whole = _aligned(message.HEADER_BYTES + piece_bytes)
         self._share_bytes = _aligned(message.HEADER_BYTES + piece_bytes // self._count)
         room = whole if self._count <= 2 else self._share_bytes
         sums = 0 if self._count <= 2 else self._count
         self._slots = [
-            _Slot(_Box(self._count, room), _Box(self._count, room), _Box(sums, self._share_bytes)) for _ in range(SLOTS)
+            _Slot(_Box(self._count, room), _Box(self._count, room), _Box(sums, self._share_bytes))
+            for _ in range(self.places)
         ]
         self._workspace = np.zeros(message.WORKSPACE_BYTES, np.uint8)
         self._workspace_address = self._workspace.ctypes.data
@@ -162,17 +168,18 @@ class DirectExchange:
         """
         own = mean = 0.0
         swap = self._count <= 2 or (count == 1 and self._is_small(bucket))
-        ahead = min(_AHEAD, count)
+        ahead = min(self._ahead, count)
         lag = ahead if swap else 2 * ahead
         for step in range(count + lag):
             if step < count:
-                own += self._begin(self._slots[step % SLOTS], bucket, piece(step), swap)
+                own += self._begin(self._slots[step % self.places], bucket, piece(step), swap)
             if not swap and 0 <= step - ahead < count:
-                self._add(self._slots[(step - ahead) % SLOTS])
+                self._add(self._slots[(step - ahead) % self.places])
             if step >= lag:
-                mean += self._finish(self._slots[(step - lag) % SLOTS], swap)
+                mean += self._finish(self._slots[(step - lag) % self.places], swap)
                 if finished:
                     finished(step - lag)
+        self.settle()  # MPI sends only while it is asked, and the caller may go on to wait for a peer elsewhere
         return own, mean
 
     def exchange_row(self, row: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import cast
 
 import numpy as np
@@ -22,17 +21,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddp.errors import TopologyError, TransportError
-from ddp.topology import from_environment
+from ddp.errors import TransportError
 from ddp.transport import codec
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
-from ddp.transport.direct import KINDS, SLOTS, Bucket, DirectExchange, Piece, begin_squares
-from ddp.transport.mailbox import C10dMailbox, Mailbox, MpiMailbox
+from ddp.transport.direct import AHEAD, KINDS, Bucket, DirectExchange, Piece, begin_squares
+from ddp.transport.mailbox import C10dMailbox, Mailbox
 from ddp.transport.mpi import piece_bytes_for
 from ddp.transport.nodes import gather, nodes
 from ddp.transport.shared_memory import CHUNK_BYTES, SharedMemoryTransport, attach_segment
 
-_GRACE_SECONDS = 2.0  # a peer whose own node lacks a rank names that rank first
+GRACE_SECONDS = 2.0  # a peer whose own node lacks a rank names that rank first
 
 
 class HierarchicalTransport(Transport):
@@ -44,6 +42,9 @@ class HierarchicalTransport(Transport):
         wire: between nodes, a wire format of `codec.FORMATS`.
         layout: the ranks by node, if not to be found out.
         slice_bytes: how much of a slice is on its way at a time, if not chosen by the number of nodes.
+        ahead: pieces on the wire before the oldest is waited for, see `DirectExchange`.
+        mailbox: what carries the messages between nodes, if not gloo. Its thread keeps the link busy while this one
+            waits inside the node; MPI makes progress only while it is polled.
 
     Raises:
         TransportError: on all ranks, where nodes have different numbers of ranks or memory cannot be shared.
@@ -59,6 +60,8 @@ class HierarchicalTransport(Transport):
         wire: str = "gradient",
         layout: Sequence[Sequence[int]] | None = None,
         slice_bytes: int | None = None,
+        ahead: int = AHEAD,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.layout = [list(ranks) for ranks in (layout or nodes(group))]
@@ -67,15 +70,15 @@ class HierarchicalTransport(Transport):
         local = next(ranks for ranks in self.layout if self.rank in ranks)
         self._local_rank, self._local_size = local.index(self.rank), len(local)
         self._shared = _share(local, group, timeout_seconds)
-        self._mailbox = _mailbox(group, timeout_seconds)
+        self._mailbox = mailbox or C10dMailbox(group, timeout_seconds, GRACE_SECONDS)
         peers = [ranks[self._local_rank] for ranks in self.layout]
         self._wires = {dtype: codec.wire_kind(wire, own) for dtype, own in KINDS.items()}
         self._lengths = {
-            dtype: self._piece_length(dtype, slice_bytes or piece_bytes_for(len(peers))) for dtype in KINDS
+            dtype: self._piece_length(dtype, slice_bytes or 2 * piece_bytes_for(len(peers))) for dtype in KINDS
         }
         room = max(self._slices_bytes(length, dtype) for dtype, length in self._lengths.items())
-        self._exchange = DirectExchange(self._mailbox, peers, room)
-        self._slices = torch.empty((SLOTS, -(-room // 8) * 8), dtype=torch.uint8)
+        self._exchange = DirectExchange(self._mailbox, peers, room, ahead)
+        self._slices = torch.empty((self._exchange.places, -(-room // 8) * 8), dtype=torch.uint8)
         self._whole = BucketState.of([1 << 62])  # of whoever has no state: one parameter that never ends
         self._closed, self._pid = False, os.getpid()
 
@@ -103,7 +106,7 @@ class HierarchicalTransport(Transport):
         def reduce_inside(index: int) -> Piece:
             nonlocal own
             part = bucket[index * size : (index + 1) * size]
-            held[index] = slices[index % SLOTS, : self._shared.slices_length(part.numel(), part.dtype)]
+            held[index] = slices[index % self._exchange.places, : self._shared.slices_length(part.numel(), part.dtype)]
             own += self._shared.reduce_scatter(part, weight, held[index], inside, index * size)
             return Piece(held[index].data_ptr(), held[index].numel(), index * each)
 
@@ -162,13 +165,3 @@ def _group_of(local: list[int], group: dist.ProcessGroup | None) -> dist.Process
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
     made = dist.new_group([everyone[rank] for rank in local], backend="gloo", use_local_synchronization=True)
     return cast(dist.ProcessGroup, made)  # never the non-member's number
-
-
-def _mailbox(group: dist.ProcessGroup | None, timeout_seconds: float) -> Mailbox:
-    """MPI's where mpirun started all ranks, else c10d's. Collective."""
-    under_mpi = False
-    with suppress(TopologyError):
-        under_mpi = from_environment(os.environ).under_mpi
-    if gather(np.array([int(under_mpi)]), group).all():
-        return MpiMailbox(group, timeout_seconds, _GRACE_SECONDS)
-    return C10dMailbox(group, timeout_seconds, _GRACE_SECONDS)
