@@ -24,10 +24,11 @@ from torch import Tensor
 from ddp.errors import TransportError
 from ddp.transport import codec
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
-from ddp.transport.direct import AHEAD, KINDS, Bucket, DirectExchange, Piece, begin_squares
+from ddp.transport.direct import AHEAD, DirectExchange
 from ddp.transport.mailbox import C10dMailbox, Mailbox
 from ddp.transport.mpi import piece_bytes_for
 from ddp.transport.nodes import gather, nodes
+from ddp.transport.pieces import KINDS, Bucket, Piece, begin_squares
 from ddp.transport.shared_memory import CHUNK_BYTES, SharedMemoryTransport, attach_segment
 
 GRACE_SECONDS = 2.0  # a peer whose own node lacks a rank names that rank first

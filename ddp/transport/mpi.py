@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ddp.transport import codec
 from ddp.transport.base import ROW_LENGTH, BucketState, Reduction, Transport
-from ddp.transport.direct import KINDS, Bucket, DirectExchange, begin_squares, pieces_of
+from ddp.transport.direct import DirectExchange
 from ddp.transport.mailbox import Mailbox, MpiMailbox
+from ddp.transport.pieces import KINDS, Bucket, begin_squares, pieces_of
 
 _SMALLEST_PIECE_BYTES, _LARGEST_PIECE_BYTES = 512 << 10, 16 << 20
 _SHARE_BYTES = 128 << 10  # with many ranks pieces grow, so that messages stay worth their latency
