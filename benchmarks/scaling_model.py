@@ -4,12 +4,13 @@
                                        [--ranks-per-node 8] [--gbits 10 25 100 400] [--chart scaling.svg]
 
 Measures (scaling_points.py) shared memory with 2, 3 and 4 ranks, and two and four nodes behind links of several
-rates, which needs root; or takes the points of an earlier run. The model's terms are linear in its coefficients,
-which are fitted by least squares on relative errors and kept at or above zero:
+rates, which needs root; or takes the points of an earlier run. The coefficients are fitted by least squares on
+relative errors and kept at or above zero:
 
-    inside a node   t = c + a o + B o (k1 + k2 (r - 1) / r)                       r ranks, B bytes
-    between nodes   t = c + a o messages + b (bytes of a node) / rate + g o (bytes of a rank)
-    ours            inside + between: nothing is counted as hidden behind something else
+    inside a node   t = c + a o + B o (k1 + k2 (r - 1) / r)                  r ranks, B bytes
+    between nodes   t = the longer of what the link and what the cores need
+                        b (bytes of a node) / rate   and   c + a o messages + g o (bytes of a rank)
+    ours            the same, the cores' part with that inside the node on top
 
 o is the number of ranks that share a core (1 where each has its own, and in the projection); messages and bytes
 follow from the algorithm (`traffic`). Some sizes and one rate are held out of the fit, and the error on them is
@@ -43,6 +44,7 @@ Algorithm = Literal["inside", "ours", "ring"]
 MEBIBYTE = 1 << 20
 ROW_BYTES = 8 * ROW_LENGTH
 LARGEST_RANKS = 16_384
+_MOST_SORTINGS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,49 +100,93 @@ def inside_terms(setting: Setting) -> list[float]:
     return [1.0, shared, work, work * (ranks - 1) / ranks]
 
 
+def link_seconds(setting: Setting) -> float:
+    """What a link that loses nothing needs."""
+    return 8 * traffic(setting).node_bytes / setting.bits_per_second
+
+
 def between_terms(setting: Setting) -> list[float]:
+    """What the cores do for the messages."""
     sent, shared = traffic(setting), setting.ranks_per_core
-    on_the_link = 8 * sent.node_bytes / setting.bits_per_second
-    return [1.0, shared * sent.messages, on_the_link, shared * sent.rank_bytes]
+    return [1.0, shared * sent.messages, shared * sent.rank_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """Coefficients of what happens between nodes: of the link's seconds, and of the terms above."""
+
+    link: float
+    cores: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Coefficients of the terms above."""
+    """All that is fitted."""
 
     inside: NDArray[np.float64]
-    ours: NDArray[np.float64]
-    ring: NDArray[np.float64]
+    ours: Between
+    ring: Between
 
     def seconds(self, setting: Setting) -> float:
-        between = self.ring if setting.algorithm == "ring" else self.ours
-        seconds = 0.0
-        if setting.algorithm != "ring" and setting.ranks_per_node > 1:
-            seconds += float(self.inside @ inside_terms(setting))
-        if setting.algorithm == "ring" or setting.nodes > 1:
-            seconds += float(between @ between_terms(setting))
-        return seconds
+        return max(self._link_seconds(setting), self._core_seconds(setting))
+
+    def _between(self, setting: Setting) -> Between | None:
+        if setting.algorithm == "ring":
+            return self.ring
+        return self.ours if setting.nodes > 1 else None
+
+    def _link_seconds(self, setting: Setting) -> float:
+        between = self._between(setting)
+        return 0.0 if between is None else between.link * link_seconds(setting)
+
+    def _core_seconds(self, setting: Setting) -> float:
+        between, seconds = self._between(setting), self.inside_seconds(setting)
+        return seconds if between is None else seconds + float(between.cores @ between_terms(setting))
+
+    def inside_seconds(self, setting: Setting) -> float:
+        is_shared = setting.algorithm != "ring" and setting.ranks_per_node > 1
+        return float(self.inside @ inside_terms(setting)) if is_shared else 0.0
 
 
 def fit(points: Sequence[Point]) -> Model:
     """Least squares on relative errors; ours between nodes on what the fitted inside leaves."""
     of = {name: [point for point in points if point.setting.algorithm == name] for name in ("inside", "ours", "ring")}
-    inside = _solve(of["inside"], inside_terms)
-    nothing = Model(inside, np.zeros(4), np.zeros(4))
-    ours = _solve(of["ours"], between_terms, nothing.seconds)
-    return Model(inside, ours, _solve(of["ring"], between_terms))
+    inside = _solve([inside_terms(point.setting) for point in of["inside"]], of["inside"])
+    unknown = Between(0.0, np.zeros(3))
+    known = Model(inside, unknown, unknown).inside_seconds
+    return Model(inside, _fit_between(of["ours"], known), _fit_between(of["ring"], known))
+
+
+def _fit_between(points: Sequence[Point], known: Callable[[Setting], float]) -> Between:
+    """Points are sorted into those of the link and those of the cores until that agrees with what it gives."""
+    found, of_link = Between(1.0, np.zeros(3)), [link_seconds(p.setting) > 0.7 * p.seconds for p in points]
+    for _ in range(_MOST_SORTINGS):
+        by_link = [point for point, is_of_link in zip(points, of_link, strict=True) if is_of_link]
+        by_cores = [point for point, is_of_link in zip(points, of_link, strict=True) if not is_of_link]
+        link = _solve([[link_seconds(point.setting)] for point in by_link], by_link)
+        cores = _solve([between_terms(point.setting) for point in by_cores], by_cores, known)
+        found = Between(float(link[0]) if by_link else 1.0, cores if by_cores else np.zeros(3))
+        before, of_link = (
+            of_link,
+            [
+                found.link * link_seconds(each.setting)
+                >= known(each.setting) + float(found.cores @ between_terms(each.setting))
+                for each in points
+            ],
+        )
+        if of_link == before:
+            break
+    return found
 
 
 def _solve(
-    points: Sequence[Point],
-    terms: Callable[[Setting], list[float]],
-    known: Callable[[Setting], float] = lambda setting: 0.0,
+    terms: Sequence[Sequence[float]], points: Sequence[Point], known: Callable[[Setting], float] = lambda setting: 0.0
 ) -> NDArray[np.float64]:
     if not points:
         return np.zeros(4)
     seconds = np.array([point.seconds for point in points])
     left = seconds - np.array([known(point.setting) for point in points])
-    matrix = np.array([terms(point.setting) for point in points]) / seconds[:, None]
+    matrix = np.array(terms) / seconds[:, None]
     scale = np.abs(matrix).max(axis=0)
     scale[scale == 0] = 1.0
     return nnls(matrix / scale, left / seconds)[0] / scale
@@ -198,14 +244,16 @@ def error_table(model: Model, fitted: Sequence[Point], held_out: Sequence[Point]
 
 
 def coefficient_table(model: Model) -> str:
-    inside = ["inside", *_amounts(model.inside, ("us", "us a rank on a core", "ns/KiB", "ns/KiB (r-1)/r"))]
-    labels = ("us", "us a message", "x bytes/rate", "ns/KiB")
-    rows = [inside, *([name, *_amounts(terms, labels)] for name, terms in (("ours", model.ours), ("ring", model.ring)))]
-    return table(["all-reduce", "constant", "each", "size or link", "size"], rows)
+    inside = ["inside", "", *_amounts(model.inside, ("us", "us a rank on a core", "ns/KiB", "ns/KiB (r-1)/r"))]
+    rows = [inside]
+    for name, between in (("ours", model.ours), ("ring", model.ring)):
+        cores = _amounts(between.cores, ("us", "us a message", "ns/KiB"))
+        rows.append([name, f"{between.link:.3g} x bytes/rate", *cores, ""])
+    return table(["all-reduce", "link", "constant", "each", "size", ""], rows)
 
 
 def _amounts(coefficients: NDArray[np.float64], labels: Sequence[str]) -> list[str]:
-    scales = {"us": 1e6, "ns": 1e9 * 1024, "x ": 1.0}
+    scales = {"us": 1e6, "ns": 1e9 * 1024}
     return [f"{scales[label[:2]] * value:.3g} {label}" for value, label in zip(coefficients, labels, strict=True)]
 
 

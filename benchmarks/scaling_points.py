@@ -19,6 +19,8 @@ import torch.distributed as dist
 from cluster import Cluster, refusal
 from ddp.process_group import initialise, shutdown
 from ddp.topology import Topology, from_environment
+from ddp.transport.base import Transport
+from ddp.transport.hierarchical import HierarchicalTransport
 from ddp.transport.select import select_transport
 from scaling_model import MEBIBYTE, Algorithm, Point, Setting
 
@@ -119,8 +121,11 @@ def _setting(name: Algorithm, size: int, nodes: int, here: Topology, rate: int |
 def _call_of(name: Algorithm, here: Topology) -> Callable[[torch.Tensor], object]:
     if name == "ring":
         return dist.all_reduce
-    between = "hierarchical" if here.local_world_size > 1 else "mpi"
-    transport = select_transport("shared_memory" if name == "inside" else between, "cpu", TIMEOUT_SECONDS)
+    transport: Transport
+    if name == "inside":
+        transport = select_transport("shared_memory", "cpu", TIMEOUT_SECONDS)
+    else:  # with one rank a node, too, which the choice by name refuses: one model is fitted to all
+        transport = HierarchicalTransport(None, TIMEOUT_SECONDS)
     weight = 1.0 / here.world_size
 
     def ours(bucket: torch.Tensor) -> None:
@@ -133,14 +138,14 @@ def _call_of(name: Algorithm, here: Topology) -> Callable[[torch.Tensor], object
 def _limit_link(here: Topology, rate_mbit: int) -> None:
     """What leaves this node, from now on; the switch's ports stay at the fastest rate."""
     if here.local_rank == 0:
-        limit = f"tc qdisc replace dev eth0 root tbf rate {rate_mbit}mbit burst 256kb latency 20ms"
+        limit = f"tc qdisc replace dev eth0 root tbf rate {rate_mbit}mbit burst 128kb latency 20ms"
         subprocess.run(limit.split(), check=True, timeout=10)
     dist.barrier()
 
 
 def _seconds(call: Callable[[torch.Tensor], object], size_bytes: int, rounds: int) -> float:
-    """Median of a call, of the slowest rank; small ones are timed several in a row."""
-    bucket, calls = torch.zeros(size_bytes // 4), max(1, min(20, MEBIBYTE // size_bytes))
+    """Median of a call, of the slowest rank; small ones in a row, long enough that what a link lets burst is little."""
+    bucket, calls = torch.zeros(size_bytes // 4), max(1, 4 * MEBIBYTE // size_bytes)
     samples: list[float] = []
     for _ in range(rounds + 1):  # the first is for warming up
         dist.barrier()
