@@ -28,11 +28,9 @@ def keep_freed_memory(keep: bool = True) -> bool:
     library = _glibc()
     if library is None or any(name in os.environ for name in _CHOSEN_BY_USER):
         return False
-    settings = (
-        (_TRIM_THRESHOLD, _NEVER_TRIM if keep else _INITIAL_THRESHOLD),
-        (_MMAP_THRESHOLD, _LARGEST_THRESHOLD if keep else _INITIAL_THRESHOLD),
-    )
-    return all([library.mallopt(name, value) for name, value in settings]) and keep
+    trimming, mapping = (_NEVER_TRIM, _LARGEST_THRESHOLD) if keep else (_INITIAL_THRESHOLD, _INITIAL_THRESHOLD)
+    taken = library.mallopt(_TRIM_THRESHOLD, trimming) and library.mallopt(_MMAP_THRESHOLD, mapping)
+    return bool(taken) and keep
 
 
 @cache

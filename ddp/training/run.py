@@ -35,8 +35,8 @@ from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
 from ddp.training.data import BatchPlan
-from ddp.training.optimizers import build_optimizer
 from ddp.training.memory import keep_freed_memory
+from ddp.training.optimizers import build_optimizer
 from ddp.training.random_state import seed_rank
 from ddp.training.resources import choose_device, open_transport, pinned, refuse_worlds_of_one, threads_per_rank
 from ddp.training.resume import Origin, find_origin

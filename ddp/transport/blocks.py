@@ -8,7 +8,7 @@ one buffer. Only sums of squares may be reordered (`add_square`), never the grad
 
 from __future__ import annotations
 
-from ddp.transport.jit import add_square, inlined, narrow, prefetch, types, widen
+from ddp.transport.jit import add_square, inlined, narrow, types, widen
 
 BLOCK = 8192  # elements whose squares are summed in the precision of the sums before float64 takes over
 _TINY = 1e-30  # below, float32 squares may have underflowed
@@ -124,30 +124,3 @@ def set_negative_zero(values):
     """What a sum begins with that keeps the sign of a single zero."""
     for i in range(len(values)):
         values[i] = -0.0
-
-
-_STRIP = 512
-
-
-@inlined
-def add_strips(gradient, slot, own_weight, weight, zero, ahead_slot, ahead_gradient):
-    total = zero
-    size = gradient.itemsize
-    here = slot.ctypes.data
-    there = gradient.ctypes.data
-    for start in range(0, len(gradient), _STRIP):
-        if ahead_slot > 0:
-            for line in range(0, _STRIP * size, 64):
-                prefetch(here + start * size + ahead_slot + line)
-        if ahead_gradient > 0:
-            for line in range(0, _STRIP * size, 64):
-                prefetch(there + start * size + ahead_gradient + line)
-        mine = gradient[start : start + _STRIP]
-        other = slot[start : start + _STRIP]
-        partial = zero
-        for i in range(len(mine)):
-            element = narrow(own_weight * widen(mine[i]) + weight * widen(other[i]), gradient)
-            mine[i] = element
-            partial = add_square(partial, widen(element))
-        total += partial
-    return _settle(total, gradient)

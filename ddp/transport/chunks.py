@@ -10,7 +10,6 @@ from ddp.transport.blocks import (
     BLOCK,
     add_block,
     add_kept,
-    add_strips,
     copy_block,
     first_two_terms,
     measure_block,
@@ -113,12 +112,7 @@ def _add_other(state, bucket, gradient, start, stop, slot, weights, zero):
     cursor, position, total = state[MEAN_CURSOR], start, 0.0
     while position < stop:
         cursor, end = next_piece(ends, cursor, bucket[OFFSET], position, stop)
-        if state[27] | state[28]:
-            squares = add_strips(
-                gradient[position:end], slot[position - start : end - start], mine, other, zero, state[27], state[28]
-            )
-        else:
-            squares = add_block(gradient[position:end], slot[position - start : end - start], mine, other, zero)
+        squares = add_block(gradient[position:end], slot[position - start : end - start], mine, other, zero)
         sums[cursor] += squares
         total += squares
         position = end

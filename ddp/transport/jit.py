@@ -204,21 +204,6 @@ def cpu_pause(typingctx: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Begin to fetch the cache line at `address`, which need not be valid, for reading."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
-        pointer = builder.inttoptr(arguments[0], byte)
-        builder.call(fetch, [pointer, number(0), number(3), number(1)])  # to read, into all caches, data
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def pointer_like(typingctx: Any, like: Any, address: Any) -> Any:
     """`address` as a pointer to numbers like `like`, or like its elements; for `numba.carray`."""
 

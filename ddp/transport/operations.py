@@ -29,6 +29,7 @@ from ddp.transport.chunks import (
 )
 from ddp.transport.jit import carray, float64_pointer, inlined, int64_pointer, pointer_like
 from ddp.transport.protocol import (
+    AHEAD,
     CHUNK_BYTES,
     COLLECTED,
     COPIED,
@@ -44,6 +45,8 @@ from ddp.transport.protocol import (
     RESULT_SEQUENCE,
     SEQUENCE,
     SLICES_FROM,
+    SMALL_BUCKET_BYTES,
+    STREAM_BYTES,
     WAITING,
     WORLD_SIZE,
     begin,
@@ -55,8 +58,6 @@ from ddp.transport.protocol import (
     slice_of,
     zero_sums,
 )
-
-_AHEAD = 2  # chunks copied in, or slices shared, before the oldest is reduced or gathered
 
 
 @inlined
@@ -70,10 +71,11 @@ def slices_length(length, elements, rank, world_size):
 
 @inlined
 def _by_whole_chunks(state, sums, bucket, gradient, wire, totals, weights, zero):
-    elements = state[CHUNK_BYTES] // gradient.itemsize
+    large = len(gradient) * gradient.itemsize > state[SMALL_BUCKET_BYTES]
+    elements = (state[STREAM_BYTES] if large else state[CHUNK_BYTES]) // gradient.itemsize
     chunks = chunks_of(len(gradient), elements)
     while state[REDUCED] < chunks:
-        if state[COPIED] < min(chunks, state[REDUCED] + state[29]):
+        if state[COPIED] < min(chunks, state[REDUCED] + state[AHEAD]):
             if not copy_chunk(state, sums, bucket, gradient, wire, elements, zero):
                 return WAITING
             continue
@@ -92,10 +94,10 @@ def _by_slices(state, sums, bucket, gradient, wire, totals, weights, zero):
     elements = state[CHUNK_BYTES] // gradient.itemsize
     chunks = chunks_of(len(gradient), elements)
     while state[COLLECTED] < chunks:
-        if state[COPIED] < min(chunks, state[COLLECTED] + 3):
+        if state[COPIED] < min(chunks, state[COLLECTED] + state[AHEAD] + 1):
             if not copy_chunk(state, sums, bucket, gradient, wire, elements, zero):
                 return WAITING
-        elif state[REDUCED] < min(chunks, state[COLLECTED] + 2):
+        elif state[REDUCED] < min(chunks, state[COLLECTED] + state[AHEAD]):
             status = await_chunk(state, len(gradient), weights)
             if status != DONE:
                 return status
@@ -160,7 +162,7 @@ def reduce_scatter(state_address, bucket_address, gradient, out_address, weight,
         scaled(out, gradient, weights[0])
         return finish(state, 0, 0)
     while state[REDUCED] < chunks:
-        if state[COPIED] < min(chunks, state[REDUCED] + _AHEAD):
+        if state[COPIED] < min(chunks, state[REDUCED] + state[AHEAD]):
             if not copy_chunk(state, sums, bucket, gradient, gradient, elements, zero):
                 return WAITING
             continue
@@ -189,7 +191,7 @@ def all_gather(state_address, bucket_address, gradient, own_address, zero):
         sums[MEAN_SUM] = store_mean(state, bucket, gradient, 0, len(gradient), own, zero)
         return finish(state, 0, 0)
     while state[COLLECTED] < chunks:
-        if state[REDUCED] < min(chunks, state[COLLECTED] + _AHEAD):
+        if state[REDUCED] < min(chunks, state[COLLECTED] + state[AHEAD]):
             if not place_is_free(state):
                 return WAITING
             result, start = state[RESULT_SEQUENCE] + state[REDUCED], state[REDUCED] * (last - first)

@@ -35,7 +35,7 @@ ROWS = 384
 LEFT, FAILED = 1, 2
 
 # Layout of `state`, int64 numbers private to this rank.
-STATE_LENGTH = 32
+STATE_LENGTH = 40
 (
     CONTROL,  # address of rank 0's control block
     RINGS,  # address of rank 0's first slot
@@ -44,8 +44,11 @@ STATE_LENGTH = 32
     RANK,
     WORLD_SIZE,
     SLICES_FROM,  # elements from which a bucket is reduced by slices
-    CHUNK_BYTES,
+    CHUNK_BYTES,  # of a slot
+    STREAM_BYTES,  # of a chunk of a large bucket: its slots stay in cache beside the bucket that streams through
+    SMALL_BUCKET_BYTES,  # up to which chunks are as large as slots: fewer meetings
     DEPTH,
+    AHEAD,  # chunks copied in, or slices shared, before the oldest is reduced or gathered; less than DEPTH
     PAUSES,  # spinning before the core is yielded
     YIELDS,  # yields before the kernel sleeps
     PATIENCE,  # nanoseconds of waiting before a kernel returns WAITING
@@ -64,8 +67,8 @@ STATE_LENGTH = 32
     TOTALS,  # address of BLOCK numbers of up to 8 bytes, in which sums are made
     WEIGHTS,  # address of one such number a rank: the weights of this operation
     WIRE,  # how an encoded bucket travels, a kind of `codec`
-) = range(27)
-OWN_SUM, MEAN_SUM = 30, 31  # float64 in the same array
+) = range(30)
+OWN_SUM, MEAN_SUM = 32, 33  # float64 in the same array
 
 # Layout of a bucket's description, int64 numbers: three addresses, a number, where the piece at hand
 # begins, and the address of what encoding left over (0: nothing is kept).

@@ -29,7 +29,9 @@ from ddp.transport.jit import SUPPORTED
 from ddp.transport.segment import HEADER_BYTES, Segment, share
 
 CHUNK_BYTES = 128 * 1024
-DEPTH = 4
+STREAM_BYTES = 64 * 1024
+SMALL_BUCKET_BYTES = 2 * 1024 * 1024
+DEPTH = 8
 SLICE_RANKS = 4  # from so many ranks on, each reduces a slice of a chunk
 SLICE_ELEMENTS = 4096  # of a bucket; below, whole chunks need fewer meetings
 _PATIENCE_SECONDS = 0.25
@@ -288,11 +290,12 @@ def _initial_state(
     state[protocol.RANK], state[protocol.WORLD_SIZE] = rank, world_size
     state[protocol.SLICES_FROM] = SLICE_ELEMENTS if world_size >= SLICE_RANKS else 1 << 62
     state[protocol.CHUNK_BYTES], state[protocol.DEPTH] = CHUNK_BYTES, DEPTH
+    state[protocol.STREAM_BYTES], state[protocol.SMALL_BUCKET_BYTES] = STREAM_BYTES, SMALL_BUCKET_BYTES
     # Spinning while the rank waited for has no core is the main hazard: then yield soon.
     cores = {core for pid in (segment.pids if segment else ()) for core in os.sched_getaffinity(pid)}
     enough_cores = len(cores) >= world_size
     state[protocol.PAUSES], state[protocol.YIELDS] = (200 if enough_cores else 20), 20
-    state[29] = 2
+    state[protocol.AHEAD] = 2 if enough_cores else DEPTH - 1
     state[protocol.PATIENCE] = int(_PATIENCE_SECONDS * 1e9)
     return state
 
