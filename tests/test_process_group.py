@@ -171,6 +171,7 @@ def interface_after(rank: int, world_size: int, store_address: str) -> str:
     return os.environ["GLOO_SOCKET_IFNAME"]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_has_both_backends() -> None:
     assert run_ranks(1, backends) == ["cpu:gloo,cuda:nccl"]
