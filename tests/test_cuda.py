@@ -72,7 +72,9 @@ def test_nccl_averages_and_the_norms_are_of_every_parameter(world_size: int, dty
     for rank, (averaged, (own, mean), totals) in enumerate(run_ranks(world_size, _average, dtype, timeout=120)):
         assert torch.allclose(averaged.double(), expected, rtol=tolerance, atol=tolerance)
         assert own == pytest.approx([float(part.square().sum()) for part in gradients[rank].split(LENGTHS)], rel=1e-5)
-        assert mean == pytest.approx([float(part.double().square().sum()) for part in averaged.split(LENGTHS)], rel=1e-5)
+        assert mean == pytest.approx(
+            [float(part.double().square().sum()) for part in averaged.split(LENGTHS)], rel=1e-5
+        )
         assert totals == pytest.approx([sum(own), sum(mean)], rel=1e-9)
 
 

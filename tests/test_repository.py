@@ -22,7 +22,7 @@ MARKDOWN = sorted(ROOT.glob("*.md"))
 LONGER_THAN_300_LINES = {
     "ddp/job.py": "the job file is one page, read from top to bottom",
     "ddp/training/checkpoint.py": "what writing promises and what reading checks are one protocol",
-    "ddp/transport/kernels.py": "the kernels of one protocol, whose order of loads and stores is read together",
+    "ddp/transport/chunks.py": "all that happens to one chunk, plain and encoded, is read together",
 }
 
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddp.transport import shared_memory
 from ddp.transport.base import BucketState
+from ddp.transport.ring import CHUNK_BYTES, attach_segment, result_bytes
 from ddp.transport.select import select_transport
-from ddp.transport.shared_memory import CHUNK_BYTES, SharedMemoryTransport, attach_segment
+from ddp.transport.shared_memory import SharedMemoryTransport
 from ranks import RankPool, process_group
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -198,4 +198,4 @@ def test_the_places_for_slices_hold_the_largest_slice() -> None:
         for element_bytes in (2, 4, 8):
             elements = CHUNK_BYTES // element_bytes
             each = math.ceil(elements / world_size / 16) * 16
-            assert min(each, elements) * max(4, element_bytes) <= shared_memory._result_bytes(world_size)
+            assert min(each, elements) * max(4, element_bytes) <= result_bytes(world_size)

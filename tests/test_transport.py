@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ddp.errors import PeerLostError, TransportError, UsageError
 from ddp.transport.base import ROW_LENGTH, Transport
-from ddp.transport.segment import _open_of
+from ddp.transport.ring import CHUNK_BYTES, DEPTH
+from ddp.transport.segment import open_of
 from ddp.transport.select import select_transport
-from ddp.transport.shared_memory import CHUNK_BYTES, DEPTH
 from ranks import RankFailure, RankPool, process_group, run_ranks
 
 CASES = [
@@ -410,12 +410,12 @@ def test_a_strangers_file_is_left_alone(tmp_path: Path, make: Callable[[Path], l
     remote, *others = make(tmp_path)
     try:
         before = os.listdir("/proc/self/fd")
-        assert _open_of(os.getpid(), remote, NONCE) == -1
+        assert open_of(os.getpid(), remote, NONCE) == -1
         assert os.listdir("/proc/self/fd") == before
     finally:
         for descriptor in (remote, *others):
             os.close(descriptor)
-    assert _open_of(os.getpid(), remote, NONCE) == -1  # nothing there any more
+    assert open_of(os.getpid(), remote, NONCE) == -1  # nothing there any more
 
 
 def test_a_pipe_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +423,7 @@ def test_a_pipe_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     opened: list[str] = []
     monkeypatch.setattr(os, "open", lambda path, *_: opened.append(path) or -1)
     descriptors = os.pipe()
-    assert _open_of(os.getpid(), descriptors[0], NONCE) == -1
+    assert open_of(os.getpid(), descriptors[0], NONCE) == -1
     assert opened == []
     for descriptor in descriptors:
         os.close(descriptor)
@@ -431,7 +431,7 @@ def test_a_pipe_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_file_with_the_nonce_is_kept(tmp_path: Path) -> None:
     (remote,) = _file(np.int64(NONCE).tobytes() + b"more")(tmp_path)
-    descriptor = _open_of(os.getpid(), remote, NONCE)
+    descriptor = open_of(os.getpid(), remote, NONCE)
     assert os.path.sameopenfile(remote, descriptor)
     os.close(descriptor)
     os.close(remote)

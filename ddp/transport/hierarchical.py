@@ -29,7 +29,8 @@ from ddp.transport.mailbox import C10dMailbox, Mailbox
 from ddp.transport.mpi import piece_bytes_for
 from ddp.transport.nodes import gather, nodes
 from ddp.transport.pieces import KINDS, Bucket, Piece, begin_squares
-from ddp.transport.shared_memory import CHUNK_BYTES, SharedMemoryTransport, attach_segment
+from ddp.transport.ring import CHUNK_BYTES, attach_segment
+from ddp.transport.shared_memory import SharedMemoryTransport
 
 GRACE_SECONDS = 2.0  # a peer whose own node lacks a rank names that rank first
 

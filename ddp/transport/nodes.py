@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ddp.transport.segment import _create, _open_of
+from ddp.transport.segment import create, open_of
 
 _HOST_BYTES = 64
 
@@ -55,7 +55,7 @@ def places(group: dist.ProcessGroup | None) -> tuple[Place, ...]:
 def nodes(group: dist.ProcessGroup | None) -> list[list[int]]:
     """The ranks of `group` by node, both in rank order. Collective."""
     rank = dist.get_rank(group)
-    descriptor, offer = _create(8)
+    descriptor, offer = create(8)
     try:
         pid, remote, nonce, _ = offer.tolist()
         probes = gather(np.array([_kernel(), pid, remote, nonce]), group)
@@ -70,7 +70,7 @@ def nodes(group: dist.ProcessGroup | None) -> list[list[int]]:
 def _reaches(probe: NDArray[np.int64], own: NDArray[np.int64]) -> bool:
     if probe[0] != own[0] or probe[2] < 0:  # under another kernel there is nothing to try
         return False
-    descriptor = _open_of(*(int(number) for number in probe[1:]))
+    descriptor = open_of(*(int(number) for number in probe[1:]))
     if descriptor >= 0:
         os.close(descriptor)
     return descriptor >= 0

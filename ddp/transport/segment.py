@@ -47,7 +47,7 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment:
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     descriptor, offer = _UNREACHABLE, torch.zeros(4, dtype=torch.int64)
     if rank == 0:
-        descriptor, offer = _create(size_bytes)
+        descriptor, offer = create(size_bytes)
     dist.broadcast(offer, group_src=0, group=group)
     pid, remote, nonce, error = offer.tolist()
     if remote == _UNREACHABLE:
@@ -56,7 +56,7 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment:
             f"{_FOLDER}: {os.strerror(error)}; give the container more (--shm-size), or memory"
         )
     if rank != 0:
-        descriptor = _open_of(pid, remote, nonce)
+        descriptor = open_of(pid, remote, nonce)
     everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     mine = torch.tensor([os.getpid() if descriptor != _UNREACHABLE else _UNREACHABLE])
     dist.all_gather(everyone, mine, group=group)
@@ -72,7 +72,7 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment:
     return Segment(memory, address, pids)
 
 
-def _create(size_bytes: int) -> tuple[int, torch.Tensor]:
+def create(size_bytes: int) -> tuple[int, torch.Tensor]:
     """Rank 0: the file's descriptor, and (pid, descriptor, nonce, errno) for the peers."""
     nonce, reason = secrets.randbits(62), 0
     for make in (_anonymous_file, _nameless_file):
@@ -102,7 +102,7 @@ def _nameless_file() -> int:
     return descriptor
 
 
-def _open_of(pid: int, remote: int, nonce: int) -> int:
+def open_of(pid: int, remote: int, nonce: int) -> int:
     """The descriptor of another process's file, or _UNREACHABLE where it is not ours to see.
 
     On another node the same numbers may name a stranger's file: nothing but a plain file is opened, and only

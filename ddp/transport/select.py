@@ -22,7 +22,8 @@ from ddp.transport.hierarchical import HierarchicalTransport
 from ddp.transport.mpi import MpiTransport
 from ddp.transport.nodes import nodes
 from ddp.transport.overlap import OverlappedTransport
-from ddp.transport.shared_memory import SharedMemoryTransport, attach_segment
+from ddp.transport.ring import attach_segment
+from ddp.transport.shared_memory import SharedMemoryTransport
 
 logger = logging.getLogger("ddp.transport")
 WIRES = ("gradient", "bfloat16", "float16", "int8")
