@@ -45,6 +45,8 @@ bench: .venv/.test .venv-mpich/.made
 	@$(python) benchmarks/all_reduce.py --ranks 4 8 --sizes 4KiB 25MiB
 	@$(python) benchmarks/all_reduce.py --busy-neighbour --sizes 4KiB 1MiB 25MiB
 	@$(python) benchmarks/train_step.py
+	@$(python) benchmarks/nodes.py
+	@$(python) benchmarks/scaling_model.py
 
 clean:
 	rm -rf .venv .venv-mpich build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -74,7 +74,7 @@ def on_demand(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         with _cached_in(_CACHE):
             cached = _CACHE is not None
-            dispatcher = numba.njit(nogil=True, cache=cached, error_model="numpy", boundscheck=False)(function)
+            dispatcher: Any = numba.njit(nogil=True, cache=cached, error_model="numpy", boundscheck=False)(function)
 
         def prepare() -> None:
             if not dispatcher.signatures:
