@@ -61,6 +61,13 @@ def first_two_terms(total, first, second, first_weight, second_weight):
 
 
 @inlined
+def next_two_terms(total, first, second, first_weight, second_weight):
+    """total = (total + first_weight * first) + second_weight * second"""
+    for i in range(len(total)):
+        total[i] = (total[i] + first_weight * widen(first[i])) + second_weight * widen(second[i])
+
+
+@inlined
 def next_term(total, slot, weight):
     """total += weight * slot"""
     for i in range(len(total)):

@@ -14,6 +14,7 @@ from ddp.transport.blocks import (
     first_two_terms,
     measure_block,
     next_term,
+    next_two_terms,
     set_negative_zero,
     write_block,
     write_slice,
@@ -67,6 +68,9 @@ from ddp.transport.protocol import (
     slot_address,
     slot_of,
 )
+
+_SUM_BLOCK = 2048  # elements summed at a time over all ranks, so that the sum stays in the first-level cache
+
 
 # --- one chunk; each returns the sum of squares, having added each parameter's to that parameter's sum ------------
 
@@ -170,12 +174,16 @@ def _put_encoded(state, bucket, gradient, wire, start, stop, sequence, zero):
 
 
 def _sum_plain_slots(state, wire, chunk, length, start, stop, totals, weights):
-    out = totals[: stop - start]
+    out, ranks = totals[: stop - start], state[WORLD_SIZE]
     first = slot_of(state, wire, 0, chunk, length)[start:stop]
     second = slot_of(state, wire, 1, chunk, length)[start:stop]
     first_two_terms(out, first, second, weights[0], weights[1])
-    for rank in range(2, state[WORLD_SIZE]):
-        next_term(out, slot_of(state, wire, rank, chunk, length)[start:stop], weights[rank])
+    for rank in range(2, ranks - 1, 2):
+        first = slot_of(state, wire, rank, chunk, length)[start:stop]
+        second = slot_of(state, wire, rank + 1, chunk, length)[start:stop]
+        next_two_terms(out, first, second, weights[rank], weights[rank + 1])
+    if ranks % 2 == 1:
+        next_term(out, slot_of(state, wire, ranks - 1, chunk, length)[start:stop], weights[ranks - 1])
 
 
 def _sum_encoded_slots(state, wire, chunk, length, start, stop, totals, weights):
@@ -205,8 +213,8 @@ def _(state, wire, chunk, length, start, stop, totals, weights):
 def _add_all(state, bucket, gradient, wire, chunk, start, stop, totals, weights, zero):
     """gradient[start:stop] = the weighted sum of all ranks' slots."""
     total = 0.0
-    for position in range(start, stop, BLOCK):
-        end = min(stop, position + BLOCK)
+    for position in range(start, stop, _SUM_BLOCK):
+        end = min(stop, position + _SUM_BLOCK)
         _sum_slots(state, wire, chunk, stop - start, position - start, end - start, totals, weights)
         total += store_mean(state, bucket, gradient, position, end, totals, zero)
     return total
@@ -233,13 +241,12 @@ def _(state, bucket, gradient, wire, chunk, start, stop, totals, weights, zero):
 
 
 @inlined
-def reduce_slice(state, out, wire, chunk, length, totals, weights):
+def reduce_slice(state, out, wire, chunk, length, weights):
     """out = this rank's slice of the weighted sum of all ranks' slots, which hold `length` elements each."""
     first, last = slice_of(length, state[RANK], state[WORLD_SIZE])
-    for position in range(first, last, BLOCK):
-        end = min(last, position + BLOCK)
-        _sum_slots(state, wire, chunk, length, position, end, totals, weights)
-        write_slice(out[position - first : end - first], totals)
+    for position in range(first, last, _SUM_BLOCK):
+        end = min(last, position + _SUM_BLOCK)
+        _sum_slots(state, wire, chunk, length, position, end, out[position - first : end - first], weights)
 
 
 @inlined

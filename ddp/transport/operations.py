@@ -105,7 +105,7 @@ def _by_slices(state, sums, bucket, gradient, wire, totals, weights, zero):
                 return WAITING
             length = min(elements, len(gradient) - state[REDUCED] * elements)
             out = shared_slice(state, totals, state[RANK], state[RESULT_SEQUENCE] + state[REDUCED], elements)
-            reduce_slice(state, out, wire, state[SEQUENCE] + state[REDUCED], length, totals, weights)
+            reduce_slice(state, out, wire, state[SEQUENCE] + state[REDUCED], length, weights)
             share(state)
             take_chunk(state)
         elif not gather_chunk(state, sums, bucket, gradient, totals, elements, zero):
@@ -148,7 +148,7 @@ def all_reduce(state_address, bucket_address, gradient, wire, weight, zero):
 @inlined
 def reduce_scatter(state_address, bucket_address, gradient, out_address, weight, zero):
     """out = this rank's slices of all chunks of the weighted sum, one after the other; gradient stays as it is."""
-    state, sums, bucket, totals, weights = private(state_address, bucket_address, zero)
+    state, sums, bucket, _, weights = private(state_address, bucket_address, zero)
     elements = state[CHUNK_BYTES] // gradient.itemsize
     length = slices_length(len(gradient), elements, state[RANK], state[WORLD_SIZE])
     out = carray(pointer_like(zero, out_address), length)
@@ -171,7 +171,7 @@ def reduce_scatter(state_address, bucket_address, gradient, out_address, weight,
             return status
         length = min(elements, len(gradient) - state[REDUCED] * elements)
         part = out[state[REDUCED] * (last - first) :]
-        reduce_slice(state, part, gradient, state[SEQUENCE] + state[REDUCED], length, totals, weights)
+        reduce_slice(state, part, gradient, state[SEQUENCE] + state[REDUCED], length, weights)
         take_chunk(state)
     return finish(state, chunks, 0)
 

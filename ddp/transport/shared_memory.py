@@ -92,9 +92,7 @@ class SharedMemoryTransport(Transport):
         self._rows_address = self._rows.ctypes.data
         self._whole = BucketState.of([1 << 62])
         self._whole_address = self._description(self._whole, 0)[1]
-        self._all_reduce = {dtype: each.all_reduce for dtype, each in _KERNELS.items()}
-        if self._encodes:
-            self._all_reduce[torch.float32] = kernels.all_reduce_encoded_float32
+        self._ready: dict[torch.dtype, Any] = {}  # kernels that are compiled
         self._closed = False
         self._pid = os.getpid()
 
@@ -108,7 +106,10 @@ class SharedMemoryTransport(Transport):
 
     def prepare(self, dtypes: Iterable[torch.dtype]) -> None:
         for dtype in dtypes:
-            self._all_reduce[dtype].prepare()
+            encoded = self._encodes and dtype == torch.float32
+            kernel = kernels.all_reduce_encoded_float32 if encoded else _KERNELS[dtype].all_reduce
+            kernel.prepare()
+            self._ready[dtype] = kernel
 
     def prepare_halves(self, dtypes: Iterable[torch.dtype]) -> None:
         """As `prepare`, for `reduce_scatter` and `all_gather`."""
@@ -117,7 +118,10 @@ class SharedMemoryTransport(Transport):
             _KERNELS[dtype].all_gather.prepare()
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
-        kernel, length = self._all_reduce[bucket.dtype], bucket.numel()
+        kernel, length = self._ready.get(bucket.dtype), bucket.numel()
+        if kernel is None:
+            self.prepare((bucket.dtype,))
+            kernel = self._ready[bucket.dtype]
         description = self._whole_address if state is None else self._description(state, length)[1]
         arguments = (self._state_address, bucket.data_ptr(), length, weight, description)
         if kernel(*arguments) != protocol.DONE:
@@ -148,6 +152,7 @@ class SharedMemoryTransport(Transport):
         Raises:
             PeerLostError, TransportError: as `all_reduce_mean_`.
         """
+        self.prepare_halves((piece.dtype,))
         self._half(_KERNELS[piece.dtype].reduce_scatter, piece, weight, out, state, offset)
         return self._sums[protocol.OWN_SUM]
 
