@@ -93,6 +93,7 @@ class SharedMemoryTransport(Transport):
         self._whole = BucketState.of([1 << 62])
         self._whole_address = self._description(self._whole, 0)[1]
         self._ready: dict[torch.dtype, Any] = {}  # kernels that are compiled
+        self._ready_halves: set[torch.dtype] = set()
         self._closed = False
         self._pid = os.getpid()
 
@@ -116,6 +117,7 @@ class SharedMemoryTransport(Transport):
         for dtype in dtypes:
             _KERNELS[dtype].reduce_scatter.prepare()
             _KERNELS[dtype].all_gather.prepare()
+            self._ready_halves.add(dtype)
 
     def all_reduce_mean_(self, bucket: Tensor, weight: float, state: BucketState | None = None) -> Reduction:
         kernel, length = self._ready.get(bucket.dtype), bucket.numel()
@@ -152,7 +154,8 @@ class SharedMemoryTransport(Transport):
         Raises:
             PeerLostError, TransportError: as `all_reduce_mean_`.
         """
-        self.prepare_halves((piece.dtype,))
+        if piece.dtype not in self._ready_halves:
+            self.prepare_halves((piece.dtype,))
         self._half(_KERNELS[piece.dtype].reduce_scatter, piece, weight, out, state, offset)
         return self._sums[protocol.OWN_SUM]
 
