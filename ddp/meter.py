@@ -101,7 +101,11 @@ class GradientMeter:
         self._rows: deque[_Rows] = deque()
         self._closed = False
         self._exchange.prepare(model)
-        register(model, self, _attached_hook)
+        try:
+            register(model, self, _attached_hook)
+        except UsageError:
+            transport.close()
+            raise
         self._counting: Any = model.register_forward_pre_hook(self._count_forward)
         self._model = weakref.ref(model)
         weakref.finalize(model, register_optimizer_step_pre_hook(self._before_optimizer).remove)
@@ -140,8 +144,10 @@ class GradientMeter:
         self._closed = True
         self._counting.remove()
         atexit.unregister(self.close)
-        self.transport.close()
-        self._binding.release()
+        try:
+            self.transport.close()
+        finally:
+            self._binding.release()
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         if self._closed:

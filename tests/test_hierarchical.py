@@ -255,7 +255,33 @@ def test_who_stays_away_is_named_by_its_rank_among_all() -> None:
     said = run_ranks(4, _stay_away, 3)
     assert said[2].startswith("rank 3 (pid "), said  # on the same node
     assert "to rank 2" in said[2]
-    assert all("rank " in each for each in said[:2]), said  # the same-numbered rank saw it first, or its neighbour
+    assert said[1].startswith("rank 3 (") or "rank 3 " in said[1], said  # the same-numbered rank
+
+
+def _stop_between_the_nodes(rank: int, world_size: int, store: str) -> str:
+    """Rank 3 does its part inside its node, and then no more."""
+    with process_group(rank, world_size, store):
+        transport = open_over(LAYOUTS["2 x 2"], timeout_seconds=1.5)
+        transport.all_reduce_mean_(torch.ones(3), 0.25)
+        bucket, message = torch.ones(100), ""
+        if rank == 3:
+            shared = transport._shared
+            out = torch.empty(shared.slices_length(100, torch.float32))
+            shared.reduce_scatter(bucket, 0.25, out, BucketState.of([100]), 0)
+            time.sleep(5)
+            return message
+        try:
+            transport.all_reduce_mean_(bucket, 0.25)
+        except PeerLostError as error:
+            message = str(error)
+        transport.close()
+        return message
+
+
+def test_a_rank_that_waits_for_another_node_is_not_blamed() -> None:
+    said = run_ranks(4, _stop_between_the_nodes)
+    assert said[0].startswith("rank 3 did not bring") and "to rank 1 (pid " in said[0], said
+    assert all("rank 3 " in each for each in said[1:3]), said
 
 
 def _die(rank: int, world_size: int, store: str) -> None:

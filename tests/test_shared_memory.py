@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddp.errors import TransportError
 from ddp.transport.base import BucketState
 from ddp.transport.ring import CHUNK_BYTES, attach_segment, result_bytes
 from ddp.transport.select import select_transport
@@ -148,6 +149,72 @@ def test_the_two_halves_make_the_whole(rank_pool: RankPool, world_size: int) -> 
     sizes = [5, 0, CHUNK + 3, total // 2, total - total // 2 - CHUNK - 8]
     for results in rank_pool.run(world_size, _halves, sizes, timeout=120):
         assert results == [(True,) * 5] * len(DTYPES)
+
+
+def _odd_tails(rank: int, world_size: int, store: str) -> list[float]:
+    """Lengths whose last chunk gives a late rank more than a full one does."""
+    with process_group(rank, world_size, store):
+        transport = select_transport("shared_memory", "cpu", 60.0)
+        assert isinstance(transport, SharedMemoryTransport)
+        errors = []
+        for dtype in DTYPES:
+            chunk = CHUNK_BYTES // dtype.itemsize
+            for size in (chunk - 48, chunk - 17, chunk - 1, 2 * chunk - 48, 2 * chunk - 17, chunk + 33):
+                bucket, state = _gradient(rank, dtype, size), BucketState.of([size])
+                out = torch.empty(transport.slices_length(size, dtype), dtype=transport.sum_dtype(dtype))
+                assert len(out) <= transport.largest_slices_length(size, dtype)
+                transport.reduce_scatter(bucket, _weight(rank, world_size), out, state, 0)
+                transport.all_gather(out, bucket, state, 0)
+                expected, terms = _mean(world_size, dtype, size)
+                bound = (2 * world_size if dtype in DTYPES[:2] else 1.01) * torch.finfo(dtype).eps + 2e-6
+                errors.append(float(((bucket.double() - expected).abs() - bound * terms).max()))
+        dist.barrier()
+        transport.close()
+        return errors
+
+
+@pytest.mark.parametrize("world_size", [3, 5])
+def test_halves_of_chunks_that_are_not_quite_full(rank_pool: RankPool, world_size: int) -> None:
+    for errors in rank_pool.run(world_size, _odd_tails, timeout=120):
+        assert max(errors) <= 0
+
+
+def _travel_with_changing_weights(rank: int, world_size: int, store: str) -> float:
+    """The accumulated error of int8, in units of what one step loses."""
+    with process_group(rank, world_size, store):
+        transport = select_transport("shared_memory", "cpu", 60.0, wire="int8")
+        state, gradient = BucketState.of(LENGTHS), _gradient(rank, torch.float32)
+        gradients = [_gradient(other, torch.float32).double() for other in range(world_size)]
+        total = torch.zeros(sum(LENGTHS), dtype=torch.float64)
+        for step in range(40):
+            uneven = [0.95, 0.05] if step % 4 == 0 else [1.0, 0.0] if step % 4 == 1 else [0.5, 0.5]
+            bucket = gradient.clone()
+            transport.all_reduce_mean_(bucket, uneven[rank], state)
+            total += bucket - uneven[0] * gradients[0] - uneven[1] * gradients[1]
+        dist.barrier()
+        transport.close()
+        return float(total.abs().max()) / (max(float(each.abs().max()) for each in gradients) / 127)
+
+
+def test_error_feedback_where_weights_change(rank_pool: RankPool) -> None:
+    assert max(rank_pool.run(2, _travel_with_changing_weights, timeout=60)) <= 1.1
+
+
+def _bring_different_types(rank: int, world_size: int, store: str) -> str:
+    with process_group(rank, world_size, store):
+        transport = select_transport("shared_memory", "cpu", 5.0)
+        try:
+            transport.all_reduce_mean_(torch.ones(3000, dtype=DTYPES[rank]), 0.5)
+        except TransportError as error:
+            return str(error)
+        finally:
+            transport.close(failed=True)
+        return ""
+
+
+def test_another_type_of_the_same_length_is_refused(rank_pool: RankPool) -> None:
+    messages = rank_pool.run(2, _bring_different_types)
+    assert all(messages) and any("another" in message for message in messages)
 
 
 WIRES = {"bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 127}  # of an element, of an element, of a block's largest

@@ -120,10 +120,17 @@ def scaled(out, gradient, weight):
 
 
 @inlined
-def add_kept(out, gradient, kept):
-    """out = gradient + kept"""
+def add_kept(out, gradient, kept, factor):
+    """out = gradient + factor * kept"""
     for i in range(len(out)):
-        out[i] = gradient[i] + kept[i]
+        out[i] = gradient[i] + factor * kept[i]
+
+
+@inlined
+def rescale(values, factor):
+    """values *= factor"""
+    for i in range(len(values)):
+        values[i] = values[i] * factor
 
 
 @inlined

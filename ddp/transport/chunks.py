@@ -15,6 +15,7 @@ from ddp.transport.blocks import (
     measure_block,
     next_term,
     next_two_terms,
+    rescale,
     set_negative_zero,
     write_block,
     write_slice,
@@ -63,6 +64,7 @@ from ddp.transport.protocol import (
     await_all,
     chunks_of,
     next_piece,
+    own_weight,
     shared_slice,
     slice_of,
     slot_address,
@@ -158,18 +160,21 @@ def _put_plain(state, bucket, gradient, wire, start, stop, sequence, zero):
 
 
 def _put_encoded(state, bucket, gradient, wire, start, stop, sequence, zero):
+    """What encoding leaves out is kept in units of the sum, since a rank's weight may change from step to step."""
     payload, blocks = slot_address(state, state[RANK], sequence), chunks_of(stop - start, codec.BLOCK)
-    values = carray(float32_pointer(state[TOTALS]), BLOCK)
-    residual = bucket[RESIDUAL]
+    values, residual, weight = carray(float32_pointer(state[TOTALS]), BLOCK), bucket[RESIDUAL], own_weight(state)
+    keeps = residual != 0 and weight > 0
     for position in range(start, stop, codec.BLOCK):
         part = gradient[position : min(stop, position + codec.BLOCK)]
-        kept = residual + 4 * start if residual != 0 else residual
         corrected = values[: len(part)]
-        if residual != 0:
-            add_kept(corrected, part, carray(float32_pointer(residual + 4 * position), len(part)))
-        else:
+        if not keeps:
             write_slice(corrected, part)
-        codec.encode_block(state[WIRE], payload, blocks, position - start, corrected, kept)
+            codec.encode_block(state[WIRE], payload, blocks, position - start, corrected, 0)
+            continue
+        kept = carray(float32_pointer(residual + 4 * position), len(part))
+        add_kept(corrected, part, kept, types.float32(1 / weight))
+        codec.encode_block(state[WIRE], payload, blocks, position - start, corrected, residual + 4 * start)
+        rescale(kept, types.float32(weight))
     return measure(state, bucket, gradient, start, stop, zero)
 
 
@@ -278,11 +283,11 @@ def copy_chunk(state, sums, bucket, gradient, wire, elements, zero):
 
 
 @inlined
-def await_chunk(state, length, weights):
+def await_chunk(state, length, item_bytes, weights):
     """DONE once everyone has published the next chunk to reduce."""
     if not await_all(state, PUBLISHED, state[SEQUENCE] + state[REDUCED] + 1):
         return WAITING
-    if state[REDUCED] == 0 and not agree(state, length, weights):
+    if state[REDUCED] == 0 and not agree(state, length, item_bytes, weights):
         return MISMATCH
     return DONE
 

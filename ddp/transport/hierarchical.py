@@ -73,6 +73,8 @@ class HierarchicalTransport(Transport):
         self._local_rank, self._local_size = local.index(self.rank), len(local)
         self._shared = _share(local, group, timeout_seconds)
         self._mailbox = mailbox or C10dMailbox(group, timeout_seconds, GRACE_SECONDS)
+        if self._local_size > 1:
+            self._mailbox.waits_for = self._shared.waits_for
         peers = [ranks[self._local_rank] for ranks in self.layout]
         self._wires = {dtype: codec.wire_kind(wire, own) for dtype, own in KINDS.items()}
         self._lengths = {
@@ -137,14 +139,13 @@ class HierarchicalTransport(Transport):
         return max(length // chunk * chunk, length if length < chunk else 0)
 
     def _slices_bytes(self, length: int, dtype: torch.dtype) -> int:
-        return self._shared.slices_length(length, dtype) * self._shared.sum_dtype(dtype).itemsize
+        """Room for the slices of a piece of so many elements, or fewer."""
+        return self._shared.largest_slices_length(length, dtype) * self._shared.sum_dtype(dtype).itemsize
 
     def close(self, *, failed: bool = False) -> None:
         if self._closed or os.getpid() != self._pid:  # a forked child leaves with the rank still at work
             return
         self._closed = True
-        if not failed:
-            self._exchange.settle()
         self._shared.close(failed=failed)
         self._mailbox.close(failed=failed)
 

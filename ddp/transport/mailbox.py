@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class Mailbox(ABC):
         wait_seconds: time spent waiting so far.
         sent_bytes: shape (world_size,): what was sent to each rank.
         subject: what is being exchanged, for messages of errors.
+        waits_for: told which peer this rank begins to wait for, and None once that came.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float, grace_seconds: float = 0.0) -> None:
@@ -57,6 +58,7 @@ class Mailbox(ABC):
         self.sent_bytes = [0] * self.world_size
         self.wait_seconds = 0.0
         self.subject = "a message"
+        self.waits_for: Callable[[int | None], None] = lambda peer: None
         self._timeout_seconds, self._grace_seconds = timeout_seconds, grace_seconds
 
     @abstractmethod
@@ -107,6 +109,7 @@ class MpiMailbox(Mailbox):
     def __init__(self, group: dist.ProcessGroup | None, timeout_seconds: float, grace_seconds: float = 0.0) -> None:
         super().__init__(group, timeout_seconds, grace_seconds)
         self._mpi = import_mpi(self.world_size)
+        self._under_way: dict[int, tuple[MPI.Request, Bytes]] = {}
         self._comm = self._communicator(group)
         self._pid, self._closing = os.getpid(), False
 
@@ -123,17 +126,26 @@ class MpiMailbox(Mailbox):
 
     def post_send(self, peer: int, message: Bytes, tag: int) -> MPI.Request:
         self.sent_bytes[peer] += len(message)
-        return self._comm.Isend((message, self._mpi.BYTE), peer, tag)
+        return self._begun(self._comm.Isend((message, self._mpi.BYTE), peer, tag), message)
 
     def post_receive(self, peer: int, space: Bytes, tag: int) -> MPI.Request:
-        return self._comm.Irecv((space, self._mpi.BYTE), peer, tag)
+        return self._begun(self._comm.Irecv((space, self._mpi.BYTE), peer, tag), space)
+
+    def _begun(self, request: MPI.Request, memory: Bytes) -> MPI.Request:
+        self._under_way[id(request)] = (request, memory)
+        return request
 
     def wait(self, peer: int, handle: MPI.Request) -> None:
-        if handle.Test():
-            return
+        self.waits_for(peer)
+        self._wait(peer, handle)
+        self.waits_for(None)
+        self._under_way.pop(id(handle), None)
+
+    def _wait(self, peer: int, handle: MPI.Request) -> None:
         began = time.perf_counter()
         try:
-            self._poll(peer, handle, began)
+            if not handle.Test():
+                self._poll(peer, handle, began)
         except self._mpi.Exception as error:
             raise TransportError(f"MPI failed between rank {self.rank} and {self.places[peer]}: {error}") from error
         finally:
@@ -170,8 +182,8 @@ class MpiMailbox(Mailbox):
         self._closing = True
         word = np.zeros(_FAILED if failed else _LEFT, np.uint8)  # said by its length: a probe can read it
         said = [self._comm.Isend((word, self._mpi.BYTE), peer, _GOODBYE) for peer in self._peers()]
-        if failed or not self._hear_goodbyes(said):
-            _ABANDONED.extend((self, word, said))
+        if failed or self._under_way or not self._hear_goodbyes(said):
+            _ABANDONED.extend((self, word, said))  # with all that is under way: MPI may write there to the end
         else:
             self._comm.Free()
 
@@ -225,8 +237,10 @@ class C10dMailbox(Mailbox):
 
     def wait(self, peer: int, handle: dist.Work) -> None:
         began = time.perf_counter()
+        self.waits_for(peer)
         try:
             handle.wait(self._timeout)
+            self.waits_for(None)
         except RuntimeError as error:
             if "Timed out waiting" in str(error):
                 raise self._late(peer) from error

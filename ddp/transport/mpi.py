@@ -80,8 +80,6 @@ class MpiTransport(Transport):
         if self._closed or os.getpid() != self._pid:  # a forked child leaves with the rank still at work
             return
         self._closed = True
-        if not failed:
-            self._exchange.settle()
         self._mailbox.close(failed=failed)
 
 

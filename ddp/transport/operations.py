@@ -79,7 +79,7 @@ def _by_whole_chunks(state, sums, bucket, gradient, wire, totals, weights, zero)
             if not copy_chunk(state, sums, bucket, gradient, wire, elements, zero):
                 return WAITING
             continue
-        status = await_chunk(state, len(gradient), weights)
+        status = await_chunk(state, len(gradient), gradient.itemsize, weights)
         if status != DONE:
             return status
         chunk, start = state[SEQUENCE] + state[REDUCED], state[REDUCED] * elements
@@ -98,7 +98,7 @@ def _by_slices(state, sums, bucket, gradient, wire, totals, weights, zero):
             if not copy_chunk(state, sums, bucket, gradient, wire, elements, zero):
                 return WAITING
         elif state[REDUCED] < min(chunks, state[COLLECTED] + state[AHEAD]):
-            status = await_chunk(state, len(gradient), weights)
+            status = await_chunk(state, len(gradient), gradient.itemsize, weights)
             if status != DONE:
                 return status
             if not place_is_free(state):
@@ -135,7 +135,7 @@ def all_reduce(state_address, bucket_address, gradient, wire, weight, zero):
     """gradient = the weighted sum over ranks. `zero` is of the type that sums are made in."""
     state, sums, bucket, totals, weights = private(state_address, bucket_address, zero)
     if state[COPIED] == 0:
-        begin(state, sums, len(gradient), weight)
+        begin(state, sums, len(gradient), gradient.itemsize, weight)
         zero_sums(bucket)
     if state[WORLD_SIZE] == 1:
         weights[0] = weight
@@ -155,7 +155,7 @@ def reduce_scatter(state_address, bucket_address, gradient, out_address, weight,
     chunks = chunks_of(len(gradient), elements)
     first, last = slice_of(elements, state[RANK], state[WORLD_SIZE])
     if state[COPIED] == 0:
-        begin(state, sums, len(gradient), weight)
+        begin(state, sums, len(gradient), gradient.itemsize, weight)
     if state[WORLD_SIZE] == 1:
         weights[0] = weight
         sums[OWN_SUM] = measure(state, bucket, gradient, 0, len(gradient), zero)
@@ -166,7 +166,7 @@ def reduce_scatter(state_address, bucket_address, gradient, out_address, weight,
             if not copy_chunk(state, sums, bucket, gradient, gradient, elements, zero):
                 return WAITING
             continue
-        status = await_chunk(state, len(gradient), weights)
+        status = await_chunk(state, len(gradient), gradient.itemsize, weights)
         if status != DONE:
             return status
         length = min(elements, len(gradient) - state[REDUCED] * elements)
@@ -186,7 +186,7 @@ def all_gather(state_address, bucket_address, gradient, own_address, zero):
     chunks = chunks_of(len(gradient), elements)
     first, last = slice_of(elements, state[RANK], state[WORLD_SIZE])
     if state[REDUCED] == 0:
-        begin(state, sums, len(gradient), 0.0)
+        begin(state, sums, len(gradient), gradient.itemsize, 0.0)
     if state[WORLD_SIZE] == 1:
         sums[MEAN_SUM] = store_mean(state, bucket, gradient, 0, len(gradient), own, zero)
         return finish(state, 0, 0)
@@ -195,7 +195,10 @@ def all_gather(state_address, bucket_address, gradient, own_address, zero):
             if not place_is_free(state):
                 return WAITING
             result, start = state[RESULT_SEQUENCE] + state[REDUCED], state[REDUCED] * (last - first)
-            part = own[start : start + last - first]
+            here, there = slice_of(  # of the last chunk a late rank may have more than of a full one
+                min(elements, len(gradient) - state[REDUCED] * elements), state[RANK], state[WORLD_SIZE]
+            )
+            part = own[start : start + there - here]
             write_slice(shared_slice(state, totals, state[RANK], result, len(part)), part)
             share(state)
             state[REDUCED] += 1

@@ -29,6 +29,7 @@ from ddp.transport.jit import (
 # operations, since one rank can be an operation ahead of another.
 CONTROL_BYTES = 640
 PUBLISHED, TAKEN, SHARED, GATHERED, ROWS_PUBLISHED, DEPARTED = 0, 64, 128, 192, 256, 320
+WAITS_ELSEWHERE = 336  # the rank of another node that this rank waits for, plus 1
 SLEEPERS = 8
 OPERATION_LENGTHS, OPERATION_WEIGHTS = 16, 32
 ROWS = 384
@@ -77,6 +78,7 @@ BUCKET_LENGTH = 6
 
 DONE, WAITING, MISMATCH = 0, 1, 2
 _SLEEP_NANOSECONDS = 50_000_000
+_LARGEST_ITEM = 16  # an element has fewer bytes
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------
@@ -177,23 +179,30 @@ def slice_of(length, rank, world_size):
 
 
 @inlined
-def begin(state, sums, length, weight):
-    """Begin an operation: tell the others how long it is here and with what weight."""
+def begin(state, sums, length, item_bytes, weight):
+    """Begin an operation: tell the others how many elements of which size it has here, and the weight."""
     sums[OWN_SUM] = 0.0
     sums[MEAN_SUM] = 0.0
     state[OWN_CURSOR] = 0
     state[MEAN_CURSOR] = 0
     line = state[CONTROL] + state[RANK] * CONTROL_BYTES + 8 * (state[OPERATION] % 2)
     carray(float64_pointer(line + OPERATION_WEIGHTS), 1)[0] = weight
-    store_release(line + OPERATION_LENGTHS, length)
+    store_release(line + OPERATION_LENGTHS, length * _LARGEST_ITEM + item_bytes)
 
 
 @inlined
-def agree(state, length, weights):
-    """Once everyone has begun: whether all brought `length` elements; takes their weights."""
+def own_weight(state):
+    """This rank's weight in the operation under way."""
+    line = state[CONTROL] + state[RANK] * CONTROL_BYTES + 8 * (state[OPERATION] % 2)
+    return carray(float64_pointer(line + OPERATION_WEIGHTS), 1)[0]
+
+
+@inlined
+def agree(state, length, item_bytes, weights):
+    """Once everyone has begun: whether all brought `length` elements of that size; takes their weights."""
     for rank in range(state[WORLD_SIZE]):
         line = state[CONTROL] + rank * CONTROL_BYTES + 8 * (state[OPERATION] % 2)
-        if load_acquire(line + OPERATION_LENGTHS) != length:
+        if load_acquire(line + OPERATION_LENGTHS) != length * _LARGEST_ITEM + item_bytes:
             state[WAITING_FOR] = rank
             return False
         weights[rank] = carray(float64_pointer(line + OPERATION_WEIGHTS), 1)[0]

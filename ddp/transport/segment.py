@@ -57,19 +57,26 @@ def share(size_bytes: int, group: dist.ProcessGroup | None) -> Segment:
         )
     if rank != 0:
         descriptor = open_of(pid, remote, nonce)
+    memory = _map(descriptor, size_bytes)
     everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    mine = torch.tensor([os.getpid() if descriptor != _UNREACHABLE else _UNREACHABLE])
-    dist.all_gather(everyone, mine, group=group)
+    dist.all_gather(everyone, torch.tensor([_UNREACHABLE if memory is None else os.getpid()]), group=group)
+    if descriptor != _UNREACHABLE:
+        os.close(descriptor)  # not before: peers open it by its number
     pids = tuple(int(each) for each in everyone)
-    try:
-        if _UNREACHABLE in pids:
-            raise TransportError("the ranks cannot map each other's memory")
-        memory = mmap.mmap(descriptor, size_bytes)
-    finally:
-        if descriptor != _UNREACHABLE:
-            os.close(descriptor)
+    if memory is None or _UNREACHABLE in pids:
+        raise TransportError("the ranks cannot map each other's memory")
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return Segment(memory, address, pids)
+
+
+def _map(descriptor: int, size_bytes: int) -> mmap.mmap | None:
+    """None where the file cannot be had or not be mapped."""
+    if descriptor == _UNREACHABLE:
+        return None
+    try:
+        return mmap.mmap(descriptor, size_bytes)
+    except (OSError, ValueError):
+        return None
 
 
 def create(size_bytes: int) -> tuple[int, torch.Tensor]:

@@ -134,6 +134,11 @@ class SharedMemoryTransport(Transport):
         """Elements of this rank's slices of a bucket of `length` elements."""
         return kernels.slices_length(length, CHUNK_BYTES // dtype.itemsize, self.rank, self.world_size)
 
+    def largest_slices_length(self, length: int, dtype: torch.dtype) -> int:
+        """The most that `slices_length` gives any rank for `length` elements or fewer."""
+        elements = CHUNK_BYTES // dtype.itemsize
+        return -(-length // elements) * kernels.slices_length(elements, elements, 0, self.world_size)
+
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What sums of gradients of `dtype` are made in."""
         return _KERNELS[dtype].sums
@@ -208,8 +213,7 @@ class SharedMemoryTransport(Transport):
             return
         self._closed = True
         if self._segment is not None:
-            line = int(self._state[protocol.CONTROL]) + protocol.CONTROL_BYTES * self.rank + protocol.DEPARTED
-            kernels.store(line, protocol.FAILED if failed else protocol.LEFT)
+            kernels.store(self._line(self.rank) + protocol.DEPARTED, protocol.FAILED if failed else protocol.LEFT)
         for descriptor in self._pidfds.values():
             os.close(descriptor)
         self._pidfds = {}
@@ -224,7 +228,7 @@ class SharedMemoryTransport(Transport):
                 raise TransportError(f"rank {here} closed the gradient exchange while it waited with {what}")
             if status == protocol.MISMATCH:
                 raise TransportError(
-                    f"rank {here} brought {what} to the all-reduce, rank {self._names[late]} another number: "
+                    f"rank {here} brought {what} to the all-reduce, rank {self._names[late]} another number, or of another type: "
                     "the ranks do not run the same model or not in the same order"
                 )
             now = (late, int(self._state[protocol.COPIED]), int(self._state[protocol.REDUCED]))
@@ -235,14 +239,27 @@ class SharedMemoryTransport(Transport):
                 raise PeerLostError(f"{where} {gone} while rank {here} waited for it with {what}")
             gone = self._how_gone(late)  # and once more: what it published before it went still counts
             if time.monotonic() - began > self._timeout_seconds:
+                if elsewhere := kernels.load(self._line(late) + protocol.WAITS_ELSEWHERE):
+                    raise PeerLostError(
+                        f"rank {elsewhere - 1} did not bring {what} within {self._timeout_seconds:g} s "
+                        f"(transport.timeout_seconds) to {where}, for which rank {here} waits in turn"
+                    )
                 raise PeerLostError(
                     f"{where} did not bring {what} within {self._timeout_seconds:g} s (transport.timeout_seconds) "
                     f"to rank {here}: it hangs, is stopped, or took another path through the program"
                 )
 
+    def waits_for(self, name: int | None) -> None:
+        """Tell this node that this rank waits for the rank called `name` on another one; None: no more."""
+        kernels.store(self._line(self.rank) + protocol.WAITS_ELSEWHERE, 0 if name is None else name + 1)
+
+    def _line(self, rank: int) -> int:
+        """The address of a rank's control block."""
+        return int(self._state[protocol.CONTROL]) + protocol.CONTROL_BYTES * rank
+
     def _how_gone(self, rank: int) -> str:
         """Empty while `rank` is there."""
-        departed = kernels.load(int(self._state[protocol.CONTROL]) + protocol.CONTROL_BYTES * rank + protocol.DEPARTED)
+        departed = kernels.load(self._line(rank) + protocol.DEPARTED)
         if departed:
             return "failed" if departed == protocol.FAILED else "left"
         return "died" if rank in self._pidfds and _has_exited(self._pidfds[rank]) else ""
