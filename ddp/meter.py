@@ -105,6 +105,7 @@ class GradientMeter:
             register(model, self, _attached_hook)
         except UsageError:
             transport.close()
+            self.__dict__.clear()  # DDP keeps what it has refused, and with it would keep the transport's memory
             raise
         self._counting: Any = model.register_forward_pre_hook(self._count_forward)
         self._model = weakref.ref(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -330,6 +331,25 @@ def test_what_attach_refuses(rank_pool: RankPool) -> None:
     assert "already has a communication hook" in messages["twice"]
     assert 'transport "c10d" sends gradients as they are' in messages["wire"]
     assert "'int4'" in messages["format"] and "gradient, bfloat16, float16, int8" in messages["format"]
+
+
+def _attach_again(rank: int, world_size: int, store: str) -> int:
+    """Descriptors that three refused calls leave open."""
+    with process_group(rank, world_size, store):
+        model = DistributedDataParallel(nn.Linear(3, 1))
+        meter = ddp.attach(model, 4, transport="shared_memory")
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(UsageError):
+                ddp.attach(model, 4, transport="shared_memory")
+        left = len(os.listdir("/proc/self/fd")) - before
+        dist.barrier()
+        meter.close()
+        return left
+
+
+def test_a_refused_attach_leaves_nothing_open(rank_pool: RankPool) -> None:
+    assert rank_pool.run(2, _attach_again) == [0, 0]
 
 
 LINE = re.compile(r"step (\d+): loss ([\d.]+), noise scale (\S+) \[(\S+), (\S+)\] examples \((\w+)\)")
