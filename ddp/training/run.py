@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -110,8 +111,11 @@ def _train(
 
 def _say(text: str) -> None:
     """Print it where that can be done: a closed pipe does not make a finished run fail."""
-    with suppress(OSError):
+    try:
         print(text, flush=True)
+    except OSError:  # what is left in the buffer would fail again when the interpreter ends
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
