@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp.meter import observe_step
+from ddp.metering.observation import observe_step
 from ddp.noise.noise_scale import NoiseScaleWindow
 from ddp.training.memory import keep_freed_memory
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddp.meter import GradientMeter, attach
+    from ddp.metering.attach import GradientMeter, attach
     from ddp.noise.noise_scale import Reading
 
 __version__ = "0.1.0"
 __all__ = ["GradientMeter", "Reading", "__version__", "attach"]
 
-_HOME = {"attach": "ddp.meter", "GradientMeter": "ddp.meter", "Reading": "ddp.noise.noise_scale"}
+_HOME = {"attach": "ddp.metering.attach", "GradientMeter": "ddp.metering.attach", "Reading": "ddp.noise.noise_scale"}
 
 
 def __getattr__(name: str) -> Any:

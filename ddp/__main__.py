@@ -107,7 +107,7 @@ def plan(job: Job, here: Topology) -> str:
     return (
         f"task {job.task.name}, {length}\n"
         f"ranks {ranks} ({here.launcher}, {here.local_world_size} on this node)\n"
-        f"global_batch_size {batch.global_batch_size}, micro_batch_size {batch.micro_batch_size}, "
+        f"global_batch_size {batch.examples_per_step(ranks)}, micro_batch_size {batch.examples_at_once(ranks)}, "
         f"gradient_accumulation_steps {accumulation}\n"
     )
 

@@ -39,6 +39,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RUN_ID_VARIABLE = "DDP_RUN_ID"  # set by `launch`, so that every rank and every restart finds one run
+UNITS = 4  # gradients of separate examples that a step should have for its noise scale, where that is left open
+RUN_AWAY = 1 << 62
 CUSTOM_TASK = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -128,21 +130,61 @@ TaskSection = Annotated[
 class BatchSection(Section):
     """Examples a step over all ranks, and examples a rank holds in memory at once."""
 
-    global_batch_size: Positive
-    micro_batch_size: Positive
+    global_batch_size: Positive | Literal["auto"] | None = Field(
+        default=None, description='examples a step over all ranks; "auto" follows the noise scale and the step time'
+    )
+    examples_per_rank: Positive | None = Field(default=None, description="a step, instead of global_batch_size")
+    micro_batch_size: Positive | None = Field(
+        default=None, description="examples a rank holds at once; ceil(4 / ranks) micro-batches a rank where left out"
+    )
+    initial: Positive | None = Field(default=None, description="auto: where it starts, 64 where left out")
+    smallest: Positive | None = Field(default=None, description="auto: lower limit, the ranks where left out")
+    largest: Positive | None = Field(default=None, description="auto: upper limit, 1/8 of the data where left out")
 
-    def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches of a rank in a step: ceil(global_batch_size / (world_size * micro_batch_size)).
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.global_batch_size is None) == (self.examples_per_rank is None):
+            raise ValueError("give either global_batch_size or examples_per_rank")
+        limits = {"initial": self.initial, "smallest": self.smallest, "largest": self.largest}
+        given = [name for name, value in limits.items() if value is not None]
+        if given and not self.adapts:
+            raise ValueError(f'{", ".join(given)} needs global_batch_size = "auto"')
+        low, start, high = self.smallest or 1, self.initial or self.smallest or 1, self.largest or RUN_AWAY
+        if not low <= start <= high:
+            raise ValueError(f"smallest <= initial <= largest does not hold: {low}, {start}, {high}")
+        return self
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the global batch size is chosen while training."""
+        return self.global_batch_size == "auto"
+
+    def examples_per_step(self, world_size: int) -> int:
+        """The global batch size over so many ranks; where it adapts itself, the one it starts from.
 
         Raises:
             JobFileError: a step has fewer examples than there are ranks.
         """
-        if world_size > self.global_batch_size:
-            raise JobFileError(
-                f"batch.global_batch_size: {self.global_batch_size} examples a step are fewer than the "
-                f"{world_size} ranks; raise it or start fewer ranks"
-            )
-        return -(-self.global_batch_size // (world_size * self.micro_batch_size))
+        if self.examples_per_rank is not None:
+            return self.examples_per_rank * world_size
+        if isinstance(self.global_batch_size, int):
+            if world_size > self.global_batch_size:
+                raise JobFileError(
+                    f"batch.global_batch_size: {self.global_batch_size} examples a step are fewer than the "
+                    f"{world_size} ranks; raise it or start fewer ranks"
+                )
+            return self.global_batch_size
+        return max(self.initial or min(max(64, self.smallest or 1), self.largest or 64), world_size)
+
+    def examples_at_once(self, world_size: int) -> int:
+        """The micro-batch size: as given, else so that a step has at least four gradients to compare."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        return -(-self.examples_per_step(world_size) // (world_size * -(-UNITS // world_size)))
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of a rank in a step: ceil(examples_per_step / (world_size * examples_at_once))."""
+        return -(-self.examples_per_step(world_size) // (world_size * self.examples_at_once(world_size)))
 
 
 class OptimizerSection(Section):
@@ -154,6 +196,13 @@ class OptimizerSection(Section):
     epsilon: PositiveFloat = Field(default=1e-8, description="adam and adamw only")
     weight_decay: NonNegativeFloat = 0.0
     gradient_clip_norm: PositiveFloat | None = Field(default=None, description="norm of the mean gradient")
+    learning_rate_rule: Literal["auto", "none", "linear", "sqrt", "noise_scale", "adascale"] = Field(
+        default="auto",
+        description="how the learning rate follows the batch size; auto: noise_scale, which for Adam takes its root",
+    )
+    tuned_batch_size: Positive | None = Field(
+        default=None, description="the global batch size that learning_rate was found at; the run's where left out"
+    )
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -203,7 +252,23 @@ class TransportSection(Section):
 
 
 class NoiseScaleSection(Section):
+    """What is measured while training."""
+
     enabled: bool = True
+    sample_every: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="steps between those whose micro-batches, layers and preconditioned norms are measured too; "
+        "auto: so that it costs half a percent",
+    )
+    split: Literal["auto", True, False] = Field(
+        default="auto",
+        description="one rank without accumulation: take sampled steps in two halves; auto: unless the model has "
+        "batch statistics, which halves would change; true: every step",
+    )
+    layers: bool = Field(default=True, description="one noise scale a layer and a parameter group, in sampled steps")
+    critical_batch_result: str | None = Field(
+        default=None, description="result.json of `ddp critical-batch`, to be shown beside the noise scale"
+    )
 
 
 class EvaluationSection(Section):
@@ -256,7 +321,8 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _micro_fits_global(self) -> Self:
-        if self.batch.micro_batch_size > self.batch.global_batch_size:
+        micro, whole = self.batch.micro_batch_size, self.batch.global_batch_size
+        if micro is not None and isinstance(whole, int) and micro > whole:
             raise ValueError("batch.micro_batch_size is larger than batch.global_batch_size")
         return self
 

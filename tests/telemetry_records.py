@@ -6,6 +6,7 @@ import math
 import random
 
 from ddp.noise.noise_scale import Reading, State
+from ddp.noise.readings import NoiseReadings
 from ddp.telemetry.records import PHASES, EvaluationRecord, RunInfo, Sink, StepRecord
 
 START_UNIX_TIME = 1_760_000_000.0
@@ -24,10 +25,12 @@ def run_info(*, epochs: int = 12, start_step: int = 0, restarts: int = 0, run_id
         version="0.1.0",
         world_size=2,
         global_batch_size=BATCH,
+        micro_batch_size=BATCH // 2,
         training_examples=EXAMPLES,
         validation_examples=325,
         steps=epochs * STEPS_PER_EPOCH,
         steps_per_epoch=STEPS_PER_EPOCH,
+        epochs=float(epochs),
         metric="accuracy",
         target=0.97,
         start_step=start_step,
@@ -87,7 +90,8 @@ def _step(info: RunInfo, step: int, source: random.Random) -> StepRecord:
         phase_seconds=tuple(_phases(rank, duration) for rank in range(info.world_size)),
         all_reduce_bytes=4 * 75_000,
         straggler_rank=step % info.world_size,
-        reading=reading_at(step, source.gauss(0, 0.05)),
+        global_batch_size=info.global_batch_size,
+        noise=NoiseReadings(plain=reading_at(step, source.gauss(0, 0.05))),
     )
 
 

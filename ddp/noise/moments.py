@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,58 @@ class Moments:
 
     squared_norm: float  # estimates |G|^2
     variance_trace: float  # estimates tr(Sigma) of one example
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The separately known gradients of a step, as the sums that the two formulas need of them; additive.
+
+    A unit u is the mean gradient of `b_u` examples and enters the step's mean with the weight v_u, which need
+    not be normalised: examples or tokens, say. A rank adds up its micro-batches, a step its ranks.
+    """
+
+    count: float = 0.0
+    weight: float = 0.0  # sum v_u
+    examples: float = 0.0  # sum b_u
+    weight_per_example: float = 0.0  # sum v_u / b_u
+    squared_weight_per_example: float = 0.0  # sum v_u^2 / b_u
+
+    @classmethod
+    def one(cls, examples: float, weight: float | None = None) -> Self:
+        """A single unit; its weight is its examples unless said. Without examples or weight it is none."""
+        share = examples if weight is None else weight
+        if examples <= 0 or share <= 0:
+            return cls()
+        return cls(1.0, share, examples, share / examples, share * share / examples)
+
+    def __add__(self, other: Units) -> Units:
+        return Units(
+            self.count + other.count,
+            self.weight + other.weight,
+            self.examples + other.examples,
+            self.weight_per_example + other.weight_per_example,
+            self.squared_weight_per_example + other.squared_weight_per_example,
+        )
+
+    def moments(
+        self, weighted_squared_norms: float, mean_squared_norm: float, population: float = math.inf
+    ) -> Moments | None:
+        """Both moments, or None with fewer than two units or where a number is not finite.
+
+        Args:
+            weighted_squared_norms: sum v_u |g_u|^2.
+            mean_squared_norm: |gbar|^2 of the mean over these units, gbar = sum v_u g_u / sum v_u.
+            population: N, see `unbiased_moments`, which has the derivation.
+        """
+        if not self.count >= 2:
+            return None
+        single = self.weight_per_example / self.weight
+        joint = self.squared_weight_per_example / (self.weight * self.weight)
+        variance_trace = (weighted_squared_norms / self.weight - mean_squared_norm) / (single - joint)
+        squared_norm = mean_squared_norm - variance_trace * (joint - 1.0 / population)
+        if not math.isfinite(variance_trace + squared_norm):
+            return None
+        return Moments(squared_norm=squared_norm, variance_trace=variance_trace)
 
 
 def unbiased_moments(
@@ -78,24 +131,11 @@ def unbiased_moments(
         raise ValueError(f"negative example counts or weights: {counts}, {shares}")
     if sum(counts) > population:
         raise ValueError(f"{sum(counts):g} examples without replacement out of {population:g}: use population=inf")
-    units = [unit for unit in zip(norms, counts, shares, strict=True) if unit[1] > 0 and unit[2] > 0]
-    return _solve(units, mean_squared_norm, sum(shares), population) if len(units) >= 2 else None
-
-
-def _solve(
-    units: list[tuple[float, float, float]], mean_squared_norm: float, whole_weight: float, population: float
-) -> Moments | None:
-    """The two equations above, for at least two units (|g_r|^2, b_r, unnormalised w_r)."""
-    held = sum(weight for _, _, weight in units)
-    mean = mean_squared_norm * (whole_weight / held) ** 2
-    own = single = squared = 0.0
-    for norm, count, share in units:
-        weight = share / held
-        own += weight * norm
-        single += weight * (1.0 - weight) / count
-        squared += weight * weight / count
-    variance_trace = (own - mean) / single
-    squared_norm = mean - variance_trace * (squared - 1.0 / population)
-    if not math.isfinite(variance_trace + squared_norm):
+    units, own = Units(), 0.0
+    for norm, count, share in zip(norms, counts, shares, strict=True):
+        unit = Units.one(count, share)
+        units += unit
+        own += unit.weight * norm if unit.count else 0.0
+    if not units.count >= 2:
         return None
-    return Moments(squared_norm=squared_norm, variance_trace=variance_trace)
+    return units.moments(own, mean_squared_norm * (sum(shares) / units.weight) ** 2, population)

@@ -18,22 +18,25 @@ from typing import Any
 
 from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
+from ddp.noise.readings import NoiseReadings
 from ddp.telemetry.records import PHASES, EvaluationRecord, RunInfo, Sink, StepRecord
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS run (
     part INTEGER PRIMARY KEY, started_unix_time REAL NOT NULL,
     run_id TEXT NOT NULL, task TEXT NOT NULL, optimizer TEXT NOT NULL, transport TEXT NOT NULL,
     version TEXT NOT NULL, world_size INTEGER NOT NULL, global_batch_size INTEGER NOT NULL,
-    training_examples INTEGER NOT NULL, validation_examples INTEGER NOT NULL, steps INTEGER NOT NULL,
-    steps_per_epoch INTEGER NOT NULL, metric TEXT NOT NULL, target REAL, start_step INTEGER NOT NULL,
-    restarts INTEGER NOT NULL, goal TEXT NOT NULL);
+    micro_batch_size INTEGER NOT NULL, training_examples INTEGER NOT NULL, validation_examples INTEGER NOT NULL, steps INTEGER NOT NULL,
+    steps_per_epoch INTEGER NOT NULL, epochs REAL NOT NULL, metric TEXT NOT NULL, target REAL, start_step INTEGER NOT NULL,
+    restarts INTEGER NOT NULL, goal TEXT NOT NULL, nodes INTEGER NOT NULL,
+    gradient_bytes INTEGER NOT NULL, learning_rate_rule TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS steps (
     step INTEGER PRIMARY KEY, part INTEGER NOT NULL, epoch REAL, unix_time REAL, examples INTEGER NOT NULL,
     examples_total INTEGER NOT NULL, loss REAL, learning_rate REAL, gradient_norm REAL, duration_seconds REAL,
     all_reduce_bytes INTEGER NOT NULL, straggler_rank INTEGER NOT NULL,
+    global_batch_size INTEGER NOT NULL,
     state TEXT, noise_scale REAL, low REAL, high REAL, squared_norm REAL, variance_trace REAL,
     observations INTEGER, window INTEGER, steps_needed REAL, drifting INTEGER);
 CREATE TABLE IF NOT EXISTS phases (
@@ -75,7 +78,7 @@ def begin_part(database: sqlite3.Connection, info: RunInfo, unix_time: float) ->
 
 
 def insert_step(database: sqlite3.Connection, part: int, record: StepRecord) -> None:
-    names = [field.name for field in fields(StepRecord) if field.name not in ("phase_seconds", "reading")]
+    names = [field.name for field in fields(StepRecord) if field.name not in ("phase_seconds", "noise")]
     row: Row = tuple(getattr(record, name) for name in names)
     if record.reading is not None:
         names += [field.name for field in fields(Reading)]
@@ -191,7 +194,8 @@ def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...]) -> S
         phase_seconds=phase_seconds,
         all_reduce_bytes=row["all_reduce_bytes"],
         straggler_rank=row["straggler_rank"],
-        reading=None if row["state"] is None else _reading(row),
+        global_batch_size=row["global_batch_size"],
+        noise=None if row["state"] is None else NoiseReadings(plain=_reading(row)),
     )
 
 

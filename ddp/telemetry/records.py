@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ddp.noise.noise_scale import Reading
+from ddp.noise.readings import NoiseReadings
 
 PHASES = ("data", "forward", "backward", "all_reduce", "wait", "optimizer")
 
@@ -24,16 +25,21 @@ class RunInfo:
     transport: str
     version: str
     world_size: int
-    global_batch_size: int
+    global_batch_size: int  # at the start, where the batch adapts itself
+    micro_batch_size: int
     training_examples: int
     validation_examples: int
-    steps: int  # steps the run will have taken at its end
-    steps_per_epoch: int
+    steps: int  # steps the run will have taken at its end; 0 where a batch that adapts itself leaves that open
+    steps_per_epoch: int  # 0 where it changes
+    epochs: float  # the run will have seen of the training set at its end; 0 where that is open
     metric: str  # evaluation.metric
     target: float | None  # evaluation.target
     start_step: int = 0  # > 0 after a resume
     restarts: int = 0
     goal: Literal["max", "min"] = "max"  # the direction in which `metric` gets better
+    nodes: int = 1
+    gradient_bytes: int = 0  # what one all-reduce of the whole gradient averages
+    learning_rate_rule: str = "none"  # how the learning rate follows the batch size
 
     def target_reached_by(self, value: float | None) -> bool:
         """Whether `value` of `metric` is at least as good as the target; never for NaN, None or no target."""
@@ -58,7 +64,26 @@ class StepRecord:
     phase_seconds: tuple[Mapping[str, float], ...]  # one mapping of PHASES a rank, of the previous step
     all_reduce_bytes: int  # gradient bytes this rank averaged in this step
     straggler_rank: int  # rank whose own work took longest in the previous step; -1 unknown
-    reading: Reading | None  # None where the noise scale is switched off
+    global_batch_size: int  # what the run aims at; `examples` is less in an epoch's last step
+    noise: NoiseReadings | None  # None where the noise scale is switched off
+
+    @property
+    def reading(self) -> Reading | None:
+        """The headline noise scale: the one in the metric that fits the optimizer."""
+        return None if self.noise is None else self.noise.reading
+
+
+@dataclass(frozen=True, slots=True)
+class BatchChange:
+    """The batch size adapts itself: from the step after `step` on it is `after`."""
+
+    step: int
+    epoch: float
+    unix_time: float
+    before: int
+    after: int
+    learning_rate_factor: float  # of this change alone
+    reason: str  # one sentence with the numbers that decided it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +108,5 @@ class Sink(Protocol):
 
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, record: EvaluationRecord) -> None: ...
+    def batch_change(self, record: BatchChange) -> None: ...
     def close(self) -> None: ...

@@ -128,10 +128,11 @@ def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
     goal = metric_goal(task, job.evaluation.metric)
     training, validation = task.datasets()
     batch = job.batch
-    batches = BatchPlan(_size(training), batch.global_batch_size, batch.micro_batch_size, world_size, job.run.seed)
-    if batch.global_batch_size > batches.examples:
+    global_batch_size, micro_batch_size = batch.examples_per_step(world_size), batch.examples_at_once(world_size)
+    batches = BatchPlan(_size(training), global_batch_size, micro_batch_size, world_size, job.run.seed)
+    if global_batch_size > batches.examples:
         raise UsageError(
-            f"batch.global_batch_size: {batch.global_batch_size:,} examples a step are more than the training set's "
+            f"batch.global_batch_size: {global_batch_size:,} examples a step are more than the training set's "
             f"{batches.examples:,}"
         )
     steps = job.run.steps or (job.run.epochs or 0) * batches.steps_per_epoch
@@ -255,17 +256,26 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         transport=transport,
         version=ddp.__version__,
         world_size=topology.world_size,
-        global_batch_size=job.batch.global_batch_size,
+        global_batch_size=plan.batches.global_batch_size,
+        micro_batch_size=plan.batches.micro_batch_size,
         training_examples=plan.batches.examples,
         validation_examples=_size(plan.splits.validation),
         steps=plan.steps,
         steps_per_epoch=plan.batches.steps_per_epoch,
+        epochs=plan.steps / plan.batches.steps_per_epoch,
         metric=job.evaluation.metric,
         target=job.evaluation.target,
         start_step=origin.step,
         restarts=topology.restarts,
         goal=plan.goal,
+        nodes=topology.world_size // topology.local_world_size,
+        gradient_bytes=_gradient_bytes(plan.module),
+        learning_rate_rule=job.optimizer.learning_rate_rule,
     )
+
+
+def _gradient_bytes(module: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
 
 
 def _size(dataset: Dataset[Any]) -> int:

@@ -23,8 +23,9 @@ from torch.utils.data import Dataset
 
 from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.job import Job
-from ddp.meter import observe_step
+from ddp.metering.observation import observe_step
 from ddp.noise.noise_scale import NoiseScaleWindow, Reading
+from ddp.noise.readings import NoiseReadings
 from ddp.tasks.base import Batch, Task
 from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
 from ddp.training.data import BatchPlan, StepData, batches, to_device
@@ -124,7 +125,8 @@ class Trainer:
             phase_seconds=tuple(_phases(row) for row in rows),
             all_reduce_bytes=self.exchange.bytes_total - bytes_before,
             straggler_rank=_straggler(rows),
-            reading=reading,
+            global_batch_size=self.plan.global_batch_size,
+            noise=None if reading is None else NoiseReadings(plain=reading),
         )
         for sink in self.sinks:
             sink.step(record)
@@ -220,7 +222,7 @@ class Trainer:
                 dataset,
                 rank=self.rank,
                 world_size=self.world_size,
-                batch_size=max(64, self.job.batch.micro_batch_size),
+                batch_size=max(64, self.plan.micro_batch_size),
                 device=self.device,
             )
             record = EvaluationRecord(self.step_count, self._epochs_done(), time.time(), split, examples, loss, metrics)

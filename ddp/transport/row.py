@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-ROW_LENGTH = 16
+ROW_LENGTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,14 @@ class StepRow:
     all_reduce_seconds: float = 0.0
     wait_seconds: float = 0.0
     optimizer_seconds: float = 0.0
+    units: float = 0.0  # separately known gradients of this rank in this step; 0: the rank's own is the one
+    weight: float = 0.0  # this and the four below: sums over the units, see ddp.noise.moments.Units
+    weight_per_example: float = 0.0
+    squared_weight_per_example: float = 0.0
+    weighted_squared_norms: float = 0.0
+    weighted_preconditioned_norms: float = 0.0
+    projection: float = 0.0  # of the own gradient on a fixed direction: tells shards apart that are not exchangeable
+    measuring_seconds: float = 0.0  # spent on sampling in the previous step
 
     def pack(self) -> NDArray[np.float64]:
         """Shape (ROW_LENGTH,), unused places zero."""

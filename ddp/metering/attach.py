@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ddp.errors import UsageError
-from ddp.noise.moments import unbiased_moments
+from ddp.metering.observation import observe_step
 from ddp.noise.noise_scale import NoiseScaleWindow, Reading
 from ddp.transport.base import Reduction, Transport
 from ddp.transport.binding import Binding
@@ -37,26 +37,7 @@ from ddp.transport.comm_hook import GradientExchange, add_up, register
 from ddp.transport.row import StepRow
 from ddp.transport.select import control_group, select_transport
 
-logger = logging.getLogger("ddp.meter")
-
-
-def observe_step(
-    window: NoiseScaleWindow,
-    rows: list[StepRow],
-    mean_squared_norm: float,
-    *,
-    weights: list[float] | None = None,
-    population: float = float("inf"),
-) -> Reading:
-    """Enter one step's rows into the window; a step that gives no observation leaves it as it was."""
-    moments = unbiased_moments(
-        [row.own_squared_norm for row in rows],
-        [row.examples for row in rows],
-        mean_squared_norm,
-        weights=weights,
-        population=population,
-    )
-    return window.reading if moments is None else window.observe(moments)
+logger = logging.getLogger("ddp.metering")
 
 
 @dataclass(slots=True)

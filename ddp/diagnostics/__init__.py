@@ -1,0 +1,1 @@
+"""Questions about a run and the machine it ran on: what would more ranks bring, what fits into memory."""

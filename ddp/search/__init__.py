@@ -1,0 +1,1 @@
+"""Many runs for one question: where does a larger batch stop to save steps?"""
