@@ -29,9 +29,8 @@ def _cache_directory() -> Path | None:
     named by what all of them hold.
     """
     sources = (path.read_bytes() for path in sorted(_SOURCE.glob("*.py")))
-    digest = hashlib.sha256(
-        b"".join(source for source in sources if b"ddp.transport.jit" in source or b"ddp.transport.compiling" in source)
-    ).hexdigest()
+    marks = (b"ddp.transport.jit", b"ddp.transport.compiling", b"ROW_LENGTH")  # kernels keep the length of a row too
+    digest = hashlib.sha256(b"".join(source for source in sources if any(mark in source for mark in marks))).hexdigest()
     own = Path(tempfile.gettempdir()) / f"ddp-numba-{os.getuid()}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddp"
     given = os.environ.get("NUMBA_CACHE_DIR")

@@ -23,16 +23,17 @@ from ddp.transport.jit import (
     store_release,
     yield_core,
 )
+from ddp.transport.row import ROW_LENGTH
 
 # Layout of one rank's control block in the segment, in bytes. Each counter is followed by the number of
 # processes that sleep on it; the line of `published` also holds the lengths and weights of the two newest
 # operations, since one rank can be an operation ahead of another.
-CONTROL_BYTES = 640
 PUBLISHED, TAKEN, SHARED, GATHERED, ROWS_PUBLISHED, DEPARTED = 0, 64, 128, 192, 256, 320
 WAITS_ELSEWHERE = 336  # the rank of another node that this rank waits for, plus 1
 SLEEPERS = 8
 OPERATION_LENGTHS, OPERATION_WEIGHTS = 16, 32
 ROWS = 384
+CONTROL_BYTES = ROWS + 2 * 8 * ROW_LENGTH  # whole cache lines: places for two rows, see kernels.exchange_rows
 LEFT, FAILED = 1, 2
 
 # Layout of `state`, int64 numbers private to this rank.
