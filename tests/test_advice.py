@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from ddp.noise.advice import advise, data_efficiency, step_efficiency
+from ddp.noise.advice import advise
 from ddp.noise.noise_scale import Reading
 
 RESOLVED = Reading("resolved", 71.0, 56.0, 92.0, 1.0, 71.0, 300, 100, 0.0, False)
@@ -68,7 +68,7 @@ def test_the_other_states_give_no_advice() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("unmeasured", "at least two ranks"),
+        ("unmeasured", "at least two ranks or micro-batches"),
         ("early", "12 of 25 observations"),
         ("unresolved", "About 140 more observations"),
         ("hopeless", "more ranks or micro-batches"),
@@ -103,14 +103,9 @@ def test_small_and_large_noise_scales_are_readable() -> None:
     assert " 12,346 (9,876-20,000)" in advise(replace(RESOLVED, noise_scale=12345.6, low=9876.0, high=2e4), 64)
 
 
-@pytest.mark.parametrize(
-    ("noise_scale", "data", "step"), [(64.0, 0.5, 0.5), (192.0, 0.75, 0.25), (0.0, 0.0, 1.0), (math.inf, 1, 0)]
-)
-def test_efficiencies(noise_scale: float, data: float, step: float) -> None:
-    assert data_efficiency(noise_scale, 64) == pytest.approx(data)
-    assert step_efficiency(noise_scale, 64) == pytest.approx(step)
-
-
-def test_an_unknown_noise_scale_has_unknown_efficiencies() -> None:
-    assert math.isnan(data_efficiency(math.nan, 64))
-    assert math.isnan(step_efficiency(math.nan, 64))
+def test_metric_and_method_are_named() -> None:
+    said = advise(RESOLVED, 64, metric="preconditioned", method="micro_batches")
+    assert said.startswith("At 64 examples a step the noise scale in Adam's metric is 71 (56-92, from micro-batches).")
+    assert "(56-92, from halves of batches)" in advise(RESOLVED, 64, method="split")
+    for name in ("beyond_data", "lower_bound", "wide", "unresolved", "early"):
+        assert "the noise scale in Adam's metric is" in advise(READINGS[name], 64, metric="preconditioned")

@@ -10,28 +10,31 @@ from __future__ import annotations
 
 import math
 
+from ddp.noise.efficiency import data_efficiency, step_efficiency
 from ddp.noise.noise_scale import SMALLEST_WINDOW, Reading
+from ddp.noise.readings import Method, Metric
+
+__all__ = ["advise", "data_efficiency", "step_efficiency"]
+
+METRICS: dict[Metric, str] = {"plain": "", "preconditioned": " in Adam's metric"}
+METHODS: dict[Method, str] = {
+    "ranks": "",
+    "micro_batches": ", from micro-batches",
+    "split": ", from halves of batches",
+    "none": "",
+}
 
 
-def data_efficiency(noise_scale: float, global_batch_size: float) -> float:
-    """1/(1 + b/B): examples a run would need at a tiny batch, over those it needs at b. NaN where B is unknown."""
-    if noise_scale == 0:
-        return 0.0
-    return 1.0 / (1.0 + global_batch_size / noise_scale) if noise_scale > 0 else math.nan
-
-
-def step_efficiency(noise_scale: float, global_batch_size: float) -> float:
-    """1/(1 + B/b): steps a run would need at a huge batch, over those it needs at b. NaN stays NaN."""
-    return 1.0 / (1.0 + noise_scale / global_batch_size)
-
-
-def advise(reading: Reading, global_batch_size: int, when: str = "") -> str:
+def advise(
+    reading: Reading, global_batch_size: int, when: str = "", metric: Metric = "plain", method: Method = "ranks"
+) -> str:
     """One or two sentences about `reading`, taken at `global_batch_size` examples a step.
 
-    `when` names the moment in the caller's words, such as "epoch 3.0" or "step 80". Only a resolved
-    reading gives advice, a lower bound an "at least"; the other states are told in words.
+    `when` names the moment in the caller's words, such as "epoch 3.0" or "step 80"; `metric` and `method` say what
+    was measured and from what. Only a resolved reading gives advice, a lower bound an "at least"; the other states
+    are told in words.
     """
-    where = _where(global_batch_size, when)
+    where = f"{_where(global_batch_size, when)} the noise scale{METRICS[metric]}"
     match reading.state:
         case "unresolved":
             return _unresolved(reading, where)
@@ -42,16 +45,19 @@ def advise(reading: Reading, global_batch_size: int, when: str = "") -> str:
         case "wide":
             return _wide(reading, where)
         case "resolved":
-            return _resolved(reading, where, global_batch_size)
+            return _resolved(reading, where, global_batch_size, METHODS[method])
 
 
 def _unresolved(reading: Reading, where: str) -> str:
     if not reading.observations:
-        return "The noise scale is not measured: that takes at least two ranks with examples in the same step."
+        return (
+            "The noise scale is not measured: that takes at least two ranks or micro-batches with examples in the "
+            "same step, or one batch that may be split."
+        )
     if reading.window < SMALLEST_WINDOW:
-        return f"{where} the noise scale is not resolved yet: {reading.window} of {SMALLEST_WINDOW} observations."
+        return f"{where} is not resolved yet: {reading.window} of {SMALLEST_WINDOW} observations."
     return (
-        f"{where} the noise scale is not resolved: over {reading.window} observations the gradient cannot be told "
+        f"{where} is not resolved: over {reading.window} observations the gradient cannot be told "
         f"from its noise.{_outlook(reading)}"
     )
 
@@ -59,14 +65,14 @@ def _unresolved(reading: Reading, where: str) -> str:
 def _beyond_data(reading: Reading, where: str) -> str:
     return (
         "The gradient is mostly noise: the training set is nearly fitted. A larger batch is not what is missing. "
-        f"({where} the noise scale is above {_number(reading.low)}, more examples than the training set has.)"
+        f"({where} is above {_number(reading.low)}, more examples than the training set has.)"
     )
 
 
 def _lower_bound(reading: Reading, where: str, global_batch_size: int) -> str:
     fewer_steps, more_examples = _doubling(reading.low, global_batch_size)
     return (
-        f"{where} the noise scale is at least {_number(reading.low)}. If the model holds here, doubling the batch "
+        f"{where} is at least {_number(reading.low)}. If the model holds here, doubling the batch "
         f"would take at least {_percent(fewer_steps)} % fewer steps and at most {_percent(more_examples)} % more "
         f"examples.{_outlook(reading)}"
     )
@@ -74,18 +80,18 @@ def _lower_bound(reading: Reading, where: str, global_batch_size: int) -> str:
 
 def _wide(reading: Reading, where: str) -> str:
     return (
-        f"{where} the noise scale is between {_number(reading.low)} and {_number(reading.high)}, too wide a range "
+        f"{where} is between {_number(reading.low)} and {_number(reading.high)}, too wide a range "
         f"for advice.{_outlook(reading)}"
     )
 
 
-def _resolved(reading: Reading, where: str, global_batch_size: int) -> str:
+def _resolved(reading: Reading, where: str, global_batch_size: int, source: str) -> str:
     steps_low, examples_high = _doubling(reading.low, global_batch_size)
     steps_high, examples_low = _doubling(reading.high, global_batch_size)
     drifting = f", the mean of {reading.window} observations over which it moved" if reading.drifting else ""
     return (
-        f"{where} the noise scale is {_number(reading.noise_scale)} "
-        f"({_number(reading.low)}-{_number(reading.high)}){drifting}. If the model holds here, doubling the batch "
+        f"{where} is {_number(reading.noise_scale)} ("
+        f"{_number(reading.low)}-{_number(reading.high)}{source}){drifting}. If the model holds here, doubling the batch "
         f"would take {_range(steps_low, steps_high)} % fewer steps and {_range(examples_low, examples_high)} % more "
         "examples."
     )
