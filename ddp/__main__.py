@@ -103,11 +103,12 @@ def plan(job: Job, here: Topology) -> str:
     """What a dry run prints: how the job's batch is laid out over the ranks, and for how long."""
     batch, ranks = job.batch, here.world_size
     accumulation = batch.gradient_accumulation_steps(ranks)
+    adapts = " at the start (auto)" if batch.adapts else ""
     length = f"steps {job.run.steps}" if job.run.steps is not None else f"epochs {job.run.epochs}"
     return (
         f"task {job.task.name}, {length}\n"
         f"ranks {ranks} ({here.launcher}, {here.local_world_size} on this node)\n"
-        f"global_batch_size {batch.examples_per_step(ranks)}, micro_batch_size {batch.examples_at_once(ranks)}, "
+        f"global_batch_size {batch.examples_per_step(ranks)}{adapts}, micro_batch_size {batch.examples_at_once(ranks)}, "
         f"gradient_accumulation_steps {accumulation}\n"
     )
 

@@ -174,17 +174,27 @@ class BatchSection(Section):
                     f"{world_size} ranks; raise it or start fewer ranks"
                 )
             return self.global_batch_size
-        return max(self.initial or min(max(64, self.smallest or 1), self.largest or 64), world_size)
+        return max(self.initial or min(max(64, self.smallest or 1), self.largest or RUN_AWAY), world_size)
 
-    def examples_at_once(self, world_size: int) -> int:
-        """The micro-batch size: as given, else so that a step has at least four gradients to compare."""
+    def examples_at_once(self, world_size: int, examples_per_step: int | None = None) -> int:
+        """The micro-batch size: as given, else so that a step has at least four gradients to compare.
+
+        `examples_per_step`: over all ranks, where that is not what the run starts with.
+        """
         if self.micro_batch_size is not None:
             return self.micro_batch_size
-        return -(-self.examples_per_step(world_size) // (world_size * -(-UNITS // world_size)))
+        whole = self.examples_per_step(world_size) if examples_per_step is None else examples_per_step
+        return -(-whole // (world_size * -(-UNITS // world_size)))
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of a rank in a step: ceil(examples_per_step / (world_size * examples_at_once))."""
         return -(-self.examples_per_step(world_size) // (world_size * self.examples_at_once(world_size)))
+
+    def limits(self, world_size: int, training_examples: int) -> tuple[int, int]:
+        """The smallest and the largest global batch size where it adapts itself."""
+        smallest = max(self.smallest or 1, world_size)
+        largest = self.largest or max(training_examples // 8, self.examples_per_step(world_size))
+        return smallest, max(min(largest, training_examples), smallest)
 
 
 class OptimizerSection(Section):
@@ -197,8 +207,10 @@ class OptimizerSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     gradient_clip_norm: PositiveFloat | None = Field(default=None, description="norm of the mean gradient")
     learning_rate_rule: Literal["auto", "none", "linear", "sqrt", "noise_scale", "adascale"] = Field(
-        default="auto",
-        description="how the learning rate follows the batch size; auto: noise_scale, which for Adam takes its root",
+        default="auto", description="how the learning rate follows the batch size; auto: noise_scale"
+    )
+    learning_rate_exponent: NonNegativeFloat | None = Field(
+        default=None, description="of noise_scale's and adascale's factors: 1 for sgd, 1/2 for Adam where left out"
     )
     tuned_batch_size: Positive | None = Field(
         default=None, description="the global batch size that learning_rate was found at; the run's where left out"
@@ -217,7 +229,21 @@ class OptimizerSection(Section):
             raise ValueError(f"{', '.join(wrong)} is not a setting of {self.name}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
+        if self.learning_rate_exponent is not None and self.learning_rate_rule in ("none", "linear", "sqrt"):
+            raise ValueError(f"learning_rate_exponent is not a setting of the rule {self.learning_rate_rule}")
         return self
+
+    @property
+    def rule(self) -> Literal["none", "linear", "sqrt", "noise_scale", "adascale"]:
+        """The learning-rate rule that "auto" stands for, or the one given."""
+        return "noise_scale" if self.learning_rate_rule == "auto" else self.learning_rate_rule
+
+    @property
+    def rule_exponent(self) -> float:
+        """Of the factors of noise_scale and adascale: Adam's steps have a length of their own (Malladi et al. 2022)."""
+        if self.learning_rate_exponent is not None:
+            return self.learning_rate_exponent
+        return 1.0 if self.name == "sgd" else 0.5
 
 
 class ScheduleSection(Section):
@@ -320,6 +346,12 @@ class Job(Section):
     metrics: MetricsSection = MetricsSection()
 
     @model_validator(mode="after")
+    def _what_adapts_is_measured(self) -> Self:
+        if self.batch.adapts and not self.noise_scale.enabled:
+            raise ValueError('batch.global_batch_size = "auto" follows the noise scale: it needs noise_scale.enabled')
+        return self
+
+    @model_validator(mode="after")
     def _micro_fits_global(self) -> Self:
         micro, whole = self.batch.micro_batch_size, self.batch.global_batch_size
         if micro is not None and isinstance(whole, int) and micro > whole:
@@ -358,7 +390,7 @@ def parse_job(table: Mapping[str, Any], source: str = "job") -> Job:
     try:
         return Job.model_validate(table)
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+        faults = [_describe(fault) for fault in _one_a_value(error.errors(include_url=False))]
         raise JobFileError("\n".join(f"{source}: {fault}" for fault in faults)) from None
 
 
@@ -428,6 +460,24 @@ def _toml_value(text: str) -> Any:
         return text
 
 
+def _one_a_value(faults: Iterable[ErrorDetails]) -> list[ErrorDetails]:
+    """A value that may be a number or "auto" fails once for each: tell it once, by what a number would need."""
+    told: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for fault in faults:
+        *where, last = fault["loc"] or ("",)
+        if last not in ("constrained-int", "literal['auto']"):
+            told[fault["loc"]] = fault
+        elif last == "constrained-int":
+            told[tuple(where)] = {
+                **fault,
+                "loc": tuple(where),
+                "msg": fault["msg"].replace("should be", 'should be "auto" or'),
+            }
+        else:
+            told.setdefault(tuple(where), fault)  # keeps its place; every such union has a number too
+    return list(told.values())
+
+
 def _describe(fault: ErrorDetails) -> str:
     """One line for one pydantic error, in the job file's own terms."""
     section, path = _resolve(fault["loc"])
@@ -458,7 +508,8 @@ def _describe(fault: ErrorDetails) -> str:
             return f"{where}: {message}" if where else message
         case _:
             message = fault["msg"].removeprefix("Input should be ")
-            return f"{where}: should be {message}, not {_short(fault['input'])}"
+            hint = _did_you_mean(str(fault["input"]), ["auto"]) if message.startswith('"auto" or') else ""
+            return f"{where}: should be {message}, not {_short(fault['input'])}{hint}"
 
 
 def _resolve(loc: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ddp.errors import JobFileError
-from ddp.job import BatchSection, Job, apply_overrides, load_job, parse_job
+from ddp.job import BatchSection, Job, OptimizerSection, apply_overrides, load_job, parse_job
 
 VALID: dict[str, Any] = {
     "run": {"steps": 10},
@@ -32,6 +32,7 @@ def test_defaults_fill_what_is_left_out() -> None:
         ["run.id=a-1.b_c", "optimizer.betas=[0.8, 0.99]", "optimizer.gradient_clip_norm=1"],
         ["task.name=text", "task.width=32", "optimizer.name=sgd", "optimizer.momentum=0.9", "optimizer.nesterov=true"],
         ["task.name=my.module:Task", "task.options={size = 3, names = ['a', 'b']}", "evaluation.target=0.5"],
+        ["batch.global_batch_size=auto", "batch.initial=16", "batch.largest=512", "optimizer.tuned_batch_size=64"],
     ],
 )
 def test_the_resolved_job_reads_back_equal(tmp_path: Path, overrides: list[str]) -> None:
@@ -75,6 +76,45 @@ def test_accumulation_is_the_fewest_passes_that_hold_the_batch() -> None:
                 assert section.gradient_accumulation_steps(ranks) == steps, (ranks, batch, micro)
 
 
+def test_where_the_micro_batch_is_left_open_a_step_has_four_gradients() -> None:
+    for ranks, expected in ((1, 4), (2, 2), (3, 2), (4, 1), (5, 1)):
+        for batch in (64, 100, 131):
+            section = BatchSection(global_batch_size=batch)
+            assert section.gradient_accumulation_steps(ranks) == expected
+            assert ranks * expected * section.examples_at_once(ranks) >= batch
+    assert BatchSection(examples_per_rank=10).examples_per_step(3) == 30
+
+
+def adaptive(**settings: int) -> BatchSection:
+    return BatchSection(global_batch_size="auto", **settings)
+
+
+def test_a_batch_that_adapts_itself_starts_and_stays_inside_its_limits() -> None:
+    assert adaptive().examples_per_step(2) == 64 and adaptive().examples_per_step(100) == 100
+    assert adaptive(initial=16).examples_per_step(2) == 16
+    assert adaptive(smallest=100).examples_per_step(2) == 100
+    assert adaptive(largest=20).examples_per_step(2) == 20
+    assert adaptive().limits(2, 1472) == (2, 184)
+    assert adaptive().limits(2, 100) == (2, 64)  # not under where it starts
+    assert adaptive(smallest=8, largest=5000).limits(2, 1472) == (8, 1472)
+    assert adaptive(initial=16).examples_at_once(2, 256) == 64 and adaptive(micro_batch_size=9).examples_at_once(2) == 9
+    with pytest.raises(JobFileError, match="smallest <= initial <= largest does not hold: 32, 16, "):
+        parse_job({**VALID, "batch": {"global_batch_size": "auto", "smallest": 32, "initial": 16}})
+    with pytest.raises(JobFileError, match="follows the noise scale"):
+        parse_job({**VALID, "batch": {"global_batch_size": "auto"}, "noise_scale": {"enabled": False}})
+
+
+def test_adams_factor_has_half_the_exponent() -> None:
+    sections = [OptimizerSection(name="sgd"), OptimizerSection(), OptimizerSection(learning_rate_exponent=0.7)]
+    assert [(section.rule, section.rule_exponent) for section in sections] == [
+        ("noise_scale", 1.0),
+        ("noise_scale", 0.5),
+        ("noise_scale", 0.7),
+    ]
+    with pytest.raises(ValueError, match="not a setting of the rule linear"):
+        OptimizerSection(learning_rate_rule="linear", learning_rate_exponent=1.0)
+
+
 def test_overrides_leave_the_table_alone_and_take_toml_values() -> None:
     result = apply_overrides(VALID, ["run.steps=3", "task.name=text", "metrics.enabled=false", "run.id = x"])
     assert result["run"] == {"steps": 3, "id": "x"} and result["task"]["name"] == "text"
@@ -105,6 +145,15 @@ def test_malformed_overrides_are_named(override: str) -> None:
         ("batch.global_batch_size=-4", "batch.global_batch_size", ["greater than 0"]),
         ("batch.global_batch_size=6.5", "batch.global_batch_size", ["integer", "6.5"]),
         ("batch.global_batch_size='64'", "batch.global_batch_size", ["integer", "'64'"]),
+        ("batch.global_batch_size=aut", "batch.global_batch_size", ['"auto" or a valid integer', "did you mean auto?"]),
+        ("noise_scale.sample_every=0", "noise_scale.sample_every", ['"auto" or greater than 0, not 0']),
+        ("batch.largest=128", "batch", ['largest needs global_batch_size = "auto"']),
+        ("batch.examples_per_rank=8", "batch", ["either global_batch_size or examples_per_rank"]),
+        (
+            "optimizer.learning_rate_rule=root",
+            "optimizer.learning_rate_rule",
+            ["'root' is not valid", "sqrt, noise_scale"],
+        ),
         ("batch.micro_batch_size=65", "batch.micro_batch_size", ["larger than batch.global_batch_size"]),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate", ["finite", "nan"]),
         ("optimizer.learning_rate=true", "optimizer.learning_rate", ["number", "True"]),

@@ -74,7 +74,7 @@ def test_import_of_the_public_names_loads_no_torch() -> None:
 @pytest.mark.parametrize("job_file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
 def test_example_jobs_are_valid(job_file: Path) -> None:
     job = load_job(job_file)
-    assert job.batch.global_batch_size >= job.batch.micro_batch_size
+    assert job.batch.examples_per_step(2) >= job.batch.examples_at_once(2)
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda path: path.name)
