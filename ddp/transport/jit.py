@@ -135,6 +135,17 @@ def add_square(typingctx: Any, total: Any, value: Any) -> Any:
     return total(total, value), generate
 
 
+@intrinsic
+def add_product(typingctx: Any, total: Any, first: Any, second: Any) -> Any:
+    """`total + first * second`, free to be reordered."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flags = ("reassoc", "contract", "nsz")
+        return builder.fadd(arguments[0], builder.fmul(arguments[1], arguments[2], flags=flags), flags=flags)
+
+    return total(total, first, second), generate
+
+
 def _widened(builder: Any, bits: Any, is_float16: bool) -> Any:
     if is_float16:
         return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
