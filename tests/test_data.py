@@ -6,6 +6,7 @@ import itertools
 from collections import namedtuple
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ def plan_of(examples: int, batch: int, micro: int, ranks: int, seed: int = 0) ->
     return BatchPlan(examples, batch, micro, ranks, seed)
 
 
+def starts(plan: BatchPlan) -> list[int]:
+    return list(plan.positions())
+
+
 def expected_batch_sizes(examples: int, batch: int, ranks: int) -> list[int]:
     """Take full batches while they last; what is left is a batch of its own, or too little for that."""
     sizes: list[int] = []
@@ -46,7 +51,8 @@ def test_every_example_goes_once_to_one_micro_batch(ranks: int) -> None:
     for sizes in (sizes for sizes in SIZES if sizes[3] == ranks):
         plan = plan_of(*sizes)
         dealt: list[int] = []
-        for step in range(plan.steps_per_epoch):
+        assert len(starts(plan)) == plan.steps_per_epoch, sizes
+        for step in plan.positions():
             shares = [[i for part in plan.micro_batches(step, rank) for i in part] for rank in range(ranks)]
             assert [list(plan.share(step, rank)) for rank in range(ranks)] == shares, sizes
             assert list(itertools.chain(*shares)) == list(plan.batch(step)), sizes
@@ -58,9 +64,9 @@ def test_batches_shares_and_micro_batches_have_the_sizes_they_should() -> None:
     for sizes in SIZES:
         examples, batch, micro, ranks = sizes
         plan = plan_of(*sizes)
-        lengths = [len(plan.batch(step)) for step in range(plan.steps_per_epoch)]
+        lengths = [len(plan.batch(step)) for step in plan.positions()]
         assert lengths == expected_batch_sizes(examples, batch, ranks), sizes
-        for step, length in enumerate(lengths):
+        for step, length in zip(plan.positions(), lengths, strict=True):
             shares = [len(plan.share(step, rank)) for rank in range(ranks)]
             assert set(shares) <= {length // ranks, -(-length // ranks)}, sizes
             for rank, share in enumerate(shares):
@@ -74,9 +80,9 @@ def test_batches_shares_and_micro_batches_have_the_sizes_they_should() -> None:
 
 
 def test_a_rest_smaller_than_the_ranks_joins_the_batch_before() -> None:
-    assert [len(plan_of(130, 64, 32, 2).batch(step)) for step in range(3)] == [64, 64, 2]
-    assert [len(plan_of(130, 64, 16, 4).batch(step)) for step in range(2)] == [64, 66]
-    assert [[len(p) for p in plan_of(130, 64, 16, 4).micro_batches(1, rank)] for rank in range(4)] == [
+    assert [len(plan_of(130, 64, 32, 2).batch(start)) for start in (0, 64, 128)] == [64, 64, 2]
+    assert [len(plan_of(130, 64, 16, 4).batch(start)) for start in (0, 64)] == [64, 66]
+    assert [[len(p) for p in plan_of(130, 64, 16, 4).micro_batches(64, rank)] for rank in range(4)] == [
         [8, 8],
         [8, 9],
         [8, 8],
@@ -130,13 +136,13 @@ def test_an_epoch_entered_in_the_middle_reads_nothing_that_was_passed() -> None:
     plan = plan_of(29, 6, 2, 2, seed=1)
     whole = list(batches(Recording(29), plan, rank=1, epoch=3))
     dataset = Recording(29)
-    rest = list(batches(dataset, plan, rank=1, epoch=3, start_step=2))
+    rest = list(batches(dataset, plan, rank=1, epoch=3, start=12))
     assert len(whole) == 5
     assert len(rest) == 3
     for a, b in zip(whole[2:], rest, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
-    assert dataset.read == [int(i) for step in range(2, 5) for i in plan.order(3)[list(plan.share(step, 1))]]
-    assert not list(batches(dataset, plan, rank=1, epoch=3, start_step=5))
+    assert dataset.read == [int(i) for start in (12, 18, 24) for i in plan.order(3)[list(plan.share(start, 1))]]
+    assert not list(batches(dataset, plan, rank=1, epoch=3, start=29))
 
 
 def test_reading_is_lazy_and_leaves_the_global_generator_alone() -> None:
@@ -177,11 +183,30 @@ def test_more_ranks_than_examples_or_than_the_batch_is_refused() -> None:
         plan_of(100, 3, 2, 4)
 
 
-def test_a_step_beyond_the_epoch_is_an_error() -> None:
-    plan = plan_of(10, 4, 4, 1)
-    for step in (-1, 3):
-        with pytest.raises(IndexError, match="epoch of 3"):
-            plan.batch(step)
+def test_a_position_where_no_step_can_begin_is_an_error() -> None:
+    plan = plan_of(10, 4, 4, 2)
+    for position in (-1, 9, 10):
+        with pytest.raises(IndexError, match=f"position {position} in an epoch of 10 examples for 2 ranks"):
+            plan.batch(position)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_with_sizes_that_change_at_any_step_an_epoch_holds_each_example_once(ranks: int) -> None:
+    random = np.random.default_rng(ranks)
+    for examples in (4, 5, 23, 64, 131):
+        for _ in range(50):
+            position, seen = 0, []
+            while position < examples:
+                size = int(random.integers(ranks, 2 * examples))
+                plan = plan_of(examples, size, int(random.integers(1, 20)), ranks)
+                batch = plan.batch(position)
+                shares = [part for rank in range(ranks) for part in plan.micro_batches(position, rank)]
+                assert [i for part in shares for i in part] == list(batch)
+                assert len(batch) == size or batch.stop == examples
+                assert ranks <= len(batch) < size + ranks
+                seen += batch
+                position = batch.stop
+            assert seen == list(range(examples))
 
 
 def test_split_keeps_order_and_evenness() -> None:

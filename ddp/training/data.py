@@ -2,7 +2,8 @@
 
 `BatchPlan` is index arithmetic: an epoch is one permutation of the training set that depends on the seed
 and the epoch alone; a global batch is a slice of it, a rank's share a slice of the batch, a micro-batch a
-slice of the share. Whatever the layout, a step sees the same examples. `batches` fetches them, without
+slice of the share. Whatever the layout, a step sees the same examples. A step is named by the position in the
+epoch where it begins, so that its size may change from one to the next. `batches` fetches them, without
 torch's DataLoader: that draws from torch's global generator at each start of an epoch, which would make a
 resumed run another run, and in one process it fetches no faster.
 """
@@ -55,27 +56,35 @@ class BatchPlan:
         batch = BatchSection(global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size)
         return batch.gradient_accumulation_steps(self.world_size)
 
-    def batch(self, step: int) -> range:
-        """Positions in the epoch's order that step 0 <= `step` < steps_per_epoch takes, over all ranks."""
-        if not 0 <= step < self.steps_per_epoch:
-            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch}")
-        start = step * self.global_batch_size
-        last = step == self.steps_per_epoch - 1
-        return range(start, self.examples if last else start + self.global_batch_size)
+    def batch(self, position: int) -> range:
+        """The positions in the epoch's order that a step takes over all ranks, where `position` is the first left.
 
-    def share(self, step: int, rank: int) -> range:
+        A batch ends where the next one begins, whatever sizes came before: each example is taken once an epoch.
+        """
+        if not 0 <= position <= self.examples - self.world_size:
+            raise IndexError(f"position {position} in an epoch of {self.examples} examples for {self.world_size} ranks")
+        stop = position + self.global_batch_size
+        return range(position, stop if self.examples - stop >= self.world_size else self.examples)
+
+    def share(self, position: int, rank: int) -> range:
         """The part of the batch that `rank` takes: floor or ceiling of an equal share, never empty."""
-        return split(self.batch(step), self.world_size)[rank]
+        return split(self.batch(position), self.world_size)[rank]
 
-    def micro_batches(self, step: int, rank: int) -> list[range]:
+    def micro_batches(self, position: int, rank: int) -> list[range]:
         """The share in parts that differ by at most one and hold 1 to micro_batch_size examples.
 
         Every rank has as many as the largest share needs, gradient_accumulation_steps in a full batch, but none
         more than it has examples.
         """
-        share = self.share(step, rank)
-        parts = -(-len(self.batch(step)) // (self.world_size * self.micro_batch_size))
+        share = self.share(position, rank)
+        parts = -(-len(self.batch(position)) // (self.world_size * self.micro_batch_size))
         return split(share, min(parts, len(share)))
+
+    def positions(self, start: int = 0) -> Iterator[int]:
+        """Where the steps of an epoch begin, from `start` on."""
+        while start <= self.examples - self.world_size:
+            yield start
+            start = self.batch(start).stop
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The permutation of all examples for `epoch`, shape (examples,): the same on every rank."""
@@ -89,6 +98,7 @@ class StepData:
     micro_batches: tuple[Batch, ...]
     examples: int  # this rank's, over its micro-batches
     global_examples: int  # over all ranks
+    stop: int  # position in the epoch where the next step begins
 
 
 def split(positions: range, parts: int) -> list[range]:
@@ -97,14 +107,14 @@ def split(positions: range, parts: int) -> list[range]:
     return [positions[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
-def batches(dataset: Dataset[Any], plan: BatchPlan, rank: int, epoch: int, start_step: int = 0) -> Iterator[StepData]:
-    """The steps of `epoch` from `start_step` (0 for the first) on; earlier examples are not read."""
+def batches(dataset: Dataset[Any], plan: BatchPlan, rank: int, epoch: int, start: int = 0) -> Iterator[StepData]:
+    """The steps of `epoch` from position `start` (0 for the first) on; earlier examples are not read."""
     fetch = fetcher(dataset)
     order = plan.order(epoch)
-    for step in range(start_step, plan.steps_per_epoch):
-        parts = plan.micro_batches(step, rank)
+    for position in plan.positions(start):
+        parts, whole = plan.micro_batches(position, rank), plan.batch(position)
         micro_batches = tuple(fetch(order[part.start : part.stop].tolist()) for part in parts)
-        yield StepData(micro_batches, examples=sum(map(len, parts)), global_examples=len(plan.batch(step)))
+        yield StepData(micro_batches, examples=sum(map(len, parts)), global_examples=len(whole), stop=whole.stop)
 
 
 def fetcher(dataset: Dataset[Any]) -> Callable[[Sequence[int]], Batch]:

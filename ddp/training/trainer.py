@@ -81,7 +81,7 @@ class Trainer:
             self._evaluate()  # a stop in that step came before
         while self.step_count < self.steps:
             epoch, first = divmod(self.step_count, self.plan.steps_per_epoch)
-            steps = batches(self.splits.training, self.plan, self.rank, epoch, first)
+            steps = batches(self.splits.training, self.plan, self.rank, epoch, first * self.plan.global_batch_size)
             for _ in range(min(self.plan.steps_per_epoch - first, self.steps - self.step_count)):
                 self._stop_if_asked(self._step(steps))
                 if self._evaluation_is_due():
