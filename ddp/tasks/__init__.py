@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 REGISTRY: Mapping[str, str] = {
     "digits": "ddp.tasks.digits:DigitsTask",
     "text": "ddp.tasks.text:TextTask",
+    "quadratic": "ddp.tasks.synthetic:QuadraticTask",
 }
 METHODS = ("model", "datasets", "loss", "metrics")
 
