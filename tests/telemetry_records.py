@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 from ddp.noise.noise_scale import Reading, State
-from ddp.noise.readings import NoiseReadings
-from ddp.telemetry.records import PHASES, EvaluationRecord, RunInfo, Sink, StepRecord
+from ddp.noise.readings import Metric, NoiseReadings, Part, PartReading
+from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunInfo, Sink, StepRecord
 
 START_UNIX_TIME = 1_760_000_000.0
 EXAMPLES = 1_472
@@ -66,6 +67,65 @@ def reading_at(step: int, wobble: float = 0.0) -> Reading:
     if epoch < 10.5:
         return reading("lower_bound", scale, scale / 2.2, math.inf, step)
     return reading("beyond_data", scale * 2, 1_700.0, math.inf, step)
+
+
+def with_reading(record: StepRecord, noise: Reading | None) -> StepRecord:
+    """The step with this plain reading and no other, or with the noise scale switched off."""
+    return replace(record, noise=None if noise is None else NoiseReadings(plain=noise))
+
+
+def adam_steps(
+    info: RunInfo, last_step: int, layers: int = 12, sampled_every: int = 5, seed: int = 1
+) -> list[StepRecord]:
+    """As with Adam: sampled steps bring the layers and a preconditioned reading, the headline from step 50 on.
+
+    Between sampled steps the preconditioned reading is the same object, as its window gives it.
+    """
+    source, preconditioned, steps = random.Random(seed), reading("unresolved", NAN, NAN, NAN, 0), []
+    for record in step_records(info, last_step, seed):
+        noise, sampled = record.noise, record.step % sampled_every == 0
+        assert noise is not None
+        if sampled:
+            preconditioned = reading_at(record.step, 0.7 + source.gauss(0, 0.05))
+        noise = replace(
+            noise,
+            preconditioned=preconditioned,
+            headline="preconditioned" if record.step >= 50 else "plain",
+            method="micro_batches" if sampled else "ranks",
+            parts=part_readings(record.step, layers) if sampled else (),
+            sampled_every=sampled_every,
+        )
+        steps.append(replace(record, noise=noise))
+    return steps
+
+
+def part_readings(step: int, layers: int) -> tuple[PartReading, ...]:
+    """Of `layers` layers and two groups in both metrics; later layers are noisier and longer unresolved."""
+    kinds: list[Part] = [*("layer" for _ in range(layers)), "group", "group"]
+    names = [*(f"blocks.{place}.linear" for place in range(layers)), "decayed", "not decayed"]
+    wobbles = [*(2.5 * place / layers for place in range(layers)), 0.2, -0.4]
+    metrics: tuple[Metric, ...] = ("plain", "preconditioned")
+    return tuple(
+        PartReading(part, name, metric, reading_at(step - round(12 * wobble), wobble + 0.7 * (metric != "plain")))
+        for part, name, wobble in zip(kinds, names, wobbles, strict=True)
+        for metric in metrics
+    )
+
+
+def batch_changes(info: RunInfo) -> list[BatchChange]:
+    """The batch doubles twice, at the ends of epochs 2 and 5."""
+    return [
+        BatchChange(
+            step=epoch * STEPS_PER_EPOCH,
+            epoch=float(epoch),
+            unix_time=START_UNIX_TIME + 0.02 * epoch * STEPS_PER_EPOCH,
+            before=before,
+            after=2 * before,
+            learning_rate_factor=math.sqrt(2.0),
+            reason=f"the noise scale {3 * before} and a step of 4 ms + 0.1 ms an example want {2 * before}",
+        )
+        for epoch, before in ((2, info.global_batch_size), (5, 2 * info.global_batch_size))
+    ]
 
 
 def step_records(info: RunInfo, last_step: int | None = None, seed: int = 1) -> list[StepRecord]:

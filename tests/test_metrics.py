@@ -14,8 +14,20 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ddp.errors import UsageError
+from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.metrics import STEP_DURATION_BUCKETS_SECONDS, Metrics, serve
-from telemetry_records import evaluation_records, feed, reading, run_info, step_records
+from ddp.telemetry.noise_metrics import MOST_LAYERS
+from telemetry_records import (
+    adam_steps,
+    batch_changes,
+    evaluation_records,
+    feed,
+    part_readings,
+    reading,
+    run_info,
+    step_records,
+    with_reading,
+)
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -43,13 +55,16 @@ def test_every_name_is_documented_and_none_is_missing() -> None:
     assert all(family.documentation for family in families)
     assert {sample.name for family in families for sample in family.samples} == {
         "ddp_all_reduce_bytes_total",
+        "ddp_batch_size_changes_total",
         "ddp_data_efficiency_ratio",
         "ddp_evaluation_metric",
         "ddp_examples_total",
         "ddp_global_batch_size_examples",
         "ddp_gradient_noise_scale_examples",
+        "ddp_gradient_noise_scale_headline_info",
         "ddp_gradient_noise_scale_high_examples",
         "ddp_gradient_noise_scale_low_examples",
+        "ddp_gradient_noise_scale_sampled_every_steps",
         "ddp_gradient_noise_scale_state",
         "ddp_gradient_noise_scale_steps_needed",
         "ddp_gradient_squared_norm",
@@ -90,8 +105,8 @@ def test_samples_equal_the_latest_records() -> None:
     assert one(samples, "ddp_gradient_noise_scale_examples", metric="plain") == noise.noise_scale
     assert one(samples, "ddp_gradient_noise_scale_low_examples", metric="plain") == noise.low
     assert one(samples, "ddp_gradient_noise_scale_high_examples", metric="plain") == noise.high
-    assert one(samples, "ddp_gradient_squared_norm") == noise.squared_norm
-    assert one(samples, "ddp_gradient_variance_trace") == noise.variance_trace
+    assert one(samples, "ddp_gradient_squared_norm", metric="plain") == noise.squared_norm
+    assert one(samples, "ddp_gradient_variance_trace", metric="plain") == noise.variance_trace
     for record in evaluations[-2:]:
         assert one(samples, "ddp_evaluation_metric", split=record.split, name="loss") == record.loss
         assert one(samples, "ddp_evaluation_metric", split=record.split, name="accuracy") == record.metrics["accuracy"]
@@ -122,17 +137,99 @@ def test_times_add_up() -> None:
 def test_the_state_is_one_hot(state: str) -> None:
     registry, info = CollectorRegistry(), run_info()
     noise = reading(state, math.nan, 10.0, math.inf)  # type: ignore[arg-type]
-    Metrics(registry, info).step(replace(step_records(info, 1)[0], reading=noise))
-    states = {key[1][0][1]: value for key, value in scrape(registry).items() if key[0].endswith("scale_state")}
+    Metrics(registry, info).step(with_reading(step_records(info, 1)[0], noise))
+    states = {key[1][1][1]: value for key, value in scrape(registry).items() if key[0].endswith("scale_state")}
     assert len(states) == 5
     assert {name for name, value in states.items() if value == 1} == {state}
     assert sum(states.values()) == 1
 
 
+def test_both_metrics_the_headline_and_layers_are_the_latest_records() -> None:
+    registry, info = CollectorRegistry(), run_info()
+    metrics, steps = Metrics(registry, info), adam_steps(info, 102)
+    for record in steps:
+        metrics.step(record)
+    noise, sampled = steps[-1].noise, steps[99].noise
+    assert noise is not None and noise.preconditioned is not None and sampled is not None and not noise.parts
+    samples = scrape(registry)
+    for metric, each in (("plain", noise.plain), ("preconditioned", noise.preconditioned)):
+        assert one(samples, "ddp_gradient_noise_scale_examples", metric=metric) == each.noise_scale
+        assert one(samples, "ddp_gradient_noise_scale_low_examples", metric=metric) == each.low
+        assert one(samples, "ddp_gradient_noise_scale_high_examples", metric=metric) == each.high
+        assert one(samples, "ddp_gradient_noise_scale_steps_needed", metric=metric) == each.steps_needed
+        assert one(samples, "ddp_gradient_variance_trace", metric=metric) == each.variance_trace
+        assert one(samples, "ddp_gradient_noise_scale_state", metric=metric, state=each.state) == 1
+    assert one(samples, "ddp_gradient_noise_scale_headline_info", metric="preconditioned", method="ranks") == 1
+    assert one(samples, "ddp_gradient_noise_scale_sampled_every_steps") == 5
+    efficiency = 1 / (1 + info.global_batch_size / noise.preconditioned.noise_scale)  # the headline's
+    assert one(samples, "ddp_data_efficiency_ratio", end="point") == pytest.approx(efficiency)
+    layers = {key: value for key, value in samples.items() if key[0] == "ddp_layer_noise_scale_examples"}
+    assert len(layers) == 24  # the groups are not layers
+    for each in sampled.parts:
+        if each.part == "layer":
+            value = one(samples, "ddp_layer_noise_scale_examples", layer=each.name, metric=each.metric)
+            assert value == pytest.approx(each.reading.noise_scale, nan_ok=True)
+
+
+def test_the_method_is_that_of_the_latest_observation() -> None:
+    registry, info = CollectorRegistry(), run_info()
+    metrics, template = Metrics(registry, info), step_records(info, 1)[0]
+    assert template.noise is not None
+    for method, expected in (("none", "none"), ("split", "split"), ("none", "split")):
+        metrics.step(replace(template, noise=replace(template.noise, method=method)))
+        shown = [dict(labels)["method"] for name, labels in scrape(registry) if name.endswith("headline_info")]
+        assert shown == [expected]
+
+
+def test_a_model_of_any_size_makes_a_bounded_number_of_series() -> None:
+    registry, info = CollectorRegistry(), run_info()
+    metrics, template = Metrics(registry, info), step_records(info, 1)[0]
+    assert template.noise is not None
+    shown: list[set[str]] = []
+    for layers in (500, 400):  # a layer that is frozen in between takes no other's place
+        metrics.step(replace(template, noise=replace(template.noise, parts=part_readings(100, layers))))
+        shown.append({dict(labels)["layer"] for name, labels in scrape(registry) if name.startswith("ddp_layer_")})
+    assert len(shown[0]) == MOST_LAYERS
+    assert {"blocks.0.linear", "blocks.499.linear"} < shown[0]
+    assert shown[1] == {name for name in shown[0] if int(name.split(".")[1]) < 400}
+
+
+def test_an_adapting_batch_is_shown_as_it_is_now() -> None:
+    registry, info = CollectorRegistry(), run_info()
+    metrics, record = Metrics(registry, info), step_records(info, 30)[-1]
+    assert one(scrape(registry), "ddp_global_batch_size_examples") == 64
+    for change in batch_changes(info):
+        metrics.batch_change(change)
+    metrics.step(with_reading(replace(record, global_batch_size=256), reading("resolved", 64.0, 32.0, 128.0)))
+    samples = scrape(registry)
+    assert one(samples, "ddp_global_batch_size_examples") == 256
+    assert one(samples, "ddp_batch_size_changes_total") == 2
+    assert [one(samples, "ddp_data_efficiency_ratio", end=end) for end in ("low", "point", "high")] == [
+        *(pytest.approx(1 / 9), pytest.approx(1 / 5), pytest.approx(1 / 3))
+    ]
+
+
+def test_a_measured_critical_batch_size_is_named_with_what_it_was_measured_for() -> None:
+    registry = CollectorRegistry()
+    measured = [
+        CriticalBatch("sweep", "adam", "loss 0.3", 147.0, 120.0, 180.0),
+        CriticalBatch("branched", "adam", "loss 0.3", 90.0, math.nan, math.inf),
+    ]
+    Metrics(registry, run_info(), measured)
+    samples = scrape(registry)
+    for each in measured:
+        labels = {"method": each.method, "optimizer": each.optimizer, "target": each.target}
+        shown = [
+            one(samples, f"ddp_critical_batch_size_{end}", **labels)
+            for end in ("examples", "low_examples", "high_examples")
+        ]
+        assert shown == pytest.approx([each.critical_batch_size, each.low, each.high], nan_ok=True)
+
+
 def test_nan_and_infinity_are_samples() -> None:
     registry, info = CollectorRegistry(), run_info()
     noise = reading("lower_bound", math.nan, 16.0, math.inf)
-    Metrics(registry, info).step(replace(step_records(info, 1)[0], loss=math.nan, reading=noise))
+    Metrics(registry, info).step(with_reading(replace(step_records(info, 1)[0], loss=math.nan), noise))
     samples = scrape(registry)
     assert math.isnan(one(samples, "ddp_loss", split="training"))
     assert math.isnan(one(samples, "ddp_gradient_noise_scale_examples", metric="plain"))
@@ -155,7 +252,7 @@ def test_a_resume_continues_its_counters() -> None:
 
 def test_without_the_noise_scale_nothing_speaks_of_it() -> None:
     registry, info = CollectorRegistry(), run_info()
-    Metrics(registry, info).step(replace(step_records(info, 1)[0], reading=None))
+    Metrics(registry, info).step(with_reading(step_records(info, 1)[0], None))
     names = {name for name, _ in scrape(registry)}
     assert "ddp_loss" in names
     assert not any("noise" in name or "efficiency" in name for name in names)

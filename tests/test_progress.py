@@ -24,10 +24,10 @@ from ddp.telemetry.progress import (
     reading_text,
     render_line,
 )
-from telemetry_records import NAN, evaluation_records, feed, reading, run_info, step_records
+from telemetry_records import NAN, evaluation_records, feed, reading, run_info, step_records, with_reading
 
 INFO = run_info(epochs=8)
-RECORD = replace(step_records(INFO, 74)[-1], loss=0.08713, reading=reading("resolved", 128.4, 82.2, 247.6))
+RECORD = with_reading(replace(step_records(INFO, 74)[-1], loss=0.08713), reading("resolved", 128.4, 82.2, 247.6))
 VALIDATION = replace(evaluation_records(INFO)[-1], loss=0.1234567, metrics={"accuracy": 0.9723})
 
 
@@ -38,7 +38,7 @@ def test_the_whole_line() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    assert render_line(INFO, replace(RECORD, reading=None), None, NAN, NAN) == "epoch 3.2/8  loss 0.08713"
+    assert render_line(INFO, with_reading(RECORD, None), None, NAN, NAN) == "epoch 3.2/8  loss 0.08713"
 
 
 def test_a_nan_loss_is_said() -> None:
@@ -46,7 +46,7 @@ def test_a_nan_loss_is_said() -> None:
 
 
 def test_a_run_counted_in_steps_shows_a_fraction_of_an_epoch() -> None:
-    line = render_line(replace(INFO, steps=300), RECORD, None, NAN, NAN)
+    line = render_line(replace(INFO, steps=300, epochs=300 / 23), RECORD, None, NAN, NAN)
     assert line.startswith("epoch 3.2/13 ")
 
 
@@ -58,11 +58,11 @@ def test_epochs_have_one_decimal_where_it_says_something(epochs: float, text: st
 
 
 def test_a_run_of_less_than_an_epoch_is_told_in_steps() -> None:
-    short = replace(INFO, steps=1500, steps_per_epoch=14_000)
+    short = replace(INFO, steps=1500, steps_per_epoch=14_000, epochs=1500 / 14_000)
     assert render_line(short, RECORD, None, NAN, NAN).startswith(f"step {RECORD.step}/1,500  loss")
-    assert moment_text(short, 1050) == "step 1,050"
-    assert moment_text(INFO, 74) == "epoch 3.2"
-    assert moment_text(replace(INFO, steps=23 * 1200), 23 * 1200) == "epoch 1,200"
+    assert moment_text(short, 1050, 0.075) == "step 1,050"
+    assert moment_text(INFO, 74, 74 / 23) == "epoch 3.2"
+    assert moment_text(INFO, 23 * 1200, 1200.0) == "epoch 1,200"
 
 
 @pytest.mark.parametrize("metric", ["bits_per_byte", "loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import sqlite3
@@ -15,18 +16,34 @@ from pathlib import Path
 import pytest
 
 from ddp.errors import UsageError
-from ddp.telemetry.recorder import Recorder, journal_mode
+from ddp.noise.readings import NoiseReadings
+from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.recording import (
     count_steps,
     mean_phase_seconds,
     open_recording,
+    read_batch_changes,
+    read_critical_batches,
     read_evaluations,
     read_parts,
+    read_parts_over_time,
     read_steps,
     replay,
 )
-from ddp.telemetry.records import EvaluationRecord, StepRecord
-from telemetry_records import evaluation_records, feed, reading, run_info, step_records
+from ddp.telemetry.recording_writer import PARTS_SPACING, journal_mode
+from ddp.telemetry.records import BatchChange, EvaluationRecord, StepRecord
+from telemetry_records import (
+    adam_steps,
+    batch_changes,
+    evaluation_records,
+    feed,
+    part_readings,
+    reading,
+    run_info,
+    step_records,
+    with_reading,
+)
 
 DEADLINE_SECONDS = 60.0
 
@@ -71,8 +88,8 @@ def test_nan_infinity_and_absence_stay_apart(tmp_path: Path) -> None:
     first, second, third = step_records(info, 3)
     odd = [
         replace(first, loss=math.nan, gradient_norm=math.inf, phase_seconds=()),
-        replace(second, loss=-math.inf, reading=None),
-        replace(third, reading=replace(reading("lower_bound", math.nan, 12.5, math.inf), drifting=True)),
+        replace(second, loss=-math.inf, noise=None),
+        with_reading(third, replace(reading("lower_bound", math.nan, 12.5, math.inf), drifting=True)),
     ]
     evaluation = replace(evaluation_records(info)[0], loss=math.nan, metrics={"accuracy": math.nan, "x": math.inf})
     recorder = Recorder(path, info)
@@ -83,16 +100,122 @@ def test_nan_infinity_and_absence_stay_apart(tmp_path: Path) -> None:
     assert [list(map(repr, records)) for records in read(path)] == [list(map(repr, odd)), [repr(evaluation)]]
 
 
+def record_all(path: Path, records: list[StepRecord] | list[BatchChange]) -> None:
+    recorder = Recorder(path, run_info())
+    for record in records:
+        if isinstance(record, StepRecord):
+            recorder.step(record)
+        else:
+            recorder.batch_change(record)
+    recorder.close()
+
+
+def without_parts(steps: list[StepRecord]) -> list[StepRecord]:
+    return [replace(record, noise=replace(record.noise, parts=())) for record in steps if record.noise]
+
+
+def test_both_metrics_and_all_parts_survive_the_round_trip(tmp_path: Path) -> None:
+    path, steps = tmp_path / "run.db", adam_steps(run_info(), 100)
+    record_all(path, steps)
+    expected = without_parts(steps)
+    assert repr(read(path)[0]) == repr(expected)
+    with closing(open_recording(path)) as database:
+        parts = read_parts_over_time(database)
+        spread = read_parts_over_time(database, most=4)
+        assert repr(list(read_steps(database, every=7))) == repr(
+            [r for r in expected if r.step % 7 == 0 or r.step == 100]
+        )
+    sampled = [record for record in steps if record.noise and record.noise.parts]
+    assert [(each.step, each.epoch, repr(each.parts)) for each in parts] == [
+        (record.step, record.epoch, repr(record.noise.parts)) for record in sampled if record.noise
+    ]
+    assert len(parts) == 20 and len(parts[0].parts) == 28
+    assert [each.step for each in spread] == [5, 35, 70, 100] and set(map(repr, spread)) <= set(map(repr, parts))
+
+
+def test_a_reading_that_nothing_moved_is_written_once(tmp_path: Path) -> None:
+    path, steps = tmp_path / "run.db", adam_steps(run_info(), 100, sampled_every=10)
+    record_all(path, steps)
+    count = "SELECT metric, count(*) FROM readings WHERE part = '' GROUP BY metric"
+    with closing(open_recording(path)) as database:
+        assert dict(map(tuple, database.execute(count))) == {"plain": 100, "preconditioned": 11}
+
+
+def test_a_preconditioner_that_comes_and_goes(tmp_path: Path) -> None:
+    first, second, third, fourth = step_records(run_info(), 4)
+    plain, other = reading("resolved", 10.0, 8.0, 12.0), reading("resolved", 20.0, 16.0, 24.0)
+    noises = [
+        NoiseReadings(plain, other, "preconditioned", "split", sampled_every=3),
+        NoiseReadings(plain),
+        None,
+        NoiseReadings(plain, other, method="none"),
+    ]
+    steps = [replace(step, noise=noise) for step, noise in zip((first, second, third, fourth), noises, strict=True)]
+    record_all(tmp_path / "run.db", steps)
+    assert repr(read(tmp_path / "run.db")[0]) == repr(steps)
+
+
+def test_parts_of_a_long_run_get_sparser_and_keep_its_shape(tmp_path: Path) -> None:
+    """Every step at first, then 1/200 of the run apart: 200 moments for each factor of e."""
+    path, template = tmp_path / "run.db", step_records(run_info(), 1)[0]
+    noise = NoiseReadings(reading("resolved", 10, 8, 12), parts=part_readings(100, 1))
+    record_all(path, [replace(template, step=step, noise=noise) for step in range(1, 4_001)])
+    with closing(open_recording(path)) as database:
+        kept = [each.step for each in read_parts_over_time(database)]
+    assert kept[:PARTS_SPACING] == list(range(1, PARTS_SPACING + 1))
+    gaps = [(after - before, after) for before, after in itertools.pairwise(kept)]
+    assert all((gap - 1) * PARTS_SPACING < after for gap, after in gaps)
+    assert len(kept) < PARTS_SPACING * (1 + math.log(4_000 / PARTS_SPACING))
+    assert 4_000 - kept[-1] <= 4_000 / PARTS_SPACING
+
+
+def test_batch_changes_and_measured_critical_batches_survive_the_round_trip(tmp_path: Path) -> None:
+    path, info = tmp_path / "run.db", run_info()
+    changes = [*batch_changes(info)]
+    changes[1] = replace(changes[1], learning_rate_factor=math.nan)
+    measured = (CriticalBatch("sweep", "adam", "loss 0.3", 147.0, 120.5, math.inf),)
+    measured += (CriticalBatch("branched", "adam", "loss 0.3", 90.0, math.nan, math.nan),)
+    for given in ((), measured):  # a resume may name another result
+        recorder = Recorder(path, info, given)
+        for record in changes:
+            recorder.batch_change(record)
+        recorder.close()
+        with closing(open_recording(path)) as database:
+            assert repr(read_batch_changes(database)) == repr(changes)
+            assert repr(tuple(read_critical_batches(database))) == repr(given)
+
+
+def test_a_reading_written_in_vain_is_written_again(tmp_path: Path) -> None:
+    """After a transaction that failed, a later step must not refer to the reading that was rolled back."""
+    path, steps = tmp_path / "run.db", adam_steps(run_info(), 12, sampled_every=10)
+    recorder = Recorder(path, run_info(), interval_seconds=0.02, busy_seconds=0.02)
+    wait_for_steps(path, 0)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for record in steps[:10]:
+            recorder.step(record)
+        time.sleep(0.3)  # several attempts fail meanwhile
+        other.rollback()
+    for record in steps[10:]:
+        recorder.step(record)
+    recorder.close()
+    expected = without_parts(steps)
+    assert repr(read(path)[0]) == repr(expected)
+
+
 class Heard:
     """A sink that keeps all it hears, in order."""
 
     def __init__(self) -> None:
-        self.records: list[StepRecord | EvaluationRecord] = []
+        self.records: list[StepRecord | EvaluationRecord | BatchChange] = []
 
     def step(self, record: StepRecord) -> None:
         self.records.append(record)
 
     def evaluation(self, record: EvaluationRecord) -> None:
+        self.records.append(record)
+
+    def batch_change(self, record: BatchChange) -> None:
         self.records.append(record)
 
     def close(self) -> None: ...
@@ -107,7 +230,7 @@ def test_a_replay_tells_what_the_run_told_in_its_order(tmp_path: Path) -> None:
     feed(recorder, info)
     recorder.close()
     with closing(open_recording(path)) as database:
-        replay(read_steps(database), read_evaluations(database), again)
+        replay(read_steps(database), read_evaluations(database), (), again)
     assert isinstance(told.records[-1], EvaluationRecord)
     assert [(type(each), each.step) for each in again.records] == [(type(each), each.step) for each in told.records]
     assert sorted(map(repr, again.records)) == sorted(map(repr, told.records))
@@ -273,7 +396,7 @@ def test_a_write_ahead_log_only_on_a_local_filesystem(path: str, mounts: str, ex
 
 
 def test_a_rollback_journal_keeps_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddp.telemetry.recorder._read_mounts", lambda: "server:/ / nfs4 rw 0 0")
+    monkeypatch.setattr("ddp.telemetry.recording_writer._read_mounts", lambda: "server:/ / nfs4 rw 0 0")
     info, path = run_info(), tmp_path / "run.db"
     recorder = Recorder(path, info, interval_seconds=0.05)
     feed(recorder, info, last_step=40)
@@ -292,7 +415,19 @@ def test_what_is_no_record_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(UsageError, match="empty file"):
         open_recording(tmp_path / "empty")
-    with closing(sqlite3.connect(tmp_path / "newer")) as database:
-        database.execute("PRAGMA user_version = 99")
-    with pytest.raises(UsageError, match="version 99"):
-        open_recording(tmp_path / "newer")
+    for version, maker in ((99, "a newer"), (1, "an older")):
+        with closing(sqlite3.connect(tmp_path / f"{version}")) as database:
+            database.execute(f"PRAGMA user_version = {version}")
+        with pytest.raises(UsageError, match=f"version 2.: version {version}; read it with {maker} ddp"):
+            open_recording(tmp_path / f"{version}")
+
+
+def test_a_record_of_another_version_is_not_written_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(sqlite3.connect(tmp_path / "run.db")) as database:
+        database.execute("PRAGMA user_version = 1")
+    recorder = Recorder(tmp_path / "run.db", run_info(), interval_seconds=0.01)
+    feed(recorder, run_info(), last_step=5)
+    recorder.close()
+    assert "training goes on: its schema is version 1, this program writes 2" in caplog.text
+    with closing(sqlite3.connect(tmp_path / "run.db")) as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)

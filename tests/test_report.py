@@ -63,7 +63,7 @@ def test_the_cards_are_the_record(page: Path) -> None:
         (accuracy,) = database.execute(
             "SELECT value FROM evaluation_metrics WHERE split = 'validation' ORDER BY step DESC LIMIT 1"
         ).fetchone()
-        (low, state) = database.execute("SELECT low, state FROM steps ORDER BY step DESC LIMIT 1").fetchone()
+        (low, state) = database.execute("SELECT low, state FROM readings ORDER BY step DESC LIMIT 1").fetchone()
         (reached,) = database.execute(
             "SELECT min(epoch) FROM evaluations JOIN evaluation_metrics USING (step, split) "
             "WHERE split = 'validation' AND value >= 0.97"
@@ -85,7 +85,7 @@ def test_the_table_is_the_record(page: Path) -> None:
     assert len(rows) == 12
     with closing(sqlite3.connect(page.parent / "run.db")) as database:
         for step, epoch, point, interval, state, _ in rows:
-            query = "SELECT epoch, noise_scale, low, high, state FROM steps WHERE step = ?"
+            query = "SELECT epoch, noise_scale, low, high, state FROM steps JOIN readings USING (step) WHERE step = ?"
             expected = database.execute(query, (int(step),)).fetchone()
             assert (epoch, state) == (f"{expected[0]:.2f}", expected[4].replace("_", " "))
             if state == "resolved":
@@ -215,7 +215,7 @@ def test_a_run_without_noise_scale_metrics_or_finite_losses(tmp_path: Path) -> N
     info = replace(run_info(), target=None)
     recorder = Recorder(tmp_path / "run.db", info)
     for record in step_records(info, 5):
-        recorder.step(replace(record, reading=None, loss=math.nan, phase_seconds=()))
+        recorder.step(replace(record, noise=None, loss=math.nan, phase_seconds=()))
     recorder.close()
     root = parse(write_report(tmp_path))
     assert [words(each.find("h2")) for each in root.iter("figure")] == ["Loss", "Learning rate"]  # type: ignore[arg-type]

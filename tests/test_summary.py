@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddp.telemetry.summary import KEPT_READINGS, History, sparkline, summary
-from telemetry_records import NAN, evaluation_records, feed, reading, reading_at, run_info, step_records
+from telemetry_records import NAN, evaluation_records, feed, reading, reading_at, run_info, step_records, with_reading
 
 
 def history_of(epochs: int = 12) -> History:
@@ -67,7 +67,7 @@ def test_nothing_measured_is_said() -> None:
     info = run_info()
     assert "no steps" in summary(info, History(info))
     history = History(info)
-    history.step(replace(step_records(info, 1)[0], reading=None))
+    history.step(with_reading(step_records(info, 1)[0], None))
     text = summary(info, history)
     assert "not measured" in text
     assert "validation" not in text
@@ -86,7 +86,7 @@ def test_nothing_measured_is_said() -> None:
 def test_the_state_at_the_end_is_in_words(last: object, text: str) -> None:
     info = run_info()
     history = History(info)
-    history.step(replace(step_records(info, 1)[0], reading=last))  # type: ignore[arg-type]
+    history.step(with_reading(step_records(info, 1)[0], last))  # type: ignore[arg-type]
     assert text in summary(info, history)
 
 
@@ -104,7 +104,7 @@ def test_the_first_resolved_reading_and_the_latest_are_kept_for_advice() -> None
 def test_a_long_run_is_kept_in_bounded_memory_and_evenly() -> None:
     history, template = History(run_info()), step_records(run_info(), 1)[0]
     for step in range(1, 20_001):
-        history.step(replace(template, step=step, reading=reading_at(100)))
+        history.step(with_reading(replace(template, step=step), reading_at(100)))
     kept = [timed.step for timed in history.readings]
     assert KEPT_READINGS // 2 <= len(kept) <= KEPT_READINGS
     assert len({after - before for before, after in itertools.pairwise(kept)}) == 1

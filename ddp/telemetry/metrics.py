@@ -12,9 +12,8 @@ import bisect
 import errno
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -28,12 +27,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ddp.errors import UsageError
-from ddp.noise.advice import data_efficiency
-from ddp.noise.noise_scale import Reading, State
-from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.noise_metrics import NoiseMetrics, critical_batch_families, gauge
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord
 
 STEP_DURATION_BUCKETS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-PLAIN = {"metric": "plain"}
 
 
 @dataclass
@@ -55,8 +53,12 @@ class Durations:
 class Metrics(Collector):
     """A `Sink` that answers scrapes of `registry` with the latest step and evaluation."""
 
-    def __init__(self, registry: CollectorRegistry, info: RunInfo) -> None:
-        self._info = info
+    def __init__(
+        self, registry: CollectorRegistry, info: RunInfo, critical_batches: Sequence[CriticalBatch] = ()
+    ) -> None:
+        self._info, self._critical_batches = info, critical_batches
+        self._noise = NoiseMetrics()
+        self._batch_size_changes = 0
         self._lock = threading.Lock()  # the trainer writes, the server's threads read
         self._last: StepRecord | None = None
         self._evaluations: dict[str, EvaluationRecord] = {}
@@ -68,6 +70,8 @@ class Metrics(Collector):
     def step(self, record: StepRecord) -> None:
         with self._lock:
             self._last = record
+            if record.noise is not None:
+                self._noise.observe(record.noise, record.global_batch_size)
             self._durations.observe(record.duration_seconds)
             self._all_reduce_bytes += record.all_reduce_bytes
             for rank, phases in enumerate(record.phase_seconds):
@@ -78,6 +82,10 @@ class Metrics(Collector):
         with self._lock:
             self._evaluations[record.split] = record
 
+    def batch_change(self, record: BatchChange) -> None:
+        with self._lock:
+            self._batch_size_changes += 1
+
     def close(self) -> None:
         """Nothing to release: the server belongs to whoever started it."""
 
@@ -86,6 +94,13 @@ class Metrics(Collector):
             return [
                 *_run_families(self._info),
                 *_step_families(self._info, self._last),
+                *self._noise.families(),
+                *critical_batch_families(self._critical_batches),
+                CounterMetricFamily(
+                    "ddp_batch_size_changes",
+                    "Times the global batch size has adapted itself, in this process.",
+                    self._batch_size_changes,
+                ),
                 *_time_families(self._durations, self._phase_seconds, self._all_reduce_bytes),
                 *_evaluation_families(self._last, self._evaluations),
             ]
@@ -98,9 +113,6 @@ def _run_families(info: RunInfo) -> Iterator[Metric]:
         value={"task": info.task, "optimizer": info.optimizer, "transport": info.transport, "version": info.version},
     )
     yield GaugeMetricFamily("ddp_world_size", "Ranks that train together.", info.world_size)
-    yield GaugeMetricFamily(
-        "ddp_global_batch_size_examples", "Examples in one step, over all ranks.", info.global_batch_size
-    )
     yield CounterMetricFamily("ddp_restarts", "Times the run was restarted by its launcher.", info.restarts)
 
 
@@ -109,6 +121,10 @@ def _step_families(info: RunInfo, last: StepRecord | None) -> Iterator[Metric]:
     steps_total = info.start_step if last is None else last.step
     yield CounterMetricFamily(
         "ddp_steps", "Optimizer steps since the start of the run, before resumes too.", steps_total
+    )
+    global_batch_size = info.global_batch_size if last is None else last.global_batch_size
+    yield GaugeMetricFamily(
+        "ddp_global_batch_size_examples", "Examples in one step, over all ranks.", global_batch_size
     )
     if last is None:
         return
@@ -122,29 +138,6 @@ def _step_families(info: RunInfo, last: StepRecord | None) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "ddp_last_step_timestamp_seconds", "Unix time at the end of the latest step.", last.unix_time
     )
-    if last.reading is not None:
-        yield from _noise_families(info.global_batch_size, last.reading)
-
-
-def _noise_families(global_batch_size: int, reading: Reading) -> Iterator[Metric]:
-    name = "ddp_gradient_noise_scale"
-    yield _gauge(f"{name}_examples", "Gradient noise scale B = <S>/<|G|^2> now.", (PLAIN, reading.noise_scale))
-    yield _gauge(f"{name}_low_examples", "Lower end of its 95 % confidence interval.", (PLAIN, reading.low))
-    yield _gauge(f"{name}_high_examples", "Upper end of its 95 % confidence interval.", (PLAIN, reading.high))
-    one_hot = [({"state": state}, float(state == reading.state)) for state in get_args(State)]
-    yield _gauge(f"{name}_state", "1 for the state of the reading, 0 for the others.", *one_hot)
-    yield GaugeMetricFamily(
-        f"{name}_steps_needed", "Observations until high/low <= 4 at the present rate.", reading.steps_needed
-    )
-    yield GaugeMetricFamily(
-        "ddp_gradient_squared_norm", "Unbiased |G|^2 of the true gradient, mean over the window.", reading.squared_norm
-    )
-    yield GaugeMetricFamily(
-        "ddp_gradient_variance_trace", "Trace of one example's gradient covariance.", reading.variance_trace
-    )
-    ends = (("low", reading.low), ("point", reading.noise_scale), ("high", reading.high))
-    efficiencies = [({"end": end}, data_efficiency(value, global_batch_size)) for end, value in ends]
-    yield _gauge("ddp_data_efficiency_ratio", "1/(1 + b/B) at each end of the noise scale B.", *efficiencies)
 
 
 def _time_families(
@@ -170,23 +163,13 @@ def _evaluation_families(last: StepRecord | None, evaluations: dict[str, Evaluat
     """Training loss is the latest step's; the training sample of an evaluation is found under its metrics."""
     losses = [] if last is None else [({"split": "training"}, last.loss)]
     losses += [({"split": split}, record.loss) for split, record in evaluations.items() if split != "training"]
-    yield _gauge(
-        "ddp_loss", "Mean loss: the latest step's (training), the latest evaluation's (other splits).", *losses
-    )
+    yield gauge("ddp_loss", "Mean loss: the latest step's (training), the latest evaluation's (other splits).", *losses)
     values = [
         ({"split": split, "name": name}, value)
         for split, record in evaluations.items()
         for name, value in {"loss": record.loss, **record.metrics}.items()
     ]
-    yield _gauge("ddp_evaluation_metric", "Mean over the examples of a split, at the latest evaluation.", *values)
-
-
-def _gauge(name: str, documentation: str, *samples: tuple[dict[str, str], float]) -> GaugeMetricFamily:
-    labels = tuple(samples[0][0]) if samples else ()
-    family = GaugeMetricFamily(name, documentation, labels=labels)
-    for values, sample in samples:
-        family.add_metric(tuple(values.values()), sample)
-    return family
+    yield gauge("ddp_evaluation_metric", "Mean over the examples of a split, at the latest evaluation.", *values)
 
 
 @dataclass(frozen=True)

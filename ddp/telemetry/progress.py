@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
@@ -18,11 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ddp.noise.noise_scale import Reading
-from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+from ddp.noise.readings import Metric
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
 
 REDRAW_SECONDS = 0.2
 RATE_STEPS = 50  # steps that the rate is taken over
 BAR_WIDTH = 16
+METRIC_NAMES: dict[Metric, str] = {"plain": "plain", "preconditioned": "Adam's metric"}
 
 
 def render_line(
@@ -41,30 +44,43 @@ def render_line(
         examples_per_second: NaN where not known yet.
         seconds_left: NaN where not known yet.
     """
-    if in_epochs(info):
-        position = f"epoch {record.epoch:.1f}/{epochs_text(info.steps / info.steps_per_epoch)}"
-    else:
-        position = f"step {record.step:,}/{info.steps:,}"
-    parts = [position, f"loss {record.loss:.4g}"]
+    parts = [position_text(info, record), f"loss {record.loss:.4g}"]
     if evaluation is not None:
         parts.append(validation_text(info, evaluation))
     if not math.isnan(examples_per_second):
         parts.append(f"{number_text(examples_per_second)} examples/s")
-    if record.reading is not None:
-        parts.append(f"noise scale {reading_text(record.reading)}")
+    if record.noise is not None:
+        parts.append(f"noise scale {reading_text(record.noise.reading, headline_metric(record.noise))}")
     if not math.isnan(seconds_left):
         parts.append(f"{duration_text(seconds_left)} left")
     return "  ".join(parts)
 
 
 def in_epochs(info: RunInfo) -> bool:
-    """Whether a run is long enough to be told in epochs; one that sees a part of its data is told in steps."""
-    return info.steps >= info.steps_per_epoch
+    """Whether a run is long enough to be told in epochs; one that sees a part of its data is told in steps.
+
+    One whose end in epochs is open, since its batch adapts itself, is told in the steps that it was given.
+    """
+    return info.epochs >= 1 or not info.steps
 
 
-def moment_text(info: RunInfo, step: int) -> str:
+def position_text(info: RunInfo, record: StepRecord) -> str:
+    """Where in the run: "epoch 3.2/8", or "step 150/1,500"."""
+    if in_epochs(info):
+        return f"epoch {record.epoch:.1f}/{epochs_text(info.epochs)}"
+    return f"step {record.step:,}/{info.steps:,}"
+
+
+def done_share(info: RunInfo, record: StepRecord) -> float:
+    """How much of the run is done, 0 to 1; NaN where its end is not known."""
+    if info.steps:
+        return record.step / info.steps
+    return record.epoch / info.epochs if info.epochs else math.nan
+
+
+def moment_text(info: RunInfo, step: int, epoch: float) -> str:
     """When in the run: "epoch 3.2", or "step 150"."""
-    return f"epoch {epochs_text(step / info.steps_per_epoch)}" if in_epochs(info) else f"step {step:,}"
+    return f"epoch {epochs_text(epoch)}" if in_epochs(info) else f"step {step:,}"
 
 
 def epochs_text(epochs: float) -> str:
@@ -72,17 +88,33 @@ def epochs_text(epochs: float) -> str:
     return f"{epochs:,.1f}".removesuffix(".0")
 
 
-def reading_text(reading: Reading) -> str:
-    """A reading with its interval, or its state in words where it has no interval to show."""
+def reading_text(reading: Reading, metric: Metric = "plain") -> str:
+    """A reading with its interval, or its state in words where it has no interval to show.
+
+    The metric is named where it is not the plain one: "128 [82, 248] (Adam's metric)".
+    """
     match reading.state:
         case "unresolved":
-            return "unresolved"
+            return "unresolved"  # in either metric
         case "beyond_data":
-            return f"beyond the data (above {number_text(reading.low)})"
+            return f"beyond the data (above {number_text(reading.low)}{_named(metric, '; ')})"
         case "lower_bound":
-            return f"above {number_text(reading.low)}"
+            return f"above {number_text(reading.low)}{_named(metric, ' (', ')')}"
     interval = f"{number_text(reading.noise_scale)} [{number_text(reading.low)}, {number_text(reading.high)}]"
-    return f"{interval} (wide)" if reading.state == "wide" else interval
+    if reading.state == "wide":
+        return f"{interval} (wide{_named(metric, '; ')})"
+    return f"{interval}{_named(metric, ' (', ')')}"
+
+
+def _named(metric: Metric, before: str, after: str = "") -> str:
+    return f"{before}{METRIC_NAMES[metric]}{after}" if metric != "plain" else ""
+
+
+def change_text(info: RunInfo, change: BatchChange) -> str:
+    """A change of the batch size, in one line."""
+    rate = f", learning rate x {change.learning_rate_factor:.3g}" if change.learning_rate_factor != 1.0 else ""
+    moment = moment_text(info, change.step, change.epoch)
+    return f"global batch size {change.before:,} -> {change.after:,} at {moment}{rate}: {change.reason}"
 
 
 def number_text(value: float) -> str:
@@ -115,7 +147,7 @@ class Rate:
     """Examples a second over the latest steps, and the time left at the pace of this process so far."""
 
     def __init__(self, info: RunInfo) -> None:
-        self._steps = info.steps
+        self._info = info
         self._latest: deque[StepRecord] = deque(maxlen=RATE_STEPS)
         self._first: StepRecord | None = None
 
@@ -129,10 +161,14 @@ class Rate:
 
     def seconds_left(self) -> float:
         """Evaluations in between are paid for: this goes by the clock and not by the steps' own time."""
-        if self._first is None or (done := self._latest[-1].step - self._first.step) <= 0:
+        if self._first is None:
             return math.nan
-        pace = (self._latest[-1].unix_time - self._first.unix_time) / done
-        return pace * (self._steps - self._latest[-1].step)
+        last = self._latest[-1]
+        share = done_share(self._info, last)
+        done = share - done_share(self._info, self._first)
+        if not done > 0:
+            return math.nan
+        return (last.unix_time - self._first.unix_time) * (1.0 - share) / done
 
 
 class Progress:
@@ -152,7 +188,9 @@ class Progress:
         self._record: StepRecord | None = None
         self._evaluation: EvaluationRecord | None = None
         self._shown_unix_time = -math.inf
-        self._usable = self._attempt_start()
+        self._usable = True
+        if self._live is not None:
+            self._attempt(self._live.start)
 
     def step(self, record: StepRecord) -> None:
         self._record = record
@@ -167,39 +205,44 @@ class Progress:
         if self._record is not None:
             self._show(self._record)
 
+    def batch_change(self, record: BatchChange) -> None:
+        self._attempt(lambda: self._put_line(change_text(self._info, record)))
+
     def close(self) -> None:
         """Show the last state and leave the terminal as it was. Safe to call twice."""
         if self._live is not None and self._record is not None:
             self._show(self._record)
-        if self._live is not None and self._usable:
-            self._usable = False
-            try:
-                self._live.stop()
-            except (OSError, ValueError):
-                return
+        if self._live is not None:
+            self._attempt(self._live.stop)
+        self._usable = False
 
-    def _attempt_start(self) -> bool:
-        try:
-            if self._live is not None:
-                self._live.start()
-        except (OSError, ValueError):
-            return False
-        return True
-
-    def _show(self, record: StepRecord) -> None:
+    def _attempt(self, show: Callable[[], object]) -> None:
+        """Show something unless the stream has gone away."""
         if not self._usable:
             return
-        self._shown_unix_time = record.unix_time
-        rate, left = self._rate.examples_per_second(), self._rate.seconds_left()
-        line = render_line(self._info, record, self._evaluation, rate, left)
         try:
-            if self._live is not None:
-                self._live.update(self._with_bar(record, line), refresh=True)
-            else:
-                self._console.file.write(line + "\n")
-                self._console.file.flush()
+            show()
         except (OSError, ValueError):  # a closed pipe or file
             self._usable = False
+
+    def _show(self, record: StepRecord) -> None:
+        self._shown_unix_time = record.unix_time
+        rate, left = self._rate.examples_per_second(), self._rate.seconds_left()
+        self._attempt(lambda: self._put(record, render_line(self._info, record, self._evaluation, rate, left)))
+
+    def _put(self, record: StepRecord, line: str) -> None:
+        if self._live is not None:
+            self._live.update(self._with_bar(record, line), refresh=True)
+        else:
+            self._put_line(line)
+
+    def _put_line(self, line: str) -> None:
+        """One that stays: above the live one, or as it is where rich would end the process for a closed pipe."""
+        if self._live is not None:
+            self._console.print(Text(line), soft_wrap=True)
+        else:
+            self._console.file.write(line + "\n")
+            self._console.file.flush()
 
     def _with_bar(self, record: StepRecord, line: str) -> Table:
         """The line after a bar where there is room for both; a narrow terminal wraps it, nothing is cut."""
@@ -208,5 +251,5 @@ class Progress:
             grid.add_row(Text(line))
             return grid
         grid.add_column(width=BAR_WIDTH)
-        grid.add_row(ProgressBar(total=self._info.steps, completed=record.step, width=BAR_WIDTH), Text(line))
+        grid.add_row(ProgressBar(total=1.0, completed=done_share(self._info, record), width=BAR_WIDTH), Text(line))
         return grid

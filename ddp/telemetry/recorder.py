@@ -11,35 +11,40 @@ import logging
 import queue
 import sqlite3
 import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from ddp.telemetry.recording import begin_part, create_schema, insert_evaluation, insert_step
-from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.recording_writer import Record, Writer
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord
 
 log = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 20_000  # records; a step at 1 ms and a database that is stuck for 20 s
 BATCH_LENGTH = 500  # records that are written without waiting for the second to pass
-LOCAL_FILESYSTEMS = frozenset(
-    {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "reiserfs", "tmpfs", "ramfs", "overlay"}
-)
-
-Record = StepRecord | EvaluationRecord
 
 
 class Recorder:
     """A `Sink` that keeps all records in an SQLite file, continuing one that a resumed run has."""
 
-    def __init__(self, path: Path, info: RunInfo, *, interval_seconds: float = 1.0, busy_seconds: float = 3.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        info: RunInfo,
+        critical_batches: Sequence[CriticalBatch] = (),
+        *,
+        interval_seconds: float = 1.0,
+        busy_seconds: float = 3.0,
+    ) -> None:
         """
         Args:
             path: the database; made where missing.
             info: the run; recorded steps after `info.start_step` are replaced.
+            critical_batches: what runs have measured, to be shown beside the noise scale.
             interval_seconds: longest time that a record waits for others to be written with it.
             busy_seconds: how long the thread waits for a database that somebody else has locked.
         """
-        self._path, self._info = path, info
+        self._path, self._info, self._critical_batches = path, info, critical_batches
         self._interval_seconds, self._busy_seconds = interval_seconds, busy_seconds
         self._queue: queue.Queue[Record] = queue.Queue(QUEUE_LENGTH)
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -52,6 +57,9 @@ class Recorder:
         self._put(record)
 
     def evaluation(self, record: EvaluationRecord) -> None:
+        self._put(record)
+
+    def batch_change(self, record: BatchChange) -> None:
         self._put(record)
 
     def close(self) -> None:
@@ -82,7 +90,7 @@ class Recorder:
                 closing = self._closing.is_set()
                 try:
                     if writer is None:
-                        writer = Writer(self._path, self._info, self._busy_seconds)
+                        writer = Writer(self._path, self._info, self._critical_batches, self._busy_seconds)
                         stack.callback(writer.close)
                     batch += self._drain(QUEUE_LENGTH - len(batch))
                     writer.write(batch)
@@ -110,60 +118,3 @@ class Recorder:
         if not self._warned:
             self._warned = True
             log.warning("%s: the record of the run is incomplete, training goes on: %s", self._path, cause)
-
-
-class Writer:
-    """The open database of one part of a run; used by one thread."""
-
-    def __init__(self, path: Path, info: RunInfo, busy_seconds: float) -> None:
-        self._database = sqlite3.connect(path, timeout=busy_seconds)
-        try:
-            mounts = _read_mounts()
-            self._database.execute(f"PRAGMA journal_mode = {journal_mode(path.resolve(), mounts)}")
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            with self._database:
-                create_schema(self._database)
-                self._part = begin_part(self._database, info, time.time())
-        except BaseException:
-            self._database.close()
-            raise
-
-    def write(self, records: list[Record]) -> None:
-        """All of `records` or, with an error, none."""
-        with self._database:
-            for record in records:
-                if isinstance(record, StepRecord):
-                    insert_step(self._database, self._part, record)
-                else:
-                    insert_evaluation(self._database, self._part, record)
-
-    def close(self) -> None:
-        """Leave one plain file, which also opens from a read-only directory."""
-        with contextlib.suppress(sqlite3.Error):
-            self._database.execute("PRAGMA journal_mode = DELETE")
-        self._database.close()
-
-
-def journal_mode(path: Path, mounts: str) -> str:
-    """`WAL` where `path` is on a filesystem known to be local, else `TRUNCATE`.
-
-    A write-ahead log needs memory shared by all who open the database, which network filesystems do not give.
-
-    Args:
-        path: absolute, without links.
-        mounts: the text of /proc/mounts; empty where there is none.
-    """
-    filesystem, longest = "", -1
-    for line in mounts.splitlines():
-        _, mount_point, kind, *_ = line.split(" ")
-        mount_point = mount_point.encode().decode("unicode_escape")
-        if path.is_relative_to(mount_point) and len(mount_point) >= longest:
-            filesystem, longest = kind, len(mount_point)
-    return "WAL" if filesystem in LOCAL_FILESYSTEMS else "TRUNCATE"
-
-
-def _read_mounts() -> str:
-    try:
-        return Path("/proc/mounts").read_text(encoding="utf-8")
-    except OSError:
-        return ""

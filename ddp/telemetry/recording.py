@@ -1,9 +1,6 @@
-"""The schema of `run.db` and how to read it back: the records as the trainer handed them in.
+"""Reads `run.db` back: the records as the trainer handed them in. `schema` has its tables.
 
-SQLite has no NaN: it stores NULL instead (infinities it keeps). So NULL in a measured column means NaN,
-and what is absent is told by a column that is never measured: `state` is NULL where the noise scale is off.
-`part` counts the processes that continued one run; the steps of an interrupted part that a resume did not
-start from are replaced by its own.
+The layers' readings are read apart (`read_parts_over_time`), which keeps reading the steps cheap.
 """
 
 from __future__ import annotations
@@ -12,89 +9,24 @@ import heapq
 import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
-from ddp.noise.readings import NoiseReadings
-from ddp.telemetry.records import PHASES, EvaluationRecord, RunInfo, Sink, StepRecord
-
-SCHEMA_VERSION = 2
-
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS run (
-    part INTEGER PRIMARY KEY, started_unix_time REAL NOT NULL,
-    run_id TEXT NOT NULL, task TEXT NOT NULL, optimizer TEXT NOT NULL, transport TEXT NOT NULL,
-    version TEXT NOT NULL, world_size INTEGER NOT NULL, global_batch_size INTEGER NOT NULL,
-    micro_batch_size INTEGER NOT NULL, training_examples INTEGER NOT NULL, validation_examples INTEGER NOT NULL, steps INTEGER NOT NULL,
-    steps_per_epoch INTEGER NOT NULL, epochs REAL NOT NULL, metric TEXT NOT NULL, target REAL, start_step INTEGER NOT NULL,
-    restarts INTEGER NOT NULL, goal TEXT NOT NULL, nodes INTEGER NOT NULL,
-    gradient_bytes INTEGER NOT NULL, learning_rate_rule TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS steps (
-    step INTEGER PRIMARY KEY, part INTEGER NOT NULL, epoch REAL, unix_time REAL, examples INTEGER NOT NULL,
-    examples_total INTEGER NOT NULL, loss REAL, learning_rate REAL, gradient_norm REAL, duration_seconds REAL,
-    all_reduce_bytes INTEGER NOT NULL, straggler_rank INTEGER NOT NULL,
-    global_batch_size INTEGER NOT NULL,
-    state TEXT, noise_scale REAL, low REAL, high REAL, squared_norm REAL, variance_trace REAL,
-    observations INTEGER, window INTEGER, steps_needed REAL, drifting INTEGER);
-CREATE TABLE IF NOT EXISTS phases (
-    step INTEGER NOT NULL, rank INTEGER NOT NULL, {", ".join(f"{phase}_seconds REAL" for phase in PHASES)},
-    PRIMARY KEY (step, rank)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS evaluations (
-    step INTEGER NOT NULL, split TEXT NOT NULL, part INTEGER NOT NULL, epoch REAL, unix_time REAL,
-    examples INTEGER NOT NULL, loss REAL, PRIMARY KEY (step, split)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS evaluation_metrics (
-    step INTEGER NOT NULL, split TEXT NOT NULL, name TEXT NOT NULL, value REAL,
-    PRIMARY KEY (step, split, name)) WITHOUT ROWID;
-"""
-STEP_TABLES = ("steps", "phases", "evaluations", "evaluation_metrics")
-
-Row = tuple[Any, ...]
+from ddp.noise.readings import NoiseReadings, PartReading
+from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunInfo, Sink, StepRecord
+from ddp.telemetry.schema import FIRST_PART_PLACE, PLAIN_PLACE, PRECONDITIONED_PLACE, READING_COLUMNS, SCHEMA_VERSION
 
 
-def create_schema(database: sqlite3.Connection) -> None:
-    """Make the tables where they are missing.
+@dataclass(frozen=True, slots=True)
+class PartsMoment:
+    """The layers and groups after one step, in the model's order."""
 
-    Raises:
-        sqlite3.DatabaseError: the file is of another version of the schema, or no database.
-    """
-    (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version not in (0, SCHEMA_VERSION):
-        raise sqlite3.DatabaseError(f"its schema is version {version}, this program writes {SCHEMA_VERSION}")
-    database.executescript(SCHEMA)
-    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
-def begin_part(database: sqlite3.Connection, info: RunInfo, unix_time: float) -> int:
-    """Add this process to the run, forget the steps that it will take again, and return its part's number."""
-    for table in STEP_TABLES:
-        database.execute(f"DELETE FROM {table} WHERE step > ?", (info.start_step,))
-    (part,) = database.execute("SELECT coalesce(max(part), 0) + 1 FROM run").fetchone()
-    names = [field.name for field in fields(RunInfo)]
-    _insert(database, "run", ("part", "started_unix_time", *names), (part, unix_time, *astuple(info)))
-    return part
-
-
-def insert_step(database: sqlite3.Connection, part: int, record: StepRecord) -> None:
-    names = [field.name for field in fields(StepRecord) if field.name not in ("phase_seconds", "noise")]
-    row: Row = tuple(getattr(record, name) for name in names)
-    if record.reading is not None:
-        names += [field.name for field in fields(Reading)]
-        row += astuple(record.reading)
-    _insert(database, "steps", (*names, "part"), (*row, part))
-    columns = ("step", "rank", *(f"{phase}_seconds" for phase in PHASES))
-    for rank, seconds in enumerate(record.phase_seconds):
-        _insert(database, "phases", columns, (record.step, rank, *(seconds.get(phase, math.nan) for phase in PHASES)))
-
-
-def insert_evaluation(database: sqlite3.Connection, part: int, record: EvaluationRecord) -> None:
-    names = [field.name for field in fields(EvaluationRecord) if field.name != "metrics"]
-    _insert(database, "evaluations", (*names, "part"), (*(getattr(record, name) for name in names), part))
-    for name, value in record.metrics.items():
-        columns = ("step", "split", "name", "value")
-        _insert(database, "evaluation_metrics", columns, (record.step, record.split, name, value))
+    step: int
+    epoch: float
+    parts: tuple[PartReading, ...]
 
 
 def open_recording(path: Path) -> sqlite3.Connection:
@@ -113,16 +45,24 @@ def open_recording(path: Path) -> sqlite3.Connection:
         raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
     if version != SCHEMA_VERSION:
         database.close()
-        found = f"version {version}" if version else "an empty file or another program's database"
-        raise UsageError(f"{path}: not a record that this program reads (version {SCHEMA_VERSION}): {found}")
+        raise UsageError(f"{path}: {_foreign(version)}")
     return database
+
+
+def _foreign(version: int) -> str:
+    """Why a file of another schema is not read, and what to do."""
+    reads = f"not a record that this program reads (version {SCHEMA_VERSION})"
+    if not version:
+        return f"{reads}: an empty file or another program's database"
+    other = "an older" if version < SCHEMA_VERSION else "a newer"
+    return f"{reads}: version {version}; read it with {other} ddp, the one that made it"
 
 
 def read_parts(database: sqlite3.Connection) -> list[RunInfo]:
     """What each process of the run said about itself, the first one first."""
     names = [field.name for field in fields(RunInfo)]
     rows = database.execute(f"SELECT {', '.join(names)} FROM run ORDER BY part")
-    return [RunInfo(**dict(row)) for row in rows]
+    return [RunInfo(**{**row, "batch_statistics": bool(row["batch_statistics"])}) for row in rows]
 
 
 def count_steps(database: sqlite3.Connection) -> int:
@@ -131,19 +71,64 @@ def count_steps(database: sqlite3.Connection) -> int:
 
 
 def read_steps(database: sqlite3.Connection, every: int = 1) -> Iterator[StepRecord]:
-    """Every `every`-th step in order, and always the last one."""
-    condition = "step % :every = 0 OR step = (SELECT max(step) FROM steps)"
+    """Every `every`-th step in order, and always the last one. `noise.parts` stays empty."""
+    chosen = "{0}.step % :every = 0 OR {0}.step = (SELECT max(step) FROM steps)"
     columns = ", ".join(f"{phase}_seconds" for phase in PHASES)
     phases = database.execute(
-        f"SELECT step, {columns} FROM phases WHERE {condition} ORDER BY step, rank", {"every": every}
+        f"SELECT step, {columns} FROM phases WHERE {chosen.format('phases')} ORDER BY step, rank", {"every": every}
     )
     pending = next(phases, None)
-    for row in database.execute(f"SELECT * FROM steps WHERE {condition} ORDER BY step", {"every": every}):
+    steps = f"{STEPS_WITH_READINGS} WHERE {chosen.format('steps')} ORDER BY steps.step"
+    for row in database.execute(steps, {"every": every}):
         ranks: list[Mapping[str, float]] = []
         while pending is not None and pending["step"] <= row["step"]:
             ranks.append({phase: _float(pending[f"{phase}_seconds"]) for phase in PHASES})
             pending = next(phases, None)
         yield _step(row, tuple(ranks))
+
+
+def read_parts_over_time(database: sqlite3.Connection, most: int | None = None) -> list[PartsMoment]:
+    """The readings of layers and groups in order of steps.
+
+    Args:
+        most: of more moments than this so many are read, evenly spread, the last one among them.
+    """
+    rows = database.execute("SELECT step FROM readings WHERE place = ? ORDER BY step DESC", (FIRST_PART_PLACE,))
+    steps = [step for (step,) in rows]
+    if most is not None and len(steps) > most:
+        steps = [steps[round(i * (len(steps) - 1) / max(most - 1, 1))] for i in range(most)]
+    return [_parts_moment(database, step) for step in reversed(steps)]
+
+
+def _parts_moment(database: sqlite3.Connection, step: int) -> PartsMoment:
+    query = "SELECT * FROM readings WHERE step = ? AND place >= ? ORDER BY place"
+    rows = database.execute(query, (step, FIRST_PART_PLACE)).fetchall()
+    (epoch,) = database.execute("SELECT epoch FROM steps WHERE step = ?", (step,)).fetchone()
+    parts = tuple(PartReading(row["part"], row["name"], row["metric"], _reading(row)) for row in rows)
+    return PartsMoment(step, _float(epoch), parts)
+
+
+def read_batch_changes(database: sqlite3.Connection) -> list[BatchChange]:
+    """All changes of the global batch size, in order."""
+    return [
+        BatchChange(
+            step=row["step"],
+            epoch=_float(row["epoch"]),
+            unix_time=_float(row["unix_time"]),
+            before=row["before"],
+            after=row["after"],
+            learning_rate_factor=_float(row["learning_rate_factor"]),
+            reason=row["reason"],
+        )
+        for row in database.execute("SELECT * FROM batch_changes ORDER BY step")
+    ]
+
+
+def read_critical_batches(database: sqlite3.Connection) -> list[CriticalBatch]:
+    """What the job file's result of runs said."""
+    words, numbers = ("method", "optimizer", "target"), ("critical_batch_size", "low", "high")
+    rows = database.execute(f"SELECT {', '.join((*words, *numbers))} FROM critical_batches ORDER BY rowid")
+    return [CriticalBatch(*(row[name] for name in words), *(_float(row[name]) for name in numbers)) for row in rows]
 
 
 def read_evaluations(database: sqlite3.Connection) -> list[EvaluationRecord]:
@@ -164,13 +149,21 @@ def read_evaluations(database: sqlite3.Connection) -> list[EvaluationRecord]:
     ]
 
 
-def replay(steps: Iterable[StepRecord], evaluations: Iterable[EvaluationRecord], sink: Sink) -> None:
-    """Hand records to a sink in the order in which they came; both inputs are in order."""
-    for record in heapq.merge(steps, evaluations, key=lambda each: each.step):
-        if isinstance(record, StepRecord):
-            sink.step(record)
-        else:
-            sink.evaluation(record)
+def replay(
+    steps: Iterable[StepRecord],
+    evaluations: Iterable[EvaluationRecord],
+    changes: Iterable[BatchChange],
+    sink: Sink,
+) -> None:
+    """Hand records to a sink in the order in which they came; all inputs are in order."""
+    for record in heapq.merge(steps, evaluations, changes, key=lambda each: each.step):
+        match record:
+            case StepRecord():
+                sink.step(record)
+            case EvaluationRecord():
+                sink.evaluation(record)
+            case BatchChange():
+                sink.batch_change(record)
 
 
 def mean_phase_seconds(database: sqlite3.Connection) -> list[dict[str, float]]:
@@ -195,22 +188,34 @@ def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...]) -> S
         all_reduce_bytes=row["all_reduce_bytes"],
         straggler_rank=row["straggler_rank"],
         global_batch_size=row["global_batch_size"],
-        noise=None if row["state"] is None else NoiseReadings(plain=_reading(row)),
+        noise=_noise(row),
     )
 
 
-def _reading(row: sqlite3.Row) -> Reading:
+def _noise(row: sqlite3.Row) -> NoiseReadings | None:
+    if row["plain_step"] is None:
+        return None
+    return NoiseReadings(
+        plain=_reading(row, "plain_"),
+        preconditioned=None if row["preconditioned_step"] is None else _reading(row, "preconditioned_"),
+        headline=row["headline"],
+        method=row["method"],
+        sampled_every=row["sampled_every"],
+    )
+
+
+def _reading(row: sqlite3.Row, prefix: str = "") -> Reading:
     return Reading(
-        state=row["state"],
-        noise_scale=_float(row["noise_scale"]),
-        low=_float(row["low"]),
-        high=_float(row["high"]),
-        squared_norm=_float(row["squared_norm"]),
-        variance_trace=_float(row["variance_trace"]),
-        observations=row["observations"],
-        window=row["window"],
-        steps_needed=_float(row["steps_needed"]),
-        drifting=bool(row["drifting"]),
+        state=row[f"{prefix}state"],
+        noise_scale=_float(row[f"{prefix}noise_scale"]),
+        low=_float(row[f"{prefix}low"]),
+        high=_float(row[f"{prefix}high"]),
+        squared_norm=_float(row[f"{prefix}squared_norm"]),
+        variance_trace=_float(row[f"{prefix}variance_trace"]),
+        observations=row[f"{prefix}observations"],
+        window=row[f"{prefix}window"],
+        steps_needed=_float(row[f"{prefix}steps_needed"]),
+        drifting=bool(row[f"{prefix}drifting"]),
     )
 
 
@@ -218,6 +223,15 @@ def _float(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _insert(database: sqlite3.Connection, table: str, names: tuple[str, ...], row: Row) -> None:
-    marks = ", ".join("?" * len(row))
-    database.execute(f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({marks})", row)
+def _steps_with_readings() -> str:
+    """Each step beside the two readings that hold after it."""
+    joined = {"plain": PLAIN_PLACE, "preconditioned": PRECONDITIONED_PLACE}
+    columns = ", ".join(f"{name}.{column} AS {name}_{column}" for name in joined for column in READING_COLUMNS)
+    joins = " ".join(
+        f"LEFT JOIN readings AS {name} ON {name}.step = steps.{name}_step AND {name}.place = {place}"
+        for name, place in joined.items()
+    )
+    return f"SELECT steps.*, {columns} FROM steps {joins}"
+
+
+STEPS_WITH_READINGS = _steps_with_readings()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ddp.noise.noise_scale import Reading
-from ddp.noise.readings import NoiseReadings
+from ddp.noise.readings import Metric, NoiseReadings
 
 PHASES = ("data", "forward", "backward", "all_reduce", "wait", "optimizer")
 
@@ -40,6 +40,7 @@ class RunInfo:
     nodes: int = 1
     gradient_bytes: int = 0  # what one all-reduce of the whole gradient averages
     learning_rate_rule: str = "none"  # how the learning rate follows the batch size
+    batch_statistics: bool = False  # a layer normalises over the batch, which makes a batch's examples dependent
 
     def target_reached_by(self, value: float | None) -> bool:
         """Whether `value` of `metric` is at least as good as the target; never for NaN, None or no target."""
@@ -101,6 +102,11 @@ class EvaluationRecord:
     def value(self, metric: str) -> float | None:
         """The metric of that name, "loss" included; None where it was not taken."""
         return self.loss if metric == "loss" else self.metrics.get(metric)
+
+
+def headline_metric(noise: NoiseReadings) -> Metric:
+    """The metric that `noise.reading` is in: plain until there is a preconditioned reading to be the headline."""
+    return "plain" if noise.preconditioned is None else noise.headline
 
 
 class Sink(Protocol):

@@ -19,12 +19,15 @@ from pathlib import Path
 from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry import charts, recording
+from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.progress import epochs_text, metric_text, moment_text, number_text, reading_text
-from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+from ddp.telemetry.recording import PartsMoment
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card, Chart, page
 from ddp.telemetry.summary import History
 
 DRAWN_STEPS = 2_000  # more would only make the page heavy
+DRAWN_MOMENTS = 120  # of the layers
 
 STATES_IN_WORDS = {
     "unresolved": "not enough observations yet, or too much noise to say anything",
@@ -43,6 +46,9 @@ class Recorded:
     steps: list[StepRecord]  # thinned to about DRAWN_STEPS
     evaluations: list[EvaluationRecord]
     phase_seconds: list[dict[str, float]]
+    changes: list[BatchChange]
+    moments: list[PartsMoment]  # thinned to about DRAWN_MOMENTS
+    critical_batches: list[CriticalBatch]
 
     @property
     def info(self) -> RunInfo:
@@ -78,11 +84,14 @@ def read_recorded(path: Path) -> Recorded:
             steps = list(recording.read_steps(database, every))
             evaluations = recording.read_evaluations(database)
             phase_seconds = recording.mean_phase_seconds(database)
+            changes = recording.read_batch_changes(database)
+            moments = recording.read_parts_over_time(database, DRAWN_MOMENTS)
+            critical_batches = recording.read_critical_batches(database)
         except sqlite3.Error as error:
             raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
     if not parts:
         raise UsageError(f"{path}: the run has not begun to record; try again in a few seconds")
-    return Recorded(parts, steps, evaluations, phase_seconds)
+    return Recorded(parts, steps, evaluations, phase_seconds, changes, moments, critical_batches)
 
 
 def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
@@ -108,7 +117,7 @@ def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
 def _history(recorded: Recorded) -> History:
     """Readings and evaluations in the order in which they came."""
     history = History(recorded.info)
-    recording.replay(recorded.steps, recorded.evaluations, history)
+    recording.replay(recorded.steps, recorded.evaluations, recorded.changes, history)
     return history
 
 
@@ -153,7 +162,7 @@ def _target_card(info: RunInfo, history: History) -> Card:
     if history.target_reached is None:
         return Card("Target", "not reached", goal)
     noise = f"{goal}; noise scale then {reading_text(history.at_target.reading)}" if history.at_target else goal
-    return Card("Target reached", moment_text(info, history.target_reached.step), noise)
+    return Card("Target reached", moment_text(info, history.target_reached.step, history.target_reached.epoch), noise)
 
 
 def _noise_card(title: str, reading: Reading) -> Card:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from itertools import takewhile
 from pathlib import Path
@@ -13,10 +14,11 @@ from prometheus_client import CollectorRegistry
 from ddp.errors import UsageError
 from ddp.job import MetricsSection
 from ddp.noise.advice import advise
+from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.metrics import Metrics, MetricsServer, serve
 from ddp.telemetry.progress import Progress, moment_text
 from ddp.telemetry.recorder import Recorder
-from ddp.telemetry.recording import open_recording, read_evaluations, read_steps, replay
+from ddp.telemetry.recording import open_recording, read_batch_changes, read_evaluations, read_steps, replay
 from ddp.telemetry.records import RunInfo, Sink
 from ddp.telemetry.report import write_report
 from ddp.telemetry.summary import History, summary
@@ -34,8 +36,12 @@ class Station:
         UsageError: the metrics port cannot be had; nothing is left open.
     """
 
-    def __init__(self, section: MetricsSection, info: RunInfo) -> None:
-        self._info = info
+    def __init__(self, section: MetricsSection, info: RunInfo, critical_batches: Sequence[CriticalBatch] = ()) -> None:
+        """
+        Args:
+            critical_batches: what runs have measured (see `read_critical_batches`), shown beside the noise scale.
+        """
+        self._info, self._critical_batches = info, critical_batches
         self._history = History(info)
         self._open = ExitStack()
         self._run_directory = Path()
@@ -43,7 +49,7 @@ class Station:
         self.server: MetricsServer | None = None
         if section.enabled:
             registry = CollectorRegistry()
-            self.sinks.append(Metrics(registry, info))
+            self.sinks.append(Metrics(registry, info, critical_batches))
             self.server = serve(registry, section.host, section.port)
             self._open.callback(self.server.close)
 
@@ -51,7 +57,8 @@ class Station:
         """Begin to record in `run_directory`; Prometheus finds the run from now on."""
         self._run_directory = run_directory
         self._recall(run_directory / RECORD)
-        for sink in (Recorder(run_directory / RECORD, self._info), Progress(self._info)):
+        recorder = Recorder(run_directory / RECORD, self._info, self._critical_batches)
+        for sink in (recorder, Progress(self._info)):
             self.sinks.append(sink)
             self._open.callback(sink.close)
         if self.server is not None:
@@ -88,7 +95,8 @@ class Station:
         timed = self._history.first_resolved or self._history.latest
         if timed is None:
             return None
-        return advise(timed.reading, self._info.global_batch_size, moment_text(self._info, timed.step))
+        when = moment_text(self._info, timed.step, timed.epoch)
+        return advise(timed.reading, timed.global_batch_size, when, timed.metric, timed.method)
 
     def _recall(self, record: Path) -> None:
         """After a resume the summary speaks of the whole run: hand it what earlier parts recorded."""
@@ -99,6 +107,7 @@ class Station:
             with closing(open_recording(record)) as database:
                 steps = takewhile(lambda each: each.step <= until, read_steps(database))
                 evaluations = takewhile(lambda each: each.step <= until, read_evaluations(database))
-                replay(steps, evaluations, self._history)
+                changes = takewhile(lambda each: each.step <= until, read_batch_changes(database))
+                replay(steps, evaluations, changes, self._history)
         except (UsageError, sqlite3.Error) as error:
             logger.warning("the summary will not know the steps before this part: %s", error)

@@ -8,22 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp.noise.noise_scale import Reading
-from ddp.telemetry.progress import epochs_text, in_epochs, metric_text, moment_text, number_text, reading_text
-from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
+from ddp.noise.readings import Method, Metric, NoiseReadings
+from ddp.telemetry.progress import (
+    METRIC_NAMES,
+    epochs_text,
+    in_epochs,
+    metric_text,
+    moment_text,
+    number_text,
+    reading_text,
+)
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
 
 KEPT_READINGS = 512
 SHOWN_READINGS = 6
+SHOWN_CHANGES = 6
 SPARKLINE_LENGTH = 32
 BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True)
 class TimedReading:
-    """A reading and when it was taken."""
+    """A headline reading, in which metric and when it was taken, and the global batch size of that step."""
 
     step: int
     epoch: float
     reading: Reading
+    metric: Metric
+    method: Method
+    global_batch_size: int
 
 
 class History:
@@ -34,9 +47,11 @@ class History:
         self.last: StepRecord | None = None
         self.validation: EvaluationRecord | None = None
         self.readings: list[TimedReading] = []  # evenly spaced, at most KEPT_READINGS
-        self.first_resolved: TimedReading | None = None
+        self.methods: set[Method] = set()  # by which the noise scale was observed in some step
+        self.first_resolved: TimedReading | None = None  # in the metric of the latest, where that was ever resolved
         self.target_reached: EvaluationRecord | None = None
         self.at_target: TimedReading | None = None  # None also where the noise scale is off
+        self.changes: list[BatchChange] = []
         self._latest: TimedReading | None = None
         self._stride = 1
 
@@ -45,18 +60,39 @@ class History:
         """The latest reading, None before the first or where the noise scale is off."""
         return self._latest
 
+    @property
+    def global_batch_size(self) -> int:
+        """The latest step's; what the run starts with before the first."""
+        return self._info.global_batch_size if self.last is None else self.last.global_batch_size
+
     def step(self, record: StepRecord) -> None:
         self.last = record
-        if record.reading is None:
+        if record.noise is None:
             return
-        self._latest = timed = TimedReading(record.step, record.epoch, record.reading)
-        if self.first_resolved is None and record.reading.state == "resolved":
+        self._latest = timed = self._timed(record, record.noise)
+        if timed.reading.state == "resolved" and (
+            self.first_resolved is None or self.first_resolved.metric != timed.metric
+        ):
             self.first_resolved = timed
         if record.step % self._stride == 0:
             self.readings.append(timed)
         if len(self.readings) > KEPT_READINGS:
             self._stride *= 2
             self.readings = [kept for kept in self.readings if kept.step % self._stride == 0]
+
+    def batch_change(self, record: BatchChange) -> None:
+        self.changes.append(record)
+
+    def _timed(self, record: StepRecord, noise: NoiseReadings) -> TimedReading:
+        """A step that observed nothing leaves the reading and its method as they were."""
+        method = noise.method
+        if method != "none":
+            self.methods.add(method)
+        elif self._latest is not None:
+            method = self._latest.method
+        return TimedReading(
+            record.step, record.epoch, noise.reading, headline_metric(noise), method, record.global_batch_size
+        )
 
     def evaluation(self, record: EvaluationRecord) -> None:
         if record.split != "validation":
@@ -112,25 +148,52 @@ def _validation_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     goal = metric_text(info.metric, info.target)
     if history.target_reached is None:
         return [*rows, ("target", f"{goal} was not reached")]
-    noise = f", noise scale {reading_text(history.at_target.reading)}" if history.at_target else ""
-    return [*rows, ("target", f"{goal} reached at {moment_text(info, history.target_reached.step)}{noise}")]
+    then, reached = history.at_target, history.target_reached
+    noise = f", noise scale {reading_text(then.reading, then.metric)}" if then else ""
+    return [*rows, ("target", f"{goal} reached at {moment_text(info, reached.step, reached.epoch)}{noise}")]
 
 
 def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     """The noise scale at the end, the global batch size beside it, and the path it took."""
-    batch = ("global batch", f"{info.global_batch_size:,} examples")
+    batch = ("global batch", _batch_text(info, history))
     if history.latest is None:
         return [("noise scale", "not measured"), batch]
-    end = history.latest.reading
-    named = f" examples, {end.state}" if end.state in ("resolved", "wide") else ""
-    rows = [("noise scale", f"{reading_text(end).removesuffix(' (wide)')}{named} at the end"), batch]
+    rows = [("noise scale", f"{_reading_at_the_end(history.latest)} at the end"), batch]
     measured = [timed for timed in history.readings if timed.reading.state != "unresolved"]
+    shown = _spread(measured, SHOWN_READINGS)
     path = [
-        f"{moment_text(info, timed.step)}: {reading_text(timed.reading)}" for timed in _spread(measured, SHOWN_READINGS)
+        f"{moment_text(info, timed.step, timed.epoch)}: {reading_text(timed.reading, _unless_all(timed, shown))}"
+        for timed in shown
     ]
     bars = sparkline([_point(timed.reading) for timed in _spread(measured, SPARKLINE_LENGTH)])
     path = [bars, *path] if bars else path
     return rows + [("" if i else "its path", line) for i, line in enumerate(path)]
+
+
+def _reading_at_the_end(timed: TimedReading) -> str:
+    """With its state and metric: "54 [40, 75] examples, resolved, in Adam's metric"."""
+    end, metric = timed.reading, timed.metric
+    if end.state not in ("resolved", "wide"):
+        return reading_text(end, metric)
+    named = f", in {METRIC_NAMES[metric]}" if metric != "plain" else ""
+    return f"{reading_text(end).removesuffix(' (wide)')} examples, {end.state}{named}"
+
+
+def _unless_all(timed: TimedReading, shown: Sequence[TimedReading]) -> Metric:
+    """The metric to name on a line of the path: none where all are in the one named above."""
+    return timed.metric if len({each.metric for each in shown}) > 1 else "plain"
+
+
+def _batch_text(info: RunInfo, history: History) -> str:
+    """The size, or the way it went where it adapted itself."""
+    changes = history.changes
+    if not changes:
+        return f"{history.global_batch_size:,} examples"
+    sizes = [f"{changes[0].before:,}"]
+    sizes += [f"{each.after:,} from {moment_text(info, each.step, each.epoch)}" for each in changes[-SHOWN_CHANGES:]]
+    if len(changes) > SHOWN_CHANGES:
+        sizes.insert(1, "...")
+    return f"{' -> '.join(sizes)} examples"
 
 
 def _point(reading: Reading) -> float:

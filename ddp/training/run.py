@@ -31,6 +31,7 @@ from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
 from ddp.tasks import load_task
 from ddp.tasks.base import Goal, Task, metric_goal
+from ddp.telemetry.critical_batches import read_critical_batches
 from ddp.telemetry.records import RunInfo, Sink
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
@@ -151,7 +152,8 @@ def _opened(
         origin = find_origin(
             job, os.environ, resume, datetime.now(UTC), secrets.token_hex(2), world_size=topology.world_size
         )
-        station = Station(job.metrics, _run_info(job, topology, plan, origin, transport))
+        measured = read_critical_batches(job.noise_scale.critical_batch_result)
+        station = Station(job.metrics, _run_info(job, topology, plan, origin, transport), measured)
         try:
             directory = open_run_directory(origin.job, origin.run_id, resume=resume is not None)
         except UsageError:

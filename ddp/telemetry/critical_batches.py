@@ -1,0 +1,75 @@
+"""Critical batch sizes that runs have measured, as `ddp critical-batch` leaves them in its result.json.
+
+Never computed here: a *critical batch size* belongs to an optimizer and a target and takes runs; the noise scale
+is a measurement of now. A job file that names a result has it shown beside the noise scale.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ddp.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class CriticalBatch:
+    """One measured critical batch size, with the ends of its interval, in examples (NaN: not known)."""
+
+    method: str
+    optimizer: str
+    target: str
+    critical_batch_size: float
+    low: float
+    high: float
+
+
+def read_critical_batches(result: str | None) -> tuple[CriticalBatch, ...]:
+    """The results in the file that a job names; () where it names none.
+
+    The file holds a JSON list of objects with the fields of `CriticalBatch`; other fields are ignored.
+
+    Raises:
+        UsageError: it cannot be read, or an entry lacks a field.
+    """
+    if result is None:
+        return ()
+    where = f"noise_scale.critical_batch_result: {result}"
+    try:
+        entries = json.loads(Path(result).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{where}: cannot read it: {error.strerror}; run `python -m ddp critical-batch` first"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{where}: not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise UsageError(f"{where}: not a result of `ddp critical-batch`, which is a list")
+    return tuple(_critical_batch(entry, f"{where}: entry {number}") for number, entry in enumerate(entries, 1))
+
+
+def _critical_batch(entry: Any, where: str) -> CriticalBatch:
+    try:
+        return CriticalBatch(
+            method=str(entry["method"]),
+            optimizer=str(entry["optimizer"]),
+            target=str(entry["target"]),
+            critical_batch_size=_number(entry["critical_batch_size"]),
+            low=_number(entry["low"]),
+            high=_number(entry["high"]),
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        expected = ", ".join(field.name for field in fields(CriticalBatch))
+        raise UsageError(f"{where}: {error!r}; it needs {expected}") from None
+
+
+def _number(value: object) -> float:
+    """JSON has no NaN: null stands for what a run did not bracket."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
