@@ -54,6 +54,7 @@ class Reduction:
         mean_squared_norm: that of the average. On an accelerator both are 0-dim tensors there.
         future: None where the reduction was done when it was returned; else it gives `bucket`, also after an error.
         error: what went wrong on the way, where that was not raised at once.
+        projection: of this rank's bucket as handed in; from whoever handed it in, see `ddp.transport.projection`.
     """
 
     bucket: Tensor
@@ -61,6 +62,7 @@ class Reduction:
     mean_squared_norm: float | Tensor
     future: Future[Tensor] | None = None
     error: Exception | None = None
+    projection: float | Tensor = 0.0
 
 
 class Transport(ABC):

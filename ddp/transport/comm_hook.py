@@ -6,7 +6,7 @@ and gives the bucket back; `GradientExchange.take` raises it right after backwar
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp.errors import TransportError, UsageError
 from ddp.outcome import annotate
 from ddp.transport.base import BucketState, Reduction, Transport
+from ddp.transport.projection import BucketProjection, SmallParameters
 from ddp.transport.row import StepRow
 
 T = TypeVar("T")
@@ -26,10 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parameters of one DDP bucket, in the order in which their gradients lie there, and its state."""
+    """The parameters of one DDP bucket, in the order in which their gradients lie there, and what goes with them."""
 
     parameters: tuple[Tensor, ...]
     state: BucketState
+    projection: BucketProjection
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class GradientSums:
     own_squared_norm: float
     mean_squared_norm: float
     layouts: tuple[Layout, ...] = ()
+    projection: float = 0.0  # of the own gradient, see ddp.transport.projection
 
     def by_parameter(self) -> dict[Tensor, tuple[float, float]]:
         """Each parameter's squared norm, of its own gradient and of the mean; to be asked before the next backward."""
@@ -66,6 +69,7 @@ class GradientExchange:
         self.step: int | None = None
         self.bytes_total = 0
         self._hook_seconds = 0.0
+        self._small = SmallParameters(())
         self._layouts: dict[int, Layout] = {}
         self._reductions: list[Reduction] = []
         self._detached = False
@@ -80,7 +84,9 @@ class GradientExchange:
 
     def prepare(self, model: DistributedDataParallel) -> None:
         """Get the transport ready for the model's gradients, before the first of them has a deadline."""
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        dtypes = {parameter.dtype for parameter in parameters}
+        self._small = SmallParameters(parameters)
         self.transport.prepare(dtypes & self.transport.dtypes)
 
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -127,7 +133,7 @@ class GradientExchange:
         """
         self.raise_error()
         sums = add_up(self.detach())
-        return GradientSums(sums.own_squared_norm, sums.mean_squared_norm, tuple(self._layouts.values()))
+        return replace(sums, layouts=tuple(self._layouts.values()))
 
     def exchange_row(self, row: StepRow) -> list[StepRow]:
         """Give this rank's row and get everyone's; a collective of its own.
@@ -150,14 +156,17 @@ class GradientExchange:
                 f"{buffer.dtype} gradients are not averaged: keep parameters in a real floating-point type"
             )
         try:
-            reduction = self.transport.all_reduce_mean_(buffer, self.weight, self._state_of(bucket))
+            layout = self._layout_of(bucket)
+            projection = layout.projection.of(buffer, self._backwards)  # before the bucket is overwritten
+            reduction = self.transport.all_reduce_mean_(buffer, self.weight, layout.state)
         except TransportError as error:
             self._locate(error, bucket.index())
             raise
+        reduction.projection = projection
         self._reductions.append(reduction)
         return reduction.future or _completed(buffer)
 
-    def _state_of(self, bucket: dist.GradBucket) -> BucketState:
+    def _layout_of(self, bucket: dist.GradBucket) -> Layout:
         """The bucket's from the last step, unless DDP has built its buckets anew.
 
         A rebuild may keep a bucket's index and length and change the order inside. To look at the parameters
@@ -170,16 +179,19 @@ class GradientExchange:
             or len(layout.parameters) != len(parameters)
             or not all(map(is_, layout.parameters, parameters))
         ):
-            layout = Layout(tuple(parameters), BucketState.of([_elements(parameter) for parameter in parameters]))
-            if layout.state.ends[-1] != bucket.buffer().numel():
-                raise TransportError(
-                    f"a bucket of {bucket.buffer().numel()} elements holds parameters of {layout.state.ends[-1]}: "
-                    "this version of torch lays out its buckets in a way that is not known here"
-                )
-            self._layouts[index] = layout
+            self._layouts[index] = layout = self._lay_out(parameters, bucket.buffer())
         if bucket.is_last() and len(self._layouts) > index + 1:
             self._layouts = {kept: self._layouts[kept] for kept in range(index + 1)}
-        return layout.state
+        return layout
+
+    def _lay_out(self, parameters: list[Tensor], buffer: Tensor) -> Layout:
+        state = BucketState.of([_elements(parameter) for parameter in parameters])
+        if state.ends[-1] != buffer.numel():
+            raise TransportError(
+                f"a bucket of {buffer.numel()} elements holds parameters of {state.ends[-1]}: "
+                "this version of torch lays out its buckets in a way that is not known here"
+            )
+        return Layout(tuple(parameters), state, self._small.in_bucket(parameters, state.ends.tolist(), buffer.device))
 
     def _complete_all(self) -> None:
         """Also after an error: DDP waits for every bucket's future."""
@@ -204,10 +216,11 @@ class GradientExchange:
 
 
 def add_up(reductions: list[Reduction]) -> GradientSums:
-    """The squared norms of a whole gradient from those of its buckets."""
+    """The sums of a whole gradient from those of its buckets."""
     return GradientSums(
         sum(float(reduction.own_squared_norm) for reduction in reductions),
         sum(float(reduction.mean_squared_norm) for reduction in reductions),
+        projection=sum(float(reduction.projection) for reduction in reductions),
     )
 
 
