@@ -88,7 +88,7 @@ class Drawing:
 
 def loss_chart(steps: Steps, evaluations: Evaluations) -> Drawing:
     """Each step's loss, its running mean, and both evaluated splits, over epochs, on a log scale."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     epochs, losses = _column(steps, "epoch"), _column(steps, "loss")
     axes.plot(epochs, losses, color=PALETTE["blue"], alpha=0.25, linewidth=0.8)
     axes.plot(epochs, running_mean(losses, max(1, len(losses) // 40)), color=PALETTE["blue"])
@@ -96,13 +96,13 @@ def loss_chart(steps: Steps, evaluations: Evaluations) -> Drawing:
     for split, colour in SPLIT_COLOURS.items():
         chosen = [record for record in evaluations if record.split == split]
         keys += _line(axes, chosen, [record.loss for record in chosen], colour, split)
-    _log_axis(axes)
-    return _drawing(figure, axes, "loss over epochs", keys)
+    log_axis(axes)
+    return finished_drawing(figure, axes, "loss over epochs", keys)
 
 
 def metric_chart(evaluations: Evaluations, metric: str, target: float | None) -> Drawing:
     """The watched metric on both splits, and its target where there is one."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     keys: list[Key] = []
     for split, colour in SPLIT_COLOURS.items():
         chosen = [record for record in evaluations if record.split == split and metric in record.metrics]
@@ -112,7 +112,7 @@ def metric_chart(evaluations: Evaluations, metric: str, target: float | None) ->
         keys.append(Key(f"target {target:g}", "red", "dashed"))
     if "accuracy" in metric:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    return _drawing(figure, axes, f"{metric} over epochs", keys)
+    return finished_drawing(figure, axes, f"{metric} over epochs", keys)
 
 
 def noise_chart(
@@ -123,7 +123,7 @@ def noise_chart(
     Where only a lower bound is known (beyond the data too) that bound is dotted and all above it shaded; a wide
     interval is paler; unresolved stretches show nothing but a grey bar at the foot.
     """
-    figure, axes = _figure(size_inches)
+    figure, axes = new_figure(size_inches)
     measured = [record for record in steps if record.reading is not None]
     epochs = _column(measured, "epoch")
     point, low, high = (
@@ -143,7 +143,7 @@ def noise_chart(
     axes.axhline(global_batch_size, color=PALETTE["red"], **DASHED)
     axes.axhline(training_examples, color=PALETTE["muted"], linewidth=1, linestyle=":")
     axes.set_ylim(bottom, top)
-    _log_axis(axes)
+    log_axis(axes)
     keys = [
         Key("noise scale", "blue") if (resolved | wide).any() else None,
         Key("95 % interval", "blue", "band") if (resolved | wide).any() else None,
@@ -152,20 +152,20 @@ def noise_chart(
         Key(f"global batch size {global_batch_size:,}", "red", "dashed"),
         Key(f"training set {training_examples:,}", "muted", "dotted") if bottom < training_examples < top else None,
     ]
-    return _drawing(figure, axes, "gradient noise scale over epochs", [key for key in keys if key])
+    return finished_drawing(figure, axes, "gradient noise scale over epochs", [key for key in keys if key])
 
 
 def learning_rate_chart(steps: Steps) -> Drawing:
-    figure, axes = _figure(LOW_INCHES)
+    figure, axes = new_figure(LOW_INCHES)
     axes.plot(_column(steps, "epoch"), _column(steps, "learning_rate"), color=PALETTE["violet"])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    return _drawing(figure, axes, "learning rate over epochs", [])
+    return finished_drawing(figure, axes, "learning rate over epochs", [])
 
 
 def phase_chart(phase_seconds: Sequence[Mapping[str, float]]) -> Drawing:
     """Mean time of a step by phase, one bar a rank."""
-    figure, axes = _figure((LOW_INCHES[0], max(LOW_INCHES[1], 0.8 + 0.3 * len(phase_seconds))))
+    figure, axes = new_figure((LOW_INCHES[0], max(LOW_INCHES[1], 0.8 + 0.3 * len(phase_seconds))))
     ranks = np.arange(len(phase_seconds))
     left = np.zeros(len(phase_seconds))
     for phase, colour in PHASE_COLOURS.items():
@@ -178,7 +178,7 @@ def phase_chart(phase_seconds: Sequence[Mapping[str, float]]) -> Drawing:
     axes.grid(visible=False, axis="y")
     axes.set_xlim(left=0)
     keys = [Key(phase.replace("_", "-"), colour, "bar") for phase, colour in PHASE_COLOURS.items()]
-    return _drawing(figure, axes, "time of a step by phase and rank", keys, x_label="milliseconds a step, mean")
+    return finished_drawing(figure, axes, "time of a step by phase and rank", keys, x_label="milliseconds a step, mean")
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
@@ -190,14 +190,15 @@ def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
-def _figure(size_inches: tuple[float, float] = SIZE_INCHES) -> tuple[Figure, Axes]:
+def new_figure(size_inches: tuple[float, float] = SIZE_INCHES) -> tuple[Figure, Axes]:
+    """A figure in the page's style, under `SETTINGS`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size_inches, layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _drawing(figure: Figure, axes: Axes, label: str, keys: Sequence[Key], x_label: str = "epoch") -> Drawing:
+def finished_drawing(figure: Figure, axes: Axes, label: str, keys: Sequence[Key], x_label: str = "epoch") -> Drawing:
     """The figure as an `<svg>` element that takes the width it is given; `label` is for those who hear it."""
     axes.set_xlabel(x_label)
     axes.margins(x=0.01)
@@ -214,7 +215,7 @@ def _drawing(figure: Figure, axes: Axes, label: str, keys: Sequence[Key], x_labe
     return Drawing(svg, tuple(keys))
 
 
-def _log_axis(axes: Axes) -> None:
+def log_axis(axes: Axes) -> None:
     """A log scale with plain numbers on it, and enough of them where it spans little."""
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -117,7 +117,13 @@ def page(
     job_text: str,
     made: str,
 ) -> str:
-    """The whole document; well-formed XML too, but for its first line."""
+    """A run's page."""
+    body = cards_html(cards) + charts_html(charts) + _readings(readings) + _job(job_text)
+    return document(title=title, notes=(subtitle, note), body=body, footer=f"Made {made} from run.db.")
+
+
+def document(*, title: str, notes: Sequence[str], body: str, footer: str) -> str:
+    """The whole document around `body`, which is HTML; well-formed XML too, but for its first line."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -131,18 +137,21 @@ def page(
 <main>
 <header>
 <h1>{escape(title)}</h1>
-<p>{escape(subtitle)}</p>
-<p>{escape(note)}</p>
+{"".join(f"<p>{escape(note)}</p>" for note in notes)}
 </header>
-<dl class="cards">
-{"".join(_card(card) for card in cards)}</dl>
-<div class="charts">
-{"".join(_figure(chart) for chart in charts)}</div>
-{_readings(readings)}{_job(job_text)}<footer>Made {escape(made)} from run.db.</footer>
+{body}<footer>{escape(footer)}</footer>
 </main>
 </body>
 </html>
 """
+
+
+def cards_html(cards: Sequence[Card]) -> str:
+    return f'<dl class="cards">\n{"".join(map(_card, cards))}</dl>\n'
+
+
+def charts_html(charts: Sequence[Chart]) -> str:
+    return f'<div class="charts">\n{"".join(map(_figure, charts))}</div>\n'
 
 
 def _card(card: Card) -> str:
@@ -167,10 +176,15 @@ def _figure(chart: Chart) -> str:
 
 
 def _readings(rows: Sequence[tuple[str, ...]]) -> str:
+    kinds = ("number", "number", "number", "number", "state", "words")
+    return table_html("Readings of the noise scale, in examples", HEADINGS, kinds, rows)
+
+
+def table_html(title: str, headings: Sequence[str], kinds: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
+    """A titled table; empty without rows. `kinds` are the columns' classes: number, state, words or "" for text."""
     if not rows:
         return ""
-    kinds = ("number", "number", "number", "number", "state", "words")
-    head = "".join(f'<th class="{kind}">{name}</th>' for kind, name in zip(kinds, HEADINGS, strict=True))
+    head = "".join(f'<th class="{kind}">{escape(name)}</th>' for kind, name in zip(kinds, headings, strict=True))
     body = "".join(
         "<tr>"
         + "".join(f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))
@@ -178,7 +192,7 @@ def _readings(rows: Sequence[tuple[str, ...]]) -> str:
         for row in rows
     )
     return (
-        '<section><h2>Readings of the noise scale, in examples</h2><div class="scroll"><table>'
+        f'<section><h2>{escape(title)}</h2><div class="scroll"><table>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div></section>\n"
     )
 
