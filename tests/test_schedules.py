@@ -1,13 +1,18 @@
-"""Learning rates against values worked out by hand and against torch's own scheduler."""
+"""Learning rates and their rules against values worked out by hand and against torch's own scheduler."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ddp.job import ScheduleSection
-from ddp.training.schedules import learning_rate
+from ddp.job import ScheduleSection, parse_job
+from ddp.noise.learning_rate import gain, rate_factor
+from ddp.noise.noise_scale import Reading, State
+from ddp.training.schedules import LearningRate, learning_rate
 
 
 def rates(steps: int, peak: float, **settings: object) -> list[float]:
@@ -52,3 +57,107 @@ def test_degenerate_lengths_stay_finite(name: str) -> None:
     assert rates(4, 0.5, name=name, warmup_steps=4)[-1] == 0.5
     section = ScheduleSection.model_validate({"name": "cosine", "final_fraction": 0.25})
     assert learning_rate(99, 10, 1.0, section) == 0.25
+
+
+def rate_of(batch: int = 16, **settings: Any) -> LearningRate:
+    """Of a run that began with `batch` examples a step, 10 steps an epoch."""
+    table: dict[str, Any] = {
+        "run": {"steps": 40},
+        "task": {"name": "digits"},
+        "batch": {"global_batch_size": batch},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1},
+    }
+    for name, value in settings.items():
+        section, key = name.split("__")
+        table.setdefault(section, {})[key] = value
+    if "run__epochs" in settings:
+        del table["run"]["steps"]
+    return LearningRate(parse_job(table), first_batch_size=batch, first_steps_per_epoch=10)
+
+
+def reading(noise_scale: float, state: State = "resolved") -> Reading:
+    return Reading(state, noise_scale, noise_scale, noise_scale, 2.0, 2.0 * noise_scale, 50, 50, 0.0, False)
+
+
+def test_at_the_tuned_batch_size_the_rate_is_the_schedules() -> None:
+    for rule in ("auto", "none", "linear", "sqrt", "noise_scale", "adascale"):
+        settings = {"schedule__name": "cosine", "schedule__warmup_steps": 4, "optimizer__learning_rate_rule": rule}
+        rate = rate_of(**settings)
+        expected = rates(40, 0.1, name="cosine", warmup_steps=4)
+        assert [rate.advance(16, 10, reading(30.0 + step)) for step in range(40)] == expected
+        assert rate.is_over(40, 4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "expected"),
+    [
+        ("none", "sgd", 1.0),
+        ("linear", "sgd", 4.0),
+        ("sqrt", "adam", 2.0),
+        ("noise_scale", "sgd", (1 + 48 / 16) / (1 + 48 / 64)),
+        ("auto", "adam", ((1 + 48 / 16) / (1 + 48 / 64)) ** 0.5),
+        ("adascale", "sgd", (96 / 16 + 2) / (96 / 64 + 2)),
+    ],
+)
+def test_another_batch_size_rescales_it_by_the_rule(rule: str, name: str, expected: float) -> None:
+    rate = rate_of(64, optimizer__tuned_batch_size=16, optimizer__learning_rate_rule=rule, optimizer__name=name)
+    assert rate.advance(64, 10, reading(48.0)) == pytest.approx(0.1 * expected)
+    assert rate.factor(16) == 1.0
+
+
+def test_while_no_noise_scale_is_resolved_the_root_stands_in_and_then_the_last_one_counts() -> None:
+    rate = rate_of(64, optimizer__tuned_batch_size=16)
+    assert rate.advance(64, 10, None) == pytest.approx(0.2)
+    assert rate.advance(64, 10, reading(48.0, "wide")) == pytest.approx(0.2)
+    resolved = rate.advance(64, 10, reading(48.0))
+    assert resolved == pytest.approx(0.1 * 4 / 1.75)
+    assert rate.advance(64, 10, reading(1e6, "lower_bound")) == resolved
+
+
+def test_in_epochs_the_schedule_ends_with_the_last_one_whatever_the_batch_does() -> None:
+    rate = rate_of(run__epochs=3, schedule__name="cosine", optimizer__learning_rate_rule="none")
+    for share in (0.1, 0.3, 0.6, 0.5, 0.5, 1.0):  # of an epoch, a step
+        last = rate.advance(16, 1 / share, None)
+    assert rate.position == pytest.approx(30) and last == pytest.approx(0.0, abs=1e-15)
+    assert not rate.is_over(5, 2) and rate.is_over(6, 3)
+    again = rate_of(run__epochs=3, schedule__name="cosine", optimizer__learning_rate_rule="none")
+    assert [again.advance(16, 10, None) for _ in range(30)] == rates(30, 0.1, name="cosine")
+
+
+def test_adascale_counts_steps_at_the_tuned_batch_size_and_ends_when_they_are_done() -> None:
+    rate = rate_of(
+        64, optimizer__tuned_batch_size=16, optimizer__learning_rate_rule="adascale", schedule__name="cosine"
+    )
+    one = (48 / 16 + 1) / (48 / 64 + 1)  # S/b0 + |G|^2 over S/b + |G|^2, both over |G|^2
+    for step in range(1, 18):
+        got = rate.advance(64, 10, reading(48.0, "wide"))
+        assert got == pytest.approx(one * learning_rate(step * one, 40, 0.1, ScheduleSection(name="cosine")))
+        assert not rate.is_over(step, 0)
+    rate.advance(64, 10, reading(48.0))
+    assert rate.is_over(18, 1)  # 18 * 2.29 > 40
+    epochs = rate_of(64, optimizer__tuned_batch_size=16, optimizer__learning_rate_rule="adascale", run__epochs=2)
+    assert epochs.length == 80  # 2 epochs of 10 steps of 64, in steps of 16
+
+
+def test_a_resumed_run_keeps_what_its_rate_was_tuned_at() -> None:
+    rate = rate_of(16, schedule__name="cosine", run__epochs=4)
+    for _ in range(7):
+        rate.advance(16, 10, reading(48.0))
+    again = rate_of(32, schedule__name="cosine", run__epochs=4)  # on twice as many ranks
+    again.first_steps_per_epoch = 5
+    again.load_state_dict(rate.state_dict())
+    assert again.tuned_batch_size == 16 and again.length == 40
+    expected = learning_rate(9, 40, 0.1, ScheduleSection(name="cosine")) * (1 + 48 / 16) / (1 + 48 / 32)
+    assert again.advance(32, 5, None) == pytest.approx(expected)
+
+
+def test_the_factors_meet_their_limits() -> None:
+    assert rate_factor("noise_scale", 16, 64, 0.0) == 1.0  # no noise: a larger batch is worth nothing
+    assert rate_factor("noise_scale", 16, 64, math.inf) == 4.0  # all noise: linear
+    assert rate_factor("noise_scale", 64, 16, math.inf, exponent=0.5) == 0.5
+    assert gain(-1.0, 2.0, 16, 64) == 1.0 and gain(1.0, -2.0, 16, 64) == 4.0
+    assert gain(math.nan, math.nan, 16, 64) == gain(0.0, 0.0, 16, 64) == 1.0
+    with pytest.raises(ValueError, match="not negative"):
+        rate_factor("noise_scale", 16, 64, -1.0)
+    with pytest.raises(ValueError, match="above 0"):
+        rate_factor("linear", 0, 64)

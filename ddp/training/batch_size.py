@@ -1,0 +1,215 @@
+"""The global batch size that gets furthest in a second, from the noise scale and what steps cost.
+
+A step at b examples costs a + c b seconds and is worth 1/(1 + B/b) of a step without noise (McCandlish et al. 2018,
+arXiv:1812.06162, equation 2.7), so that the time for the same progress, (a + c b)(1 + B/b), is least at
+b = sqrt(B a/c). Everything here is arithmetic in plain floats on numbers that all ranks have alike, the rows of all
+ranks and the reading they share: so all ranks decide alike, and no clock of a rank's own has a say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from ddp.noise.noise_scale import SMALLEST_WINDOW, Reading
+from ddp.transport.row import StepRow
+
+SMALLEST_CHANGE = 1.5  # a batch that is wrong by less costs next to nothing: (1 + r)^2/4r is 1.04 at r = 1.5
+LARGEST_CHANGE = 2.0  # at once; the noise scale at the new size is not known yet
+KEPT_STEPS = 25  # of one layout
+KEPT_LAYOUTS = 4  # the newest
+FEWEST_STEPS = 3  # of a layout before its median counts
+TRIAL_STEPS = 6  # near the start with twice the micro-batches, to tell their overhead from what examples cost
+SMALLEST_SHARE = 0.01  # of a step's work that its examples cost at least: a fit may find none in noise
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step costs in seconds: fixed + micro_batch m + example b, with m micro-batches a rank, b examples in all."""
+
+    fixed: float  # averaging, row and optimizer
+    micro_batch: float  # overhead of one forward and backward
+    example: float  # of the whole batch: a rank's own cost over the number of ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the batch may be; sizes in examples over all ranks."""
+
+    smallest: int
+    largest: int
+    world_size: int
+    micro_batch_size: int | None = None  # examples a rank may hold at once; None: as many as there are
+    micro_batches: int = 1  # a rank has at least so many
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From the next step on the global batch size is `after`."""
+
+    before: int
+    after: int
+    reason: str
+
+
+class StepTimes:
+    """Times of the newest steps by layout, (examples, micro-batches a rank), and the cost that fits them."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[int, int], list[tuple[float, float]]] = {}  # newest last: (work, fixed) seconds
+
+    def add(self, layout: tuple[int, int], rows: Sequence[StepRow]) -> None:
+        """One step of this layout, timed by the rows of all ranks; the slowest rank is the step's pace."""
+        slowest = max(rows, key=_work)
+        fixed = slowest.all_reduce_seconds + slowest.wait_seconds + slowest.optimizer_seconds
+        steps = self._layouts.pop(layout, [])
+        self._layouts[layout] = [*steps, (_work(slowest), fixed)][-KEPT_STEPS:]
+        while len(self._layouts) > KEPT_LAYOUTS:
+            del self._layouts[next(iter(self._layouts))]
+
+    def cost(self) -> StepCost | None:
+        """The cost by medians over steps and least squares over layouts; None while too few steps are timed.
+
+        The newest layout says what is fixed. Where layouts do not tell the overhead of a micro-batch from the cost of
+        its examples (one layout, or micro-batches all of a size), examples carry all of it.
+        """
+        timed = {layout: steps for layout, steps in self._layouts.items() if len(steps) >= FEWEST_STEPS}
+        if not timed:
+            return None
+        works = [(b, m, median(work for work, _ in steps)) for (b, m), steps in timed.items()]
+        fixed = median(fixed for _, fixed in list(timed.values())[-1])
+        b, m, work = works[-1]
+        micro_batch, example = _split_work(works)
+        if micro_batch < 0 or example * b < SMALLEST_SHARE * work:
+            example = min(max(example, SMALLEST_SHARE * work / b), work / b)
+            micro_batch = (work - example * b) / m
+        return StepCost(max(fixed, 0.0), micro_batch, example)
+
+    def state_dict(self) -> list[Any]:
+        """JSON-able."""
+        return [[list(layout), [list(step) for step in steps]] for layout, steps in self._layouts.items()]
+
+    def load_state_dict(self, state: Sequence[Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._layouts = {(int(b), int(m)): [(w, f) for w, f in steps] for (b, m), steps in state}
+
+
+def best_batch_size(noise_scale: float, cost: StepCost, limits: Limits) -> float:
+    """The global batch size at which a run makes most progress a second; not rounded, not limited.
+
+    Up to what micro-batches hold, a larger batch makes them larger and their overhead is part of a; beyond, it
+    makes more of them and their overhead is part of c.
+    """
+    together = cost.fixed + limits.micro_batches * cost.micro_batch
+    if limits.micro_batch_size is None:
+        return math.sqrt(noise_scale * together / cost.example)
+    held = limits.world_size * limits.micro_batch_size
+    growing = math.sqrt(noise_scale * together / cost.example)
+    accumulating = math.sqrt(noise_scale * cost.fixed / (cost.example + cost.micro_batch / held))
+    return max(min(growing, held * limits.micro_batches), accumulating)
+
+
+class BatchSizeController:
+    """Follows `best_batch_size` in steps of at most a doubling, one for each window of fresh observations."""
+
+    def __init__(self, limits: Limits, size: int) -> None:
+        self.limits, self.size = limits, size
+        self._times = StepTimes()
+        self._steps = 0  # since the start
+        self._fresh = 0  # observations since the last change
+        self._observations = 0
+        self._timed: tuple[int, int] | None = None  # layout of the step that the next rows time
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples a rank holds at once in the next step: of even micro-batches, as few as the limits allow.
+
+        Some steps near the start take twice as many: the same gradient, and a second point for the times.
+        """
+        share = -(-self.size // self.limits.world_size)
+        held = self.limits.micro_batch_size or share
+        fewest = max(self.limits.micro_batches, -(-share // held))
+        on_trial = TRIAL_STEPS <= self._steps < 2 * TRIAL_STEPS and share >= 4 * fewest
+        return -(-share // (2 * fewest if on_trial else fewest))
+
+    def observe(
+        self, examples: int, micro_batches: int, rows: Sequence[StepRow], reading: Reading | None
+    ) -> Change | None:
+        """Take one step: its examples over all ranks, its micro-batches a rank, its rows and the headline reading.
+
+        The times in the rows are those of the step before.
+        """
+        if self._timed is not None:
+            self._times.add(self._timed, rows)
+        self._timed = (examples, micro_batches) if examples == self.size else None
+        self._steps += 1
+        if reading is None:
+            return None
+        self._fresh += reading.observations != self._observations
+        self._observations = reading.observations
+        change = self._decide(reading) if self._fresh >= SMALLEST_WINDOW and reading.state == "resolved" else None
+        if change is not None:
+            self.size, self._fresh, self._timed = change.after, 0, None
+        return change
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able. The step whose times are not known yet is left out: another process would time it."""
+        return {
+            "size": self.size,
+            "steps": self._steps,
+            "fresh": self._fresh,
+            "observations": self._observations,
+            "times": self._times.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, same_ranks: bool) -> None:
+        """Go on from `state_dict()`. Times of another number of ranks say nothing about this one's."""
+        self.size = min(max(int(state["size"]), self.limits.smallest), self.limits.largest)
+        self._fresh, self._observations = int(state["fresh"]), int(state["observations"])
+        self._timed = None
+        if same_ranks:
+            self._steps = int(state["steps"])
+            self._times.load_state_dict(state["times"])
+
+    def _decide(self, reading: Reading) -> Change | None:
+        cost = self._times.cost()
+        if cost is None:
+            return None
+        best = best_batch_size(reading.noise_scale, cost, self.limits)
+        after = self._rounded(min(max(best, self.size / LARGEST_CHANGE), self.size * LARGEST_CHANGE))
+        if max(after / self.size, self.size / after) < SMALLEST_CHANGE:
+            return None
+        return Change(self.size, after, _reason(reading, cost, best, self.limits))
+
+    def _rounded(self, size: float) -> int:
+        """Inside the limits, and where they allow it the same share for each rank."""
+        ranks = self.limits.world_size
+        even = ranks * max(round(size / ranks), 1)
+        return min(max(even, self.limits.smallest), self.limits.largest)
+
+
+def _work(row: StepRow) -> float:
+    return row.data_seconds + row.forward_seconds + row.backward_seconds
+
+
+def _split_work(works: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
+    """(p, c) of work = p m + c b by least squares of relative errors; (0, work/b) where layouts do not tell."""
+    mm = mb = bb = m1 = b1 = 0.0
+    for b, m, work in works:
+        x, y = m / work, b / work
+        mm, mb, bb, m1, b1 = mm + x * x, mb + x * y, bb + y * y, m1 + x, b1 + y
+    determinant = mm * bb - mb * mb
+    if determinant <= 1e-3 * mm * bb:  # micro-batches of all layouts alike to 3 %
+        return 0.0, works[-1][2] / works[-1][0]
+    return (m1 * bb - b1 * mb) / determinant, (b1 * mm - m1 * mb) / determinant
+
+
+def _reason(reading: Reading, cost: StepCost, best: float, limits: Limits) -> str:
+    fixed = 1e3 * (cost.fixed + limits.micro_batches * cost.micro_batch)
+    return (
+        f"noise scale {reading.noise_scale:.0f} ({reading.low:.0f}-{reading.high:.0f}), a step takes {fixed:.2g} ms + "
+        f"{1e3 * cost.example:.2g} ms an example: fastest at {best:.0f}"
+    )
