@@ -99,6 +99,18 @@ class TextSection(Section):
         return self
 
 
+class QuadraticSection(Section):
+    """A bowl with noisy gradients: synthetic, its training curve and noise scale known exactly. For plain tests."""
+
+    name: Literal["quadratic"]
+    dimension: Positive = 64
+    noise: NonNegativeFloat = Field(default=1.0, description="standard deviation of an example's gradient, per axis")
+    distance: PositiveFloat = Field(default=8.0, description="from the bottom at the start")
+    condition_number: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        default=1.0, description="largest over smallest curvature; the largest is 1"
+    )
+
+
 class CustomSection(Section):
     """A user's own task: `module:attr`, called with `options` as keyword arguments."""
 
@@ -106,7 +118,7 @@ class CustomSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-TASKS: Mapping[str, type[Section]] = {"digits": DigitsSection, "text": TextSection}
+TASKS: Mapping[str, type[Section]] = {"digits": DigitsSection, "text": TextSection, "quadratic": QuadraticSection}
 
 
 def _task_tag(value: object) -> str | None:
@@ -122,6 +134,7 @@ def _task_tag(value: object) -> str | None:
 TaskSection = Annotated[
     Annotated[DigitsSection, Tag("digits")]
     | Annotated[TextSection, Tag("text")]
+    | Annotated[QuadraticSection, Tag("quadratic")]
     | Annotated[CustomSection, Tag("custom")],
     Discriminator(_task_tag),
 ]

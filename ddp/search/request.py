@@ -1,0 +1,32 @@
+"""What one trial is to be. Loads no torch: trials are planned where nothing is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ddp.search.store import TrialMethod
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A run to be made.
+
+    Attributes:
+        targets: losses to reach, falling; none for a run of `maximum_steps`.
+        maximum_steps: the budget.
+        hopeless_steps: after which a run that has not reached the last target cannot be the best any more; never
+            below what the best known run took.
+    """
+
+    method: TrialMethod
+    batch_size: int
+    learning_rate: float
+    seed: int
+    targets: tuple[float, ...]
+    maximum_steps: int
+    hopeless_steps: float = math.inf
+
+    @property
+    def key(self) -> tuple[str, int, float, int]:
+        return self.method, self.batch_size, self.learning_rate, self.seed
