@@ -121,7 +121,7 @@ class NoiseScaleWindow:
         window = self._history.widest_agreeing()
         size, means = window.size, window.means()
         low, high = fieller(means, self._t[size]) if size >= SMALLEST_WINDOW else (math.nan, math.nan)
-        state = self._state(low, high)
+        state = state_of(low, high, self._training_examples)
         known = state != "unresolved"
         point = (means.x / means.y if means.y > 0 else math.inf) if known else math.nan
         return Reading(
@@ -137,14 +137,16 @@ class NoiseScaleWindow:
             drifting=size >= SMALLEST_WINDOW and _drifts(self._history.newest(size), means),
         )
 
-    def _state(self, low: float, high: float) -> State:
-        if not low >= 0:  # also where it is NaN
-            return "unresolved"
-        if low > self._training_examples:
-            return "beyond_data"
-        if high == math.inf:
-            return "lower_bound"
-        return "wide" if high > WIDE * low else "resolved"
+
+def state_of(low: float, high: float, training_examples: float = math.inf) -> State:
+    """The state that an interval means, for a window of enough observations; see `NoiseScaleWindow`."""
+    if not low >= 0:  # also where it is NaN
+        return "unresolved"
+    if low > training_examples:
+        return "beyond_data"
+    if high == math.inf:
+        return "lower_bound"
+    return "wide" if high > WIDE * low else "resolved"
 
 
 def steps_needed(means: PairedMeans, size: int, z: float = 1.96) -> float:
