@@ -16,8 +16,8 @@ from ddp.search.request import Trial
 from ddp.search.store import TrialResult
 from ddp.search.sweep_file import Sweep
 
-TARGET_STEPS = (45, 60, 90)  # of the largest batch
-PILOT_STEPS = 104  # smoothing looks 12 % beyond
+TARGET_STEPS = (35, 45, 60)  # of the largest batch
+PILOT_STEPS = 69  # smoothing looks 12 % beyond
 DIGITS = 3  # of a target
 
 

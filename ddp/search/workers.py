@@ -75,9 +75,7 @@ class Pool:
         self._sweep, self._allow_import = sweep, allow_import
         self._workers: list[_Worker] = []
         try:
-            first = self._begin()
-            self.ready = _first_word(first)
-            self._workers.append(first)
+            self.ready = _first_word(self._begin())
             cores = len(os.sched_getaffinity(0)) if self.ready.device == "cpu" else 1
             self._wanted = workers or cores
         except BaseException:
@@ -109,7 +107,6 @@ class Pool:
         worker = next((worker for worker in self._workers if worker.trial is None), None)
         if worker is None:
             worker = self._begin()
-            self._workers.append(worker)
         worker.trial = trial
         with contextlib.suppress(OSError):  # it has just died: `finished` sees it
             worker.pipe.send(trial)
@@ -142,7 +139,8 @@ class Pool:
         with _environment_of_one_thread():
             process.start()
         theirs.close()
-        return _Worker(process, ours)
+        self._workers.append(_Worker(process, ours))
+        return self._workers[-1]
 
     def _receive(self, worker: _Worker) -> TrialResult | Failed | Ready:
         try:

@@ -1,0 +1,213 @@
+"""A critical-batch search from its sweep file to its results: the loop that keeps the workers busy.
+
+What a search is to do next follows from the trials in its database alone (`plan.py`, `pilot.py`), so it may end at any
+moment and go on later: finished trials stay, and none is run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ddp.errors import DdpError, StoppedError, UsageError
+from ddp.search.pilot import choose_targets, wanted_pilots
+from ddp.search.plan import wanted
+from ddp.search.progress import SearchProgress
+from ddp.search.request import Trial
+from ddp.search.store import FILE_NAME, TrialResult, read_fact, read_trials, remove_failed, write_fact, write_trial
+from ddp.search.sweep_file import Sweep
+from ddp.search.workers import Failed, Pool
+from ddp.training.signals import StopRequest, stop_on_signals
+
+POLL_SECONDS = 0.2  # between looks at whether a signal came
+HOPELESS_FAILURES = 3  # trials that failed before any did not: something is wrong with all of them
+DEFINITION, TARGETS = "definition", "targets"  # facts in the database
+
+Plan = Callable[[Sequence[TrialResult]], list[Trial]]
+
+
+def search(
+    sweep: Sweep,
+    *,
+    resume: bool = False,
+    workers: int | None = None,
+    allow_import: bool = False,
+    stream: TextIO | None = None,
+) -> Path:
+    """Run the search to its end and write its results; returns its directory.
+
+    Args:
+        resume: go on with what is in the directory; trials that failed are tried again.
+        workers: runs side by side; the sweep's own number, or one a core, where left out.
+        stream: for progress; standard error where left out.
+
+    Raises:
+        UsageError: the job cannot be run, the directory holds another search, or one is running there.
+        StoppedError: a signal asked for it; what has finished is kept.
+        DdpError: all trials fail.
+    """
+    directory = sweep.directory
+    path = directory / FILE_NAME
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone_in(directory):
+        _begin_or_go_on(path, sweep, resume=resume)
+        with (
+            Pool(sweep, workers or sweep.section.workers, allow_import=allow_import) as pool,
+            stop_on_signals() as stop,
+            SearchProgress(stream) as progress,
+        ):
+            loop = _Loop(pool, path, stop, progress, read_trials(path), sweep.job.optimizer.name)
+            targets = _targets(loop, sweep, path)
+            loop.complete(lambda done: wanted(sweep, targets, done), f"to {_list(targets)}", _expected(sweep))
+        write_results(directory)
+    return directory
+
+
+def write_results(directory: Path) -> None:
+    """result.json and report.html from the trials in the directory; the page where matplotlib is there."""
+    from ddp.search.critical_batch_report import write_critical_batch_report
+    from ddp.search.findings import write_result
+
+    write_result(directory)
+    write_critical_batch_report(directory)
+
+
+def _targets(loop: _Loop, sweep: Sweep, path: Path) -> tuple[float, ...]:
+    """Those given, those chosen before, or those that pilot runs find now."""
+    if sweep.section.targets != "auto":
+        return sweep.section.targets
+    chosen = read_fact(path, TARGETS)
+    if chosen is None:
+        loop.complete(lambda done: wanted_pilots(sweep, done), "pilot runs, for targets", 5)
+        chosen = choose_targets(sweep, loop.done)
+        write_fact(path, TARGETS, chosen)
+    return tuple(chosen)
+
+
+@dataclass
+class _Loop:
+    pool: Pool
+    path: Path
+    stop: StopRequest
+    progress: SearchProgress
+    done: list[TrialResult]
+    optimizer: str
+
+    def complete(self, plan: Plan, what: str, expected: int) -> None:
+        """Run what `plan` wants until it wants nothing more."""
+        self.progress.begin(what, expected, self.pool.size)
+        queue = plan(self.done)
+        while queue or self.pool.running:
+            self._start(queue)
+            ended = self.pool.finished(POLL_SECONDS)
+            for trial, outcome in ended:
+                self._keep(trial, outcome)
+            if self.stop.asked:
+                raise StoppedError(
+                    f"stopped by {self.stop.signal_name}: {len(self.done)} trials are kept in {self.path}; "
+                    "go on with --resume"
+                )
+            if ended:
+                queue = plan(self.done)
+
+    def _start(self, queue: Sequence[Trial]) -> None:
+        running = {trial.key for trial in self.pool.running}
+        waiting = [trial for trial in queue if trial.key not in running]
+        for trial in waiting[: self.pool.idle]:
+            self.pool.start(trial)
+
+    def _keep(self, trial: Trial, outcome: TrialResult | Failed) -> None:
+        result = _failed(trial, self.optimizer, outcome.cause) if isinstance(outcome, Failed) else outcome
+        write_trial(self.path, result)
+        self.done.append(result)
+        self.progress.trial(result)
+        if len(self.done) >= HOPELESS_FAILURES and all(each.stopped_because == "failed" for each in self.done):
+            raise DdpError(f"every trial so far failed, the last one: {result.cause}")
+
+
+def _failed(trial: Trial, optimizer: str, cause: str) -> TrialResult:
+    unknown = (math.nan,) * len(trial.targets)
+    return TrialResult(
+        optimizer=optimizer,
+        batch_size=trial.batch_size,
+        learning_rate=trial.learning_rate,
+        seed=trial.seed,
+        method=trial.method,
+        targets=trial.targets,
+        steps_to_target=unknown,
+        examples_to_target=unknown,
+        validation_loss_at_target=unknown,
+        validation_metric_at_target=unknown,
+        seconds=math.nan,
+        seconds_per_step=math.nan,
+        peak_memory_bytes=0,
+        diverged=False,
+        stopped_because="failed",
+        curve=(),
+        noise_plain=unknown,
+        noise_preconditioned=unknown,
+        cause=cause,
+    )
+
+
+def _begin_or_go_on(path: Path, sweep: Sweep, *, resume: bool) -> None:
+    """Refuse to mix two searches.
+
+    Raises:
+        UsageError: there is a search already and `resume` is not asked for, or it is another one.
+    """
+    here: dict[str, Any] | None = read_fact(path, DEFINITION)
+    if here is None:
+        write_fact(path, DEFINITION, sweep.definition())
+        return
+    if not resume:
+        raise UsageError(f"{path}: there is a search already; give --resume to go on, or another sweep.directory")
+    if here != sweep.definition():
+        raise UsageError(
+            f"{path}: was begun with another {_difference(here, sweep.definition())}; results of two searches do not "
+            "mix: restore that, or give another sweep.directory"
+        )
+    remove_failed(path)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The names of what differs, as in the file."""
+    names: list[str] = []
+    for table in sorted(old.keys() | new.keys()):
+        before, after = old.get(table), new.get(table)
+        if isinstance(before, dict) and isinstance(after, dict):
+            keys = sorted(before.keys() | after.keys())
+            names += [f"{table}.{key}" for key in keys if before.get(key) != after.get(key)]
+        elif before != after:
+            names.append(table)
+    return ", ".join(names)
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, which goes with the process; where locks are not to be had, trust the user."""
+    with open(directory / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{directory}: a search is running here already") from None
+        except OSError:
+            pass
+        yield
+
+
+def _expected(sweep: Sweep) -> int:
+    """Trials of an uneventful search: for the progress bar, which grows where there are more."""
+    section = sweep.section
+    if section.learning_rates != "auto":
+        return len(section.batch_sizes) * len(section.learning_rates) * section.seeds
+    return len(section.batch_sizes) * (2 + 5 * section.seeds)
+
+
+def _list(targets: Sequence[float]) -> str:
+    return "training loss " + ", ".join(f"{target:g}" for target in targets)
