@@ -318,12 +318,14 @@ def test_batches_come_from_a_population_unless_dropout_makes_every_draw_new(
 ) -> None:
     here = digits(tmp_path, "sgd", global_batch_size=300, micro_batch_size=75, run__steps=3, task__dropout=dropout)
     train_ranks(rank_pool, 2, here)
-    records, window = steps_of(tmp_path / "run"), saved(tmp_path / "run", 3, 2)["shared"]["noise_scale"]
+    records, state = steps_of(tmp_path / "run"), saved(tmp_path / "run", 3, 2)["shared"]["noise_scale"]
+    window = state["whole"]["plain"]
     assert window["observations"] == len(records) == 3
-    for record, trace, norm in zip(records, window["variance_trace"], window["squared_norm"], strict=True):
+    traces, norms = np.frombuffer(window["variance_trace"]), np.frombuffer(window["squared_norm"])
+    for record, trace, norm in zip(records, traces, norms, strict=True):
         assert norm == pytest.approx(record.gradient_norm**2 - trace * (1 / 300 - 1 / population), rel=1e-6)
     if not dropout:
-        assert window["variance_trace"][0] == pytest.approx(trace_of_first_step(), rel=1e-3)
+        assert traces[0] == pytest.approx(trace_of_first_step(), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def job(folder: Path, **settings: Any) -> Job:
         "transport": {"timeout_seconds": 30.0},
         "metrics": {"enabled": False},
         "evaluation": {"metric": "loss"},
+        "noise_scale": {"sample_every": 3},  # "auto" goes by the clock: then two runs are not sampled in the same steps
     }
     for name, value in settings.items():
         section, _, key = name.rpartition("__")

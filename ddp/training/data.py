@@ -70,15 +70,18 @@ class BatchPlan:
         """The part of the batch that `rank` takes: floor or ceiling of an equal share, never empty."""
         return split(self.batch(position), self.world_size)[rank]
 
-    def micro_batches(self, position: int, rank: int) -> list[range]:
+    def micro_batches(self, position: int, rank: int, least: int = 1) -> list[range]:
         """The share in parts that differ by at most one and hold 1 to micro_batch_size examples.
 
-        Every rank has as many as the largest share needs, gradient_accumulation_steps in a full batch, but none
-        more than it has examples.
+        Every rank has as many as the largest share needs, gradient_accumulation_steps in a full batch, and `least`
+        where that is more, but none more than it has examples.
         """
         share = self.share(position, rank)
-        parts = -(-len(self.batch(position)) // (self.world_size * self.micro_batch_size))
-        return split(share, min(parts, len(share)))
+        return split(share, min(max(self.passes(len(self.batch(position))), least), len(share)))
+
+    def passes(self, examples: int) -> int:
+        """Micro-batches of the rank with the largest share of so many examples."""
+        return -(-examples // (self.world_size * self.micro_batch_size))
 
     def positions(self, start: int = 0) -> Iterator[int]:
         """Where the steps of an epoch begin, from `start` on."""
@@ -107,14 +110,36 @@ def split(positions: range, parts: int) -> list[range]:
     return [positions[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
-def batches(dataset: Dataset[Any], plan: BatchPlan, rank: int, epoch: int, start: int = 0) -> Iterator[StepData]:
-    """The steps of `epoch` from position `start` (0 for the first) on; earlier examples are not read."""
+def batches(
+    dataset: Dataset[Any],
+    plan: BatchPlan,
+    rank: int,
+    epoch: int,
+    start: int = 0,
+    least_parts: Callable[[], int] = lambda: 1,
+) -> Iterator[StepData]:
+    """The steps of `epoch` from position `start` (0 for the first) on; earlier examples are not read.
+
+    `least_parts` is asked before each step for the fewest micro-batches it is to have.
+    """
     fetch = fetcher(dataset)
     order = plan.order(epoch)
     for position in plan.positions(start):
-        parts, whole = plan.micro_batches(position, rank), plan.batch(position)
-        micro_batches = tuple(fetch(order[part.start : part.stop].tolist()) for part in parts)
-        yield StepData(micro_batches, examples=sum(map(len, parts)), global_examples=len(whole), stop=whole.stop)
+        yield fetch_step(fetch, order, plan, rank, position, least_parts())
+
+
+def fetch_step(
+    fetch: Callable[[Sequence[int]], Batch],
+    order: NDArray[np.int64],
+    plan: BatchPlan,
+    rank: int,
+    position: int,
+    least_parts: int = 1,
+) -> StepData:
+    """The step that begins at `position` of the epoch with this order, in at least so many micro-batches."""
+    parts, whole = plan.micro_batches(position, rank, least_parts), plan.batch(position)
+    micro_batches = tuple(fetch(order[part.start : part.stop].tolist()) for part in parts)
+    return StepData(micro_batches, examples=sum(map(len, parts)), global_examples=len(whole), stop=whole.stop)
 
 
 def fetcher(dataset: Dataset[Any]) -> Callable[[Sequence[int]], Batch]:

@@ -26,7 +26,6 @@ from torch.utils.data import Dataset, Subset
 import ddp
 from ddp.errors import PeerLostError, UsageError
 from ddp.job import Job, run_id_is_given
-from ddp.noise.noise_scale import NoiseScaleWindow
 from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
 from ddp.tasks import load_task
@@ -237,7 +236,6 @@ def _trainer(
         model=model,
         optimizer=build_optimizer(job.optimizer, model.parameters()),
         exchange=exchange,
-        window=NoiseScaleWindow(training_examples=plan.batches.examples),
         stop=stop,
         sinks=sinks,
         save_checkpoint=lambda trainer: save_state(trainer, checkpoints),

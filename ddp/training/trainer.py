@@ -6,6 +6,7 @@ judge it (finite? stop?); enter it into the noise scale; clip and update; hand o
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,9 @@ from torch.utils.data import Dataset
 
 from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.job import Job
-from ddp.metering.observation import observe_step
-from ddp.noise.noise_scale import NoiseScaleWindow, Reading
+from ddp.metering.measurement import NoiseMeasurement, Settings, has_batch_statistics
 from ddp.noise.readings import NoiseReadings
+from ddp.noise.shards import ShardWatch
 from ddp.tasks.base import Batch, Task
 from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
 from ddp.training.data import BatchPlan, StepData, batches, to_device
@@ -37,6 +38,8 @@ from ddp.training.schedules import learning_rate
 from ddp.training.signals import StopRequest
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.row import StepRow
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,6 @@ class Trainer:
     model: DistributedDataParallel
     optimizer: Optimizer
     exchange: GradientExchange
-    window: NoiseScaleWindow
     stop: StopRequest
     sinks: Sequence[Sink]
     save_checkpoint: Callable[[Trainer], Path]
@@ -72,7 +74,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
-        self._population = population(self.model, self.plan.examples)
+        self.measurement = self._measurement() if self.job.noise_scale.enabled else None
+        self._shards = ShardWatch()
 
     def run(self) -> None:
         """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
@@ -81,7 +84,14 @@ class Trainer:
             self._evaluate()  # a stop in that step came before
         while self.step_count < self.steps:
             epoch, first = divmod(self.step_count, self.plan.steps_per_epoch)
-            steps = batches(self.splits.training, self.plan, self.rank, epoch, first * self.plan.global_batch_size)
+            steps = batches(
+                self.splits.training,
+                self.plan,
+                self.rank,
+                epoch,
+                first * self.plan.global_batch_size,
+                self._least_parts,
+            )
             for _ in range(min(self.plan.steps_per_epoch - first, self.steps - self.step_count)):
                 self._stop_if_asked(self._step(steps))
                 if self._evaluation_is_due():
@@ -100,6 +110,7 @@ class Trainer:
         data = next(steps)
         clock.lap("data")
 
+        self._begin_measuring(data)
         loss_sum = self._forward_backward(data, clock)
         sums = self.exchange.take()
         rows = self._exchange_rows(data, loss_sum, sums)
@@ -108,7 +119,8 @@ class Trainer:
         self.step_count += 1
         self.examples_total += data.global_examples
         self._raise_if_not_finite(rows)
-        reading = self._observe(rows, sums)
+        noise = self._observe(rows, sums)
+        clock.lap("measure")
         rate = self._update(sums)
         clock.lap("optimizer")
 
@@ -126,7 +138,7 @@ class Trainer:
             all_reduce_bytes=self.exchange.bytes_total - bytes_before,
             straggler_rank=_straggler(rows),
             global_batch_size=self.plan.global_batch_size,
-            noise=None if reading is None else NoiseReadings(plain=reading),
+            noise=noise,
         )
         for sink in self.sinks:
             sink.step(record)
@@ -148,6 +160,8 @@ class Trainer:
                 clock.lap("forward")
                 (loss / data.examples).backward()
                 clock.lap("backward")
+            if self.measurement is not None:
+                self.measurement.end_unit(len(losses), data.examples)
             loss_sum += loss.item()
             count += len(losses)
         if count != data.examples:
@@ -170,7 +184,9 @@ class Trainer:
             loss_sum=loss_sum,
             finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
             stop=float(self.stop.asked),
+            projection=sums.projection,
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
+            **(self.measurement.row_fields() if self.measurement is not None else {}),
         )
         return self.exchange.exchange_row(row)
 
@@ -183,10 +199,42 @@ class Trainer:
                 "optimizer.gradient_clip_norm, or look for bad values in the data"
             )
 
-    def _observe(self, rows: list[StepRow], sums: GradientSums) -> Reading | None:
-        if not self.job.noise_scale.enabled:
-            return None
-        return observe_step(self.window, rows, sums.mean_squared_norm, population=self._population)
+    def _measurement(self) -> NoiseMeasurement:
+        section = self.job.noise_scale
+        settings = Settings(
+            training_examples=self.plan.examples,
+            population=population(self.model, self.plan.examples),
+            sample_every=section.sample_every,
+            split=section.split,
+            layers=section.layers,
+        )
+        if self.rank == 0 and has_batch_statistics(self.model):
+            logger.info(
+                "the model normalises by batch statistics: the gradients of a micro-batch's examples depend on each "
+                "other, so the noise scale is that of micro-batches of this size"
+            )
+        return NoiseMeasurement(self.model.module, self.optimizer, self.exchange, settings)
+
+    def _least_parts(self) -> int:
+        """Micro-batches of the coming step: two where one rank's only one is split for the noise scale."""
+        if self.measurement is None or self.world_size > 1:
+            return 1
+        return 2 if self.measurement.splits(self.step_count + 1) else 1
+
+    def _begin_measuring(self, data: StepData) -> None:
+        if self.measurement is not None:
+            accumulates = data.global_examples > self.world_size * self.plan.micro_batch_size
+            halves = not accumulates and len(data.micro_batches) > 1
+            self.measurement.begin(self.step_count + 1, accumulates=accumulates or halves, halves=halves)
+
+    def _observe(self, rows: list[StepRow], sums: GradientSums) -> NoiseReadings | None:
+        """Before clipping: what is measured is the gradient as it came."""
+        fault = self._shards.observe(
+            [row.own_squared_norm for row in rows], [row.projection for row in rows], [row.examples for row in rows]
+        )
+        if fault is not None and self.rank == 0:
+            logger.warning(fault)
+        return None if self.measurement is None else self.measurement.observe(rows, sums)
 
     def _update(self, sums: GradientSums) -> float:
         """Clip, schedule and step; returns the learning rate used."""

@@ -40,6 +40,12 @@ class StepRow:
     projection: float = 0.0  # of the own gradient on a fixed direction: tells shards apart that are not exchangeable
     measuring_seconds: float = 0.0  # spent on sampling in the previous step
 
+    @property
+    def step_seconds(self) -> float:
+        """What the previous step took on this rank."""
+        own = self.data_seconds + self.forward_seconds + self.backward_seconds + self.optimizer_seconds
+        return own + self.all_reduce_seconds + self.wait_seconds
+
     def pack(self) -> NDArray[np.float64]:
         """Shape (ROW_LENGTH,), unused places zero."""
         row = np.zeros(ROW_LENGTH)

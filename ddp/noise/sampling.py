@@ -1,0 +1,89 @@
+"""How often to look closer: every K-th step, with K from what looking has cost.
+
+Rows carry each rank's cost and time of the previous step, so all ranks see the same numbers and choose the same K.
+Only what leaves training as it is may be sampled by the clock: a run must not depend on how fast its machine was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, Literal
+
+from ddp.errors import CheckpointError
+
+AIM = 0.005  # of a step's time, on average
+LARGEST_INTERVAL = 100
+_COSTS, _STEPS = 5, 25  # newest sampled steps, and newest steps, whose medians decide
+
+
+class SamplingCadence:
+    """Says which steps are sampled; the same on all ranks that have seen the same rows.
+
+    Attributes:
+        every: K, steps from one sampled step to the next.
+    """
+
+    def __init__(self, every: Literal["auto"] | int) -> None:
+        self._fixed = None if every == "auto" else every
+        self.every = self._fixed or 1
+        self._last = 0
+        self._costs: deque[float] = deque(maxlen=_COSTS)
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+
+    def is_due(self, step: int, *, hurry: bool = False) -> bool:
+        """Whether `step`, 1 for the first, is to be sampled. In a hurry (a window that is not filled yet) each step
+        is, unless K was given."""
+        if self._fixed is not None:
+            return step % self._fixed == 0
+        return hurry or step - self._last >= self.every
+
+    def interval(self, *, hurry: bool = False) -> int:
+        """K as of now."""
+        return 1 if hurry and self._fixed is None else self.every
+
+    def took(self, step: int) -> None:
+        """`step` was sampled."""
+        self._last = step
+
+    def observe(self, measuring_seconds: float, step_seconds: float) -> None:
+        """What the slowest rank spent on measuring in a step, 0 where it was not sampled, and on all of that step."""
+        if self._fixed is not None or not (math.isfinite(step_seconds) and step_seconds > 0):
+            return
+        self._steps.append(max(step_seconds - measuring_seconds, 0.0))
+        if measuring_seconds > 0:
+            self._costs.append(measuring_seconds)
+            self.every = self._affordable()
+
+    def _affordable(self) -> int:
+        """Medians, so that a step which the machine held up does not make K jump."""
+        allowed = AIM * median(self._steps)
+        if not allowed > 0:
+            return LARGEST_INTERVAL
+        return min(max(math.ceil(median(self._costs) / allowed), 1), LARGEST_INTERVAL)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; empty where K is given, since the step's number then says all."""
+        if self._fixed is not None:
+            return {}
+        return {"last": self._last, "costs": list(self._costs), "steps": list(self._steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, unless K is given or was given then.
+
+        Raises:
+            CheckpointError: the state is not one that `state_dict` made.
+        """
+        if self._fixed is not None or not state:
+            return
+        try:
+            last = int(state["last"])
+            costs, steps = [float(each) for each in state["costs"]], [float(each) for each in state["steps"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"state of the sampling cannot be read: {error!r}; start without it") from error
+        self._last = last
+        self._costs.extend(costs)
+        self._steps.extend(steps)
+        self.every = self._affordable() if costs and steps else 1

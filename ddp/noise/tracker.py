@@ -1,0 +1,160 @@
+"""Every noise scale of a run side by side: the whole model's and its parts', plain and preconditioned.
+
+One window for each; which of the two metrics is the headline; and how often the closer look is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ddp.errors import CheckpointError
+from ddp.noise.moments import Moments
+from ddp.noise.noise_scale import SMALLEST_WINDOW, NoiseScaleWindow
+from ddp.noise.readings import Method, Metric, NoiseReadings, Part, PartReading
+from ddp.noise.sampling import SamplingCadence
+
+SETTLED_STEPS = 50  # of an adaptive optimizer's second moments, from which they count as a preconditioner
+
+
+@dataclass(frozen=True, slots=True)
+class PartMoments:
+    """One observation of a layer or of a group of parameters."""
+
+    part: Part
+    name: str
+    metric: Metric
+    moments: Moments | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepMoments:
+    """All that one step shows; None for what it does not."""
+
+    method: Method
+    plain: Moments | None
+    preconditioned: Moments | None = None
+    parts: Sequence[PartMoments] = ()
+
+
+class NoiseScaleTracker:
+    """Keeps the windows of a run.
+
+    The headline is plain until the first preconditioned observation, which comes no earlier than an adaptive
+    optimizer's second moments have `SETTLED_STEPS` steps, and preconditioned from then on.
+
+    Args:
+        training_examples: size of the training set; None for a stream.
+        sample_every: K, or "auto" for one that follows from measured cost.
+
+    Attributes:
+        cadence: which steps are sampled.
+    """
+
+    def __init__(
+        self,
+        training_examples: int | None,
+        *,
+        sample_every: Literal["auto"] | int = "auto",
+        confidence: float = 0.95,
+    ) -> None:
+        self.cadence = SamplingCadence(sample_every)
+        self._training_examples = training_examples
+        self._confidence = confidence
+        self._whole: dict[Metric, NoiseScaleWindow] = {"plain": self._window()}
+        self._parts: dict[tuple[Part, str, Metric], NoiseScaleWindow] = {}
+        self._readings = NoiseReadings(plain=self._whole["plain"].reading, method="none")
+
+    @property
+    def readings(self) -> NoiseReadings:
+        """Those of the last step."""
+        return self._readings
+
+    def hurries(self, metric: Metric, *, parts: bool) -> bool:
+        """Whether a window of that metric has fewer observations than it takes to read anything."""
+        windows = [window for (*_, of_part), window in self._parts.items() if of_part == metric]
+        whole = self._whole.get(metric)
+        if whole is None or (parts and not windows):
+            return True
+        return any(window.reading.observations < SMALLEST_WINDOW for window in (whole, *windows))
+
+    def observe(self, step: StepMoments, *, sampled_every: int) -> NoiseReadings:
+        """Take one step; what it does not show leaves its window as it was."""
+        self._whole["plain"].observe(step.plain)
+        if step.preconditioned is not None:
+            self._whole.setdefault("preconditioned", self._window()).observe(step.preconditioned)
+        preconditioned = self._whole.get("preconditioned")
+        self._readings = NoiseReadings(
+            plain=self._whole["plain"].reading,
+            preconditioned=None if preconditioned is None else preconditioned.reading,
+            headline="plain" if preconditioned is None else "preconditioned",
+            method=step.method if step.plain is not None else "none",
+            parts=tuple(self._observe_part(each) for each in step.parts),
+            sampled_every=sampled_every,
+        )
+        return self._readings
+
+    def _observe_part(self, part: PartMoments) -> PartReading:
+        key = part.part, part.name, part.metric
+        window = self._parts.get(key)
+        if window is None:
+            window = self._parts[key] = self._window()
+        return PartReading(*key, reading=window.observe(part.moments))
+
+    def _window(self) -> NoiseScaleWindow:
+        return NoiseScaleWindow(self._training_examples, self._confidence)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and bytes: of windows what they hold, by metric and by part. Says nothing of the number of ranks."""
+        return {
+            "whole": {metric: _packed(window.state_dict()) for metric, window in self._whole.items()},
+            "parts": [[*key, _packed(window.state_dict())] for key, window in self._parts.items()],
+            "sampling": self.cadence.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; what the constructor was given stays.
+
+        Raises:
+            CheckpointError: the state is not one that `state_dict` made; nothing is changed then.
+        """
+        try:
+            whole: dict[Metric, NoiseScaleWindow] = {
+                metric: self._loaded(of_window) for metric, of_window in state["whole"].items()
+            }
+            parts = {(part, name, metric): self._loaded(of_window) for part, name, metric, of_window in state["parts"]}
+            sampling = state["sampling"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"state of the noise scales cannot be read: {error!r}; start without it") from error
+        if "plain" not in whole or not set(whole) <= {"plain", "preconditioned"}:
+            raise CheckpointError(f"state of the noise scales is of the metrics {sorted(whole)}: start without it")
+        self.cadence.load_state_dict(sampling)
+        self._whole, self._parts = whole, parts
+        preconditioned = whole.get("preconditioned")
+        self._readings = NoiseReadings(
+            plain=whole["plain"].reading,
+            preconditioned=None if preconditioned is None else preconditioned.reading,
+            headline="plain" if preconditioned is None else "preconditioned",
+            method="none",
+        )
+
+    def _loaded(self, state: Mapping[str, Any]) -> NoiseScaleWindow:
+        window = self._window()
+        window.load_state_dict(_unpacked(state))
+        return window
+
+
+def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A window's numbers as bytes: of a model with many layers there are tens of thousands."""
+    return {
+        key: np.asarray(value, "<f8").tobytes() if isinstance(value, list) else value for key, value in state.items()
+    }
+
+
+def _unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: np.frombuffer(value, "<f8").tolist() if isinstance(value, bytes) else value for key, value in state.items()
+    }
