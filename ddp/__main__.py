@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -137,16 +137,30 @@ def critical_batch(
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Runs side by side; one a core where left out.")
     ] = None,
+    method: Annotated[
+        Literal["sweep", "branched"],
+        typer.Option(help="Whole runs over batch sizes, or branches of one run at multiples of its batch size."),
+    ] = "sweep",
+    checkpoint: Annotated[
+        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="branched: where its runs begin.")
+    ] = None,
     allow_import: Annotated[
         bool, typer.Option("--allow-import", help="Admit a task named module:attr, which runs that module's code.")
     ] = False,
 ) -> None:
     """Measure the critical batch size by running: steps to a training loss over batch sizes and learning rates."""
+    from ddp.search.branched import search_branches
     from ddp.search.critical_batch import search
     from ddp.search.sweep_file import load_sweep
 
     _stop_cleanly_outside_training()
-    print(search(load_sweep(sweep_file, overrides or ()), resume=resume, workers=workers, allow_import=allow_import))
+    if (method == "branched") != (checkpoint is not None):
+        raise UsageError("--method branched and --from CHECKPOINT go together")
+    sweep = load_sweep(sweep_file, overrides or ())
+    if checkpoint is None:
+        print(search(sweep, resume=resume, workers=workers, allow_import=allow_import))
+    else:
+        print(search_branches(sweep, checkpoint, resume=resume, workers=workers, allow_import=allow_import))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -54,14 +54,14 @@ def search(
     directory = sweep.directory
     path = directory / FILE_NAME
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone_in(directory):
-        _begin_or_go_on(path, sweep, resume=resume)
+    with alone_in(directory):
+        begin_or_go_on(path, sweep, resume=resume, begun=read_fact(path, DEFINITION) is not None)
         with (
             Pool(sweep, workers or sweep.section.workers, allow_import=allow_import) as pool,
             stop_on_signals() as stop,
             SearchProgress(stream) as progress,
         ):
-            loop = _Loop(pool, path, stop, progress, read_trials(path), sweep.job.optimizer.name)
+            loop = SearchLoop(pool, path, stop, progress, read_trials(path), sweep.job.optimizer.name)
             targets = _targets(loop, sweep, path)
             loop.complete(lambda done: wanted(sweep, targets, done), f"to {_list(targets)}", _expected(sweep))
         write_results(directory)
@@ -77,7 +77,7 @@ def write_results(directory: Path) -> None:
     write_critical_batch_report(directory)
 
 
-def _targets(loop: _Loop, sweep: Sweep, path: Path) -> tuple[float, ...]:
+def _targets(loop: SearchLoop, sweep: Sweep, path: Path) -> tuple[float, ...]:
     """Those given, those chosen before, or those that pilot runs find now."""
     if sweep.section.targets != "auto":
         return sweep.section.targets
@@ -90,7 +90,9 @@ def _targets(loop: _Loop, sweep: Sweep, path: Path) -> tuple[float, ...]:
 
 
 @dataclass
-class _Loop:
+class SearchLoop:
+    """Keeps a pool busy with what a plan wants, and every result in the database."""
+
     pool: Pool
     path: Path
     stop: StopRequest
@@ -152,22 +154,26 @@ def _failed(trial: Trial, optimizer: str, cause: str) -> TrialResult:
         noise_plain=unknown,
         noise_preconditioned=unknown,
         cause=cause,
+        multiple=trial.multiple,
+        origin=trial.origin,
     )
 
 
-def _begin_or_go_on(path: Path, sweep: Sweep, *, resume: bool) -> None:
+def begin_or_go_on(path: Path, sweep: Sweep, *, resume: bool, begun: bool) -> None:
     """Refuse to mix two searches.
 
+    Args:
+        begun: whether there are trials already of the kind that is to be run.
+
     Raises:
-        UsageError: there is a search already and `resume` is not asked for, or it is another one.
+        UsageError: there are and `resume` is not asked for, or the directory holds another search.
     """
     here: dict[str, Any] | None = read_fact(path, DEFINITION)
+    if begun and not resume:
+        raise UsageError(f"{path}: there is a search already; give --resume to go on, or another sweep.directory")
     if here is None:
         write_fact(path, DEFINITION, sweep.definition())
-        return
-    if not resume:
-        raise UsageError(f"{path}: there is a search already; give --resume to go on, or another sweep.directory")
-    if here != sweep.definition():
+    elif here != sweep.definition():
         raise UsageError(
             f"{path}: was begun with another {_difference(here, sweep.definition())}; results of two searches do not "
             "mix: restore that, or give another sweep.directory"
@@ -189,7 +195,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
+def alone_in(directory: Path) -> Iterator[None]:
     """Hold the directory's lock, which goes with the process; where locks are not to be had, trust the user."""
     with open(directory / "lock", "w") as file:
         try:

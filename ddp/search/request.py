@@ -17,6 +17,8 @@ class Trial:
         maximum_steps: the budget.
         hopeless_steps: after which a run that has not reached the last target cannot be the best any more; never
             below what the best known run took.
+        origin: the checkpoint that it begins at; empty for one that begins at the beginning.
+        multiple: with an origin, the batch size over that of the checkpoint's run.
     """
 
     method: TrialMethod
@@ -26,6 +28,8 @@ class Trial:
     targets: tuple[float, ...]
     maximum_steps: int
     hopeless_steps: float = math.inf
+    origin: str = ""
+    multiple: float = math.nan
 
     @property
     def key(self) -> tuple[str, int, float, int]:

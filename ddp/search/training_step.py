@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ddp.training.trainer import population
 
 UNITS = 4  # separate gradients of a sample of the noise scale
 PROBE_EXAMPLES = 64  # a sample has at least so many: at batch size 4 the step's own would say next to nothing
-RULE_WINDOW = 8  # samples that the learning-rate rule follows
+RULE_WINDOW, RULE_SPACING = 4, 50  # samples that the learning-rate rule follows, and how near: 1/50 of the steps
 PROBE_SEED = 2  # beside the job's and the trial's
 
 
@@ -58,7 +59,7 @@ class TrainingStep:
         sampling = step >= self._next_sample
         examples = next(self._stream)
         if sampling:
-            self._next_sample = next_look(step)
+            self._next_sample = self._sample_after(step)
             gradients = self._sample(step, examples)
         else:
             largest = self.unit_examples if self._shares_statistics else self._workload.sweep.micro_batch_size
@@ -67,9 +68,19 @@ class TrainingStep:
         (self._sampled_seconds if sampling else self._seconds).append(time.perf_counter() - started)
         return finite
 
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Go on with the moments of another run of this model; the learning rate stays the trial's."""
+        self._optimizer.load_state_dict(state)
+
     def median_seconds(self) -> float:
         """Of the steps that sampled nothing, where there are some."""
         return statistics.median(self._seconds or self._sampled_seconds or [math.nan])
+
+    def _sample_after(self, step: int) -> int:
+        """A rule that follows the noise scale must not follow it from afar."""
+        if self._workload.sweep.section.learning_rate_rule == "constant":
+            return next_look(step)
+        return step + 1 + step // RULE_SPACING
 
     def _sample(self, step: int, examples: list[int]) -> list[Tensor]:
         """The step's gradient, and the noise scale from its parts, or from other examples where they are too few."""
@@ -111,8 +122,9 @@ class TrainingStep:
             return False
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
+        warmup_steps = 0 if self._trial.origin else job.schedule.warmup_steps
         for group in self._optimizer.param_groups:
-            group["lr"] = self._trial.learning_rate * self._rule() * min(1.0, step / max(1, job.schedule.warmup_steps))
+            group["lr"] = self._trial.learning_rate * self._rule() * min(1.0, step / max(1, warmup_steps))
         if job.optimizer.gradient_clip_norm is not None:
             clip_(self._optimizer, self._parameters, norm, job.optimizer.gradient_clip_norm)
         self._optimizer.step()

@@ -1,4 +1,4 @@
-"""One trial: a light training loop in one process, without ranks, run directory or checkpoints.
+"""One trial: a light training loop in one process, without ranks or run directory.
 
 It follows the job in everything that the result depends on (task, optimizer, order of the data, mean over the
 batch's examples, clipping, warm-up) and measures what a search wants to know: the training loss on a fixed subset
@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import resource
 import time
+from pathlib import Path
 
 from ddp.errors import UsageError
+from ddp.search.branch_point import restore_branch_point
 from ddp.search.curve import next_look, steps_to_targets, value_at
 from ddp.search.gradient_noise import average_noise_scale
 from ddp.search.request import Trial
@@ -53,6 +55,8 @@ def run_trial(workload: Workload, trial: Trial) -> TrialResult:
             average_noise_scale(run.step.preconditioned, steps, batch_size) for steps in reached
         ),
         steps=steps,
+        multiple=trial.multiple,
+        origin=trial.origin,
     )
 
 
@@ -65,6 +69,8 @@ class _Run:
         seed_rank(job.run.seed + trial.seed, 0)
         self._model = workload.task.model().to(workload.device)
         self.step = TrainingStep(workload, trial, self._model)
+        if trial.origin:
+            restore_branch_point(Path(trial.origin), self._model, self.step)
         self._subset = SubsetLoss(workload, self._model, self.step.unit_examples)
         self.curve: list[tuple[int, float]] = []
         self.validation_losses: list[tuple[int, float]] = []
