@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,14 @@ def gradient_of(module: nn.Module, rows: Tensor) -> Tensor:
 
 
 Use = tuple[str, tuple[int, ...]]  # how `meter.step` is called, and the examples of each rank
-Seen = tuple[list[ddp.Reading], list[Tensor], list[Tensor]]  # readings, own gradients, weights after each step
+Seen = tuple[list[ddp.Reading], list[list[Tensor]], list[Tensor]]  # readings, units' gradients, weights after each step
 
 
 def _train(
     rank: int, world_size: int, store_address: str, transport: str, overlap: bool, use: Use, options: dict[str, Any]
 ) -> Seen:
     how, examples = use
-    readings, own, weights = [], [], []
+    readings, units, weights = [], [], []
     with process_group(rank, world_size, store_address):
         model = make_model(**options)
         optimizer = SGD(model.parameters(), lr=0.1)
@@ -63,7 +63,7 @@ def _train(
         assert meter.transport.name == transport and isinstance(meter.transport, OverlappedTransport) is overlap
         for step in range(STEPS):
             rows = batch(rank, step, examples[rank])
-            own.append(gradient_of(model.module, rows))
+            units.append([gradient_of(model.module, part) for part in rows.chunk(2 if how == "accumulate" else 1)])
             optimizer.zero_grad()
             if how == "accumulate":  # two forwards, one step
                 halves = rows.chunk(2)
@@ -82,11 +82,11 @@ def _train(
             readings.append(meter.reading)
             weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
         meter.close()
-    return readings, own, weights
+    return readings, units, weights
 
 
-def mean_moments(own: list[list[Tensor]], counts: tuple[int, ...]) -> list[Moments]:
-    """The mean over the steps so far of each step's moments, by hand; DDP gives each rank the same weight."""
+def mean_moments(own: Sequence[Sequence[Tensor]], counts: tuple[int, ...]) -> list[Moments]:
+    """The mean over the steps so far of each step's moments, by hand; the units have the same weight."""
     means: list[Moments] = []
     norms, traces = 0.0, 0.0
     for step, gradients in enumerate(zip(*own, strict=True), start=1):
@@ -107,7 +107,7 @@ def mean_moments(own: list[list[Tensor]], counts: tuple[int, ...]) -> list[Momen
     "how, examples, counted",
     [
         ("examples", (3, 9, 14), (3, 9, 14)),
-        ("accumulate", (16, 16), (2 * DECLARED, 2 * DECLARED)),
+        ("accumulate", (16, 16), (DECLARED,) * 4),
         ("never", (5, 5), (DECLARED, DECLARED)),
         ("rank 0", (5, 6, 7), (5, DECLARED, DECLARED)),
     ],
@@ -123,7 +123,7 @@ def test_a_reading_is_the_moments_of_the_ranks_gradients_one_step_later(
     options: dict[str, Any],
 ) -> None:
     seen = rank_pool.run(len(examples), _train, transport, overlap, (how, examples), options)
-    own = [gradients for _, gradients, _ in seen]
+    own = [list(unit) for _, gradients, _ in seen for unit in zip(*gradients, strict=True)]
     expected = mean_moments(own, counted)
     for readings, _, weights in seen:
         assert readings[0].observations == 0

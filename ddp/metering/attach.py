@@ -7,20 +7,19 @@
 The row of a step travels with the last bucket of the *next* step: by then its squared norms are there
 without waiting for a device, and the script has had the chance to say how many examples there really were.
 So a reading lags one step, and no call of `meter.step` is a collective: it may be left out, or be made on one rank.
+
+All ranks sample the same steps: whether one is sampled is decided at its first forward, from the rows of all steps
+but the last, which every rank has by then.
 """
 
 import atexit
 import logging
+import math
 import weakref
-from collections import deque
-from concurrent.futures import Future as Answer
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -28,32 +27,20 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ddp.errors import UsageError
-from ddp.metering.observation import observe_step
-from ddp.noise.noise_scale import NoiseScaleWindow, Reading
-from ddp.transport.base import Reduction, Transport
+from ddp.metering.attached_step import AttachedSteps, StepBehind
+from ddp.metering.closer_look import CloserLook, StepTimer, after_averaging
+from ddp.metering.measurement import has_batch_statistics
+from ddp.metering.mistakes import ExamplesOfOneBackward, KeptGradients, UnscaledGradients
+from ddp.noise.noise_scale import Reading
+from ddp.noise.readings import NoiseReadings
+from ddp.noise.tracker import NoiseScaleTracker
+from ddp.transport.base import Transport
 from ddp.transport.binding import Binding
 from ddp.transport.binding import pin as pin_ranks
-from ddp.transport.comm_hook import GradientExchange, add_up, register
-from ddp.transport.row import StepRow
+from ddp.transport.comm_hook import GradientExchange, register
 from ddp.transport.select import control_group, select_transport
 
 logger = logging.getLogger("ddp.metering")
-
-
-@dataclass(slots=True)
-class _Backward:
-    """A synchronised backward whose row is not sent yet."""
-
-    reductions: list[Reduction]
-    examples: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows of a backward, which a communication thread may still be exchanging."""
-
-    answer: Answer[NDArray[np.float64]]
-    mean_squared_norm: float
 
 
 class GradientMeter:
@@ -70,17 +57,21 @@ class GradientMeter:
         batch_size: int,
         transport: Transport,
         binding: Binding | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        population: int | None = None,
+        sample_every: Literal["auto"] | int = "auto",
+        layers: bool = True,
     ) -> None:
         self.transport = transport
         self.batch_size = batch_size
         self._binding = binding or Binding()
         self._exchange = GradientExchange(transport)
-        self._window = NoiseScaleWindow(training_examples=None)
-        self._reading: Reading = self._window.reading
+        self._scaler = grad_scaler
         self._forwards = 0
-        self._last: _Backward | None = None
-        self._rows: deque[_Rows] = deque()
-        self._closed = False
+        self._decided = self._closed = False
+        self._last: StepBehind | None = None
         self._exchange.prepare(model)
         try:
             register(model, self, _attached_hook)
@@ -88,34 +79,60 @@ class GradientMeter:
             transport.close()
             self.__dict__.clear()  # DDP keeps what it has refused, and with it would keep the transport's memory
             raise
-        self._counting: Any = model.register_forward_pre_hook(self._count_forward)
+        tracker = NoiseScaleTracker(population, sample_every=sample_every)
+        self._look = CloserLook(model.module, _averaged_parameters(model), optimizer, layers=layers)
+        self._steps = AttachedSteps(
+            self._exchange, tracker, self._look.parts, math.inf if population is None else population
+        )
+        self._step_count = 0  # averaged backwards
+        self._timer = StepTimer()
+        self._kept, self._unscaled = KeptGradients(), UnscaledGradients()
+        self._of_one_backward = ExamplesOfOneBackward(batch_size)
+        self._unscaled_asked = grad_scaler is not None
+        self._counting: Any = model.register_forward_pre_hook(self._before_forward)
         self._model = weakref.ref(model)
         weakref.finalize(model, register_optimizer_step_pre_hook(self._before_optimizer).remove)
         atexit.register(self.close)
 
     @property
-    def reading(self) -> Reading:
-        """The newest reading, one step behind; `unresolved` until enough steps were observed."""
-        self._observe(wait=True)
-        return self._reading
+    def readings(self) -> NoiseReadings:
+        """Everything known of the noise scale, one step behind; `parts` only after a sampled step."""
+        self._steps.take_in(wait=True)
+        return self._steps.tracker.readings
 
-    def step(self, examples: int | None = None) -> Reading:
-        """Say that an optimizer step is over; returns the newest reading, which lags one step.
+    @property
+    def reading(self) -> Reading:
+        """The newest headline reading, one step behind; `unresolved` until enough steps were observed."""
+        return self.readings.reading
+
+    def step(self, examples: int | None = None, weight: float | None = None) -> Reading:
+        """Say that an optimizer step is over; returns the newest headline reading, which lags one step.
 
         Args:
             examples: how many examples this rank's gradient was really taken over, accumulated backwards
-                together. Left out, it is `batch_size` times the forwards with gradients since the last step.
+                together. Left out, it is `batch_size` times the forwards with gradients since the last step. Where it is
+                another number, the accumulated backwards are taken to have had equal shares of it.
+            weight: leave it out where each rank's loss is a mean of its own, over examples or over tokens: DDP's average
+                is then the mean of the ranks' means, in which every rank counts the same, whatever tokens it has. Where the
+                script scales this rank's loss by world_size * tokens / tokens_of_all_ranks, so that the average is the
+                mean over all tokens, it is this rank's tokens: to be given on all ranks, then. Examples, and the
+                readings, are in sequences either way.
 
         Raises:
-            UsageError: `examples` is negative.
+            UsageError: `examples` or `weight` is negative or not a number.
             TransportError: what went wrong inside this step's gradient exchange.
         """
-        self._observe(wait=True)
+        self._steps.take_in(wait=True)
         self._exchange.raise_error()
-        if examples is not None and self._last is not None:
-            if examples < 0:
-                raise UsageError(f"meter.step(examples={examples}): a number of examples cannot be negative")
-            self._last.examples = examples
+        for name, value in (("examples", examples), ("weight", weight)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise UsageError(f"meter.step({name}={value}): a number of {name} cannot be negative, nor infinite")
+        if self._last is not None:
+            if examples is not None:
+                self._last.examples = float(examples)
+                self._say(self._of_one_backward.observe(examples, self._last.forwards))
+            if weight is not None:
+                self._last.weight = float(weight)
         return self.reading
 
     def close(self) -> None:
@@ -125,50 +142,92 @@ class GradientMeter:
         """
         self._closed = True
         self._counting.remove()
+        self._look.drop()
         atexit.unregister(self.close)
         try:
             self.transport.close()
         finally:
             self._binding.release()
 
+    def _before_forward(self, module: nn.Module, arguments: Any) -> None:
+        if torch.is_grad_enabled():
+            self._exchange.attempt(self._decide)
+            self._look.before_forward()
+            self._forwards += 1
+
+    def _decide(self) -> None:
+        """Once a step, whether it is sampled: from the same rows on all ranks, which is why they are waited for."""
+        if self._decided:
+            return
+        self._decided = True
+        self._steps.take_in(wait=True)
+        step = self._step_count + 1
+        if self._steps.samples(step, hurry=self._look.hurries(step, self._steps.tracker)):
+            self._look.start()
+
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         if self._closed:
             self._exchange.attempt(_refuse)
+            return self._exchange.reduce(bucket)
+        self._exchange.attempt(self._decide)  # a backward whose forward was not counted
+        last, behind = bucket.is_last(), self._last
+        if last and behind is not None:
+            self._exchange.attempt(lambda: self._steps.send_parts(behind))
         future = self._exchange.reduce(bucket)
-        if bucket.is_last():
-            last, self._last = self._last, _Backward(self._exchange.detach(), self.batch_size * self._forwards)
-            self._forwards = 0
-            if last is not None:
-                self._exchange.attempt(lambda: self._send_row(last))
-            self._exchange.attempt(lambda: self._observe(wait=False))
+        if last:
+            if behind is not None:
+                self._exchange.attempt(lambda: self._steps.send_row(behind))
+                self._say(self._kept.sentence() if behind.kept_gradients else None)
+            self._end_step()
+            self._exchange.attempt(lambda: self._steps.take_in(wait=False))
         return future
 
-    def _send_row(self, backward: _Backward) -> None:
-        """Of the backward before this one: its numbers are there without waiting."""
-        sums = add_up(backward.reductions)
-        row = StepRow(examples=backward.examples, own_squared_norm=sums.own_squared_norm)
-        self._rows.append(_Rows(self.transport.start_row(row.pack()), sums.mean_squared_norm))
+    def _end_step(self) -> None:
+        """The last bucket is on its way: what is known of this step, and what will be when DDP is done with it."""
+        self._step_count += 1
+        step = StepBehind(
+            reductions=self._exchange.detach(),
+            forwards=self._forwards,
+            examples=float(self.batch_size * self._forwards),
+            scale=self._loss_scale(),
+            kept=self._kept.averaged(),
+            sampled=self._look.active,
+            seconds=self._timer.lap(),
+        )
+        self._last, self._forwards, self._decided = step, 0, False
+        if step.sampled:
+            after_averaging(lambda: self._exchange.attempt(lambda: self._finish_look(step)))
 
-    def _observe(self, *, wait: bool) -> None:
-        """Enter into the window the rows that have come, or all that are on their way."""
-        while self._rows and (wait or self._rows[0].answer.done()):
-            ready = self._rows.popleft()
-            packed = self._exchange.attempt(ready.answer.result)
-            if packed is None:
-                continue
-            rows = [StepRow.unpack(each) for each in packed]
-            equal = [1.0 / len(rows)] * len(rows)
-            self._reading = observe_step(self._window, rows, ready.mean_squared_norm, weights=equal)
+    def _finish_look(self, step: StepBehind) -> None:
+        step.look = self._look.finish()
 
-    def _count_forward(self, module: nn.Module, arguments: Any) -> None:
-        self._forwards += torch.is_grad_enabled()
+    def _loss_scale(self) -> float | Tensor:
+        """That of the backward under way; on an accelerator a copy there, for which nobody waits."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return 1.0
+        scale = self._scaler._get_scale_async()
+        return 1.0 if scale is None else scale.clone()
 
     def _before_optimizer(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         """Any optimizer may hold copies of the model's parameters; after `close` only those that hold them count."""
-        self._observe(wait=False)
+        if not self._closed:
+            self._steps.take_in(wait=False)
         model = self._model()
-        if not self._closed or (model is not None and _updates(optimizer, model)):
+        updates = model is not None and _updates(optimizer, model)
+        if not self._closed or updates:
             self._exchange.raise_error()
+        if updates and not self._closed:
+            self._look_for_mistakes(optimizer)
+
+    def _look_for_mistakes(self, optimizer: Optimizer) -> None:
+        self._kept.watch(optimizer)
+        if self._last is not None and not self._unscaled_asked and not self._unscaled.over:
+            self._say(self._unscaled.observe(optimizer, self._exchange.by_parameter()))
+
+    def _say(self, sentence: str | None) -> None:
+        """Ranks run the same script: one of them says it."""
+        if sentence is not None and self.transport.rank == 0:
+            logger.warning(sentence)
 
 
 def attach(
@@ -177,24 +236,45 @@ def attach(
     transport: str = "auto",
     timeout_seconds: float = 300.0,
     *,
+    optimizer: Optimizer | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    population: int | None = None,
+    sample_every: Literal["auto"] | int = "auto",
+    layers: bool = True,
     wire: str = "gradient",
     overlap: Literal["auto"] | bool = "auto",
     pin: Literal["auto"] | bool = False,
 ) -> GradientMeter:
     """Average the gradients of `model` and measure their noise scale on the way. Collective over its group.
 
+    Each rank is a unit of the estimate; a script that accumulates gives, in sampled steps, each of its backwards as one. For
+    that the model is called, forward and backward, under `model.no_sync()` for all backwards of a step but the last,
+    and each backward's loss is divided by their number. One that does not divide gets the same noise scale, with
+    |G|^2 and tr(Sigma) larger by the square of that number: gradients alone do not tell which it is.
+
+    A step that is not finite on any rank is left out on all; clipping between backward and the optimizer's step changes
+    nothing. Where the gradients are not what they should be, a warning on rank 0 says so once (logger `ddp.metering`).
+
     Args:
         model: a DistributedDataParallel model without a comm hook, before its first backward.
         batch_size: examples per rank and backward.
         transport: "auto" (shared memory on one node's CPUs, else c10d), or one by its name.
         timeout_seconds: how long a rank may stay away from an exchange before the others give it up.
+        optimizer: for Adam and AdamW the noise scale that they see is the headline from their 51st step on, and
+            each of several parameter groups has one of its own.
+        grad_scaler: that scales the loss; gradients are measured without it.
+        population: examples of the training set, where a step's are drawn from it without replacement and nothing
+            (augmentation, dropout) makes an example new each time; infinite where left out.
+        sample_every: steps from one to the next whose backwards, layers and preconditioned norms are looked at, the same on
+            all ranks; "auto": so that it costs half a percent of a step.
+        layers: one noise scale a layer, in sampled steps.
         wire: what gradients travel as: "gradient" (as they are), "bfloat16", "float16" or "int8".
         overlap: whether a thread averages while backward goes on; "auto" where there is a core to spare for it.
         pin: whether to keep each rank on cores of its own until the meter is closed; "auto" where there is a
             core for each and nothing has bound them.
 
     Raises:
-        UsageError: not a DDP model, a batch size that is not positive, a transport that is unknown or
+        UsageError: not a DDP model, a number that is not positive, a transport that is unknown or
             cannot do what is asked, or a model that has a comm hook already.
     """
     if not isinstance(model, DistributedDataParallel):
@@ -202,20 +282,50 @@ def attach(
             f"ddp.attach takes a torch.nn.parallel.DistributedDataParallel model, not {type(model).__name__}: "
             "wrap it first, model = DistributedDataParallel(model)"
         )
-    if batch_size < 1:
-        raise UsageError(f"ddp.attach(batch_size={batch_size}): give the examples per rank and backward, at least 1")
+    _check(batch_size, population, sample_every)
     group = model.process_group
     device_type = next(model.parameters()).device.type
     binding = pin_ranks(pin, control_group(group)) if pin is not False else Binding()
     try:
         chosen = select_transport(transport, device_type, timeout_seconds, group, wire=wire, overlap=overlap)
-        meter = GradientMeter(model, batch_size, chosen, binding)
+        meter = GradientMeter(
+            model,
+            batch_size,
+            chosen,
+            binding,
+            optimizer=optimizer,
+            grad_scaler=grad_scaler,
+            population=population,
+            sample_every=sample_every,
+            layers=layers,
+        )
     except BaseException:
         binding.release()
         raise
-    if dist.get_world_size(group) == 1:
-        logger.warning("one rank: nothing to compare its gradient with, so the noise scale stays unresolved")
+    if has_batch_statistics(model) and dist.get_rank(group) == 0:
+        logger.warning(
+            "the model normalises over its batch, so that an example's gradient depends on the others of its batch: the noise "
+            "scale is that of batches of this size a rank (with SyncBatchNorm the ranks' gradients depend on each other too)"
+        )
     return meter
+
+
+def _check(batch_size: int, population: int | None, sample_every: Literal["auto"] | int) -> None:
+    if batch_size < 1:
+        raise UsageError(f"ddp.attach(batch_size={batch_size}): give the examples per rank and backward, at least 1")
+    if population is not None and population < batch_size:
+        raise UsageError(
+            f"ddp.attach(population={population}): a batch of {batch_size} is not drawn from fewer without replacement; "
+            "give the examples of the whole training set, or leave it out"
+        )
+    if sample_every != "auto" and sample_every < 1:
+        raise UsageError(f'ddp.attach(sample_every={sample_every}): give a number of steps, at least 1, or "auto"')
+
+
+def _averaged_parameters(model: DistributedDataParallel) -> list[Tensor]:
+    """Those in DDP's buckets."""
+    ignored: set[str] = getattr(model, "parameters_to_ignore", set())
+    return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
 
 
 def _updates(optimizer: Optimizer, model: nn.Module) -> bool:

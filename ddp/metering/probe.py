@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from ddp.noise.moments import Units
 from ddp.transport.gradient_squares import Denominator, gradient_squares_, prepare
@@ -52,6 +53,7 @@ class GradientProbe:
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     _units: list[_Unit] = field(default_factory=list)
     _sums: Tensor | None = None
+    _nodes: list[Node] = field(default_factory=list)
     _times: list[int] = field(default_factory=list)
 
     @property
@@ -69,9 +71,8 @@ class GradientProbe:
         self._denominators, self._units = denominators or {}, []
         self._times = [0] * len(self.parameters)
         self._sums = self._fresh()
-        self._handles = [
-            parameter.register_hook(partial(self._measure, index)) for index, parameter in enumerate(self.parameters)
-        ]
+        self._nodes = self._nodes or [get_gradient_edge(parameter).node for parameter in self.parameters]
+        self._handles = [node.register_prehook(partial(self._measure, index)) for index, node in enumerate(self._nodes)]
         self.hook_seconds = 0.0
 
     def end_unit(self, examples: float, weight: float, factor: float) -> None:
@@ -109,12 +110,13 @@ class GradientProbe:
                 gradient_squares_(sums[index], parameter.grad, self._denominators.get(parameter))
         return sums.cpu().numpy()
 
-    def _measure(self, index: int, gradient: Tensor) -> None:
+    def _measure(self, index: int, gradients: tuple[Tensor, ...]) -> None:
+        """Of a leaf's node in the graph: it runs on the way into `.grad` only, not for `torch.autograd.grad`."""
         began = time.perf_counter()
         if self._sums is not None:
             self._times[index] += 1
             denominator = self._denominators.get(self.parameters[index])
-            gradient_squares_(self._sums[index], gradient, denominator)
+            gradient_squares_(self._sums[index], gradients[0], denominator)
         self.hook_seconds += time.perf_counter() - began
 
     def _fresh(self) -> Tensor:

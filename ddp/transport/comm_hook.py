@@ -125,6 +125,10 @@ class GradientExchange:
         detached, self._detached = self._detached, True
         return [] if detached else self._reductions
 
+    def by_parameter(self) -> dict[Tensor, tuple[float, float]]:
+        """As `GradientSums.by_parameter`, of the newest backward, detached or not; waits for the device."""
+        return GradientSums(0.0, 0.0, tuple(self._layouts.values())).by_parameter()
+
     def take(self) -> GradientSums:
         """The sums of the backward that just ended; waits for them.
 

@@ -1,0 +1,194 @@
+"""A step of an attached script after its backward: what it tells the other ranks, and what comes of all ranks' rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future as Answer
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddp.metering.closer_look import Look
+from ddp.metering.parts import Parts
+from ddp.metering.rank_average import RankAverage, own_squares_of_parts, rank_average, unit_fields
+from ddp.noise.readings import Metric
+from ddp.noise.shards import ShardWatch
+from ddp.noise.tracker import NoiseScaleTracker, PartMoments, StepMoments
+from ddp.transport.base import Reduction
+from ddp.transport.comm_hook import GradientExchange, add_up
+from ddp.transport.row import StepRow
+
+logger = logging.getLogger("ddp.metering")
+_METRICS: tuple[Metric, Metric] = ("plain", "preconditioned")
+
+
+@dataclass(slots=True)
+class StepBehind:
+    """An averaged backward whose row is not sent yet.
+
+    Attributes:
+        forwards: counted since the backward before.
+        examples: of this rank, all its backwards together.
+        weight: t_r, see `ddp.metering.rank_average`.
+        scale: of the loss, 0-dim where it is on a device.
+        kept: non-zero where gradients had older averages in them.
+        sampled: on this and all other ranks.
+        look: what sampling showed.
+        seconds: from the end of the averaged backward before; NaN for the first.
+    """
+
+    reductions: list[Reduction]
+    forwards: int
+    examples: float
+    scale: float | Tensor
+    kept: Tensor | None
+    sampled: bool
+    seconds: float
+    weight: float = 1.0
+    look: Look | None = None
+
+    @property
+    def kept_gradients(self) -> bool:
+        """Waits for the device."""
+        return self.kept is not None and bool(self.kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _OnTheWay:
+    """The rows of a step, which a communication thread may still be exchanging; and what they will be read with."""
+
+    answer: Answer[NDArray[np.float64]]
+    mean_squared_norm: float
+    look: Look | None
+    scale: float
+    sampled: bool
+    parts: Reduction | None
+
+
+class AttachedSteps:
+    """Sends rows and takes in those that have come.
+
+    Attributes:
+        tracker: the windows.
+    """
+
+    def __init__(
+        self, exchange: GradientExchange, tracker: NoiseScaleTracker, parts: Parts | None, population: float
+    ) -> None:
+        self.tracker = tracker
+        self._exchange = exchange
+        self._transport = exchange.transport
+        self._parts = parts
+        self._population = population
+        self._shards = ShardWatch()
+        self._rows: deque[_OnTheWay] = deque()
+        self._parts_on_the_way: Reduction | None = None
+        self._sampled_every = 0
+        self._lonely_said = False
+
+    def samples(self, step: int, *, hurry: bool) -> bool:
+        """Whether `step`, 1 for the first, is sampled; the same on all ranks that have taken in the same rows."""
+        cadence = self.tracker.cadence
+        if not cadence.is_due(step, hurry=hurry):
+            return False
+        self._sampled_every = cadence.interval(hurry=hurry)
+        cadence.took(step)
+        return True
+
+    def send_parts(self, step: StepBehind) -> None:
+        """Own squares of the layers and groups of a sampled step, into the ranks' average.
+
+        Before the last bucket of the step after, so that one call to `Transport.complete` serves them all.
+        """
+        self._parts_on_the_way = None
+        if self._parts is None or not step.sampled:
+            return
+        own = own_squares_of_parts(self._parts, step.look, step.examples, step.weight, float(step.scale))
+        device = step.reductions[0].bucket.device if step.reductions else torch.device("cpu")
+        vector = torch.from_numpy(own.ravel()).to(device)
+        self._parts_on_the_way = self._transport.all_reduce_mean_(vector, 1.0 / self._transport.world_size)
+
+    def send_row(self, step: StepBehind) -> None:
+        """Of the backward before the one under way: its numbers are there without waiting."""
+        sums, scale = add_up(step.reductions), float(step.scale)
+        own = math.nan if step.kept_gradients else sums.own_squared_norm / scale**2  # NaN: left out on all ranks
+        row = StepRow(
+            examples=step.examples,
+            own_squared_norm=own,
+            projection=sums.projection / scale,
+            backward_seconds=0.0 if math.isnan(step.seconds) else step.seconds,  # the whole step's: see step_seconds
+            measuring_seconds=step.look.seconds if step.look is not None else 0.0,
+            **unit_fields(step.look, step.examples, step.weight, scale),
+        )
+        answer = self._transport.start_row(row.pack())
+        mean = sums.mean_squared_norm / scale**2
+        self._rows.append(_OnTheWay(answer, mean, step.look, scale, step.sampled, self._parts_on_the_way))
+
+    def take_in(self, *, wait: bool) -> None:
+        """Enter into the windows the rows that have come, or all that are on their way."""
+        while self._rows and (wait or self._rows[0].answer.done()):
+            ready = self._rows.popleft()
+            packed = self._exchange.attempt(ready.answer.result)
+            if packed is not None:
+                rows = [StepRow.unpack(each) for each in packed]
+                self._exchange.attempt(lambda: self._observe(ready, rows))  # noqa: B023  run at once
+
+    def _observe(self, ready: _OnTheWay, rows: Sequence[StepRow]) -> None:
+        self.tracker.cadence.observe(max(row.measuring_seconds for row in rows), max(row.step_seconds for row in rows))
+        self.tracker.observe(self._moments(ready, rows), sampled_every=self._sampled_every)
+        sentence = self._shards.observe(
+            [row.own_squared_norm for row in rows],
+            [row.projection for row in rows],
+            [row.examples for row in rows],
+        )
+        self._say(sentence or self._lonely(ready, rows))
+
+    def _moments(self, ready: _OnTheWay, rows: Sequence[StepRow]) -> StepMoments:
+        average = rank_average(rows)
+        finite = all(math.isfinite(row.own_squared_norm) for row in rows)
+        if not finite:
+            return StepMoments("none", None)
+        plain = average.moments(average.weighted_squared_norms, ready.mean_squared_norm, self._population)
+        look, preconditioned = ready.look, None
+        if look is not None and look.preconditioned:
+            mean = float(look.mean_squares[:, 1].sum()) / ready.scale**2
+            preconditioned = average.moments(average.weighted_preconditioned_norms, mean, self._population)
+        return StepMoments(average.method, plain, preconditioned, self._parts_of(ready, average))
+
+    def _parts_of(self, ready: _OnTheWay, average: RankAverage) -> tuple[PartMoments, ...]:
+        reduction, look = ready.parts, ready.look
+        if reduction is None or look is None or self._parts is None:
+            return ()
+        if reduction.error is not None:
+            raise reduction.error
+        own = reduction.bucket.cpu().numpy().reshape(-1, 2) * average.parts_factor
+        mean = self._parts.sums(look.mean_squares) / ready.scale**2
+        return tuple(
+            PartMoments(
+                *name, metric, average.moments(float(own[row, column]), float(mean[row, column]), self._population)
+            )
+            for column, metric in enumerate(_METRICS[: 1 + look.preconditioned])
+            for row, name in enumerate(self._parts.names)
+        )
+
+    def _lonely(self, ready: _OnTheWay, rows: Sequence[StepRow]) -> str | None:
+        """Once: one rank whose sampled step had one backward."""
+        alone = len(rows) == 1 and ready.sampled and not rows[0].units > 1
+        if not alone or self._lonely_said:
+            return None
+        self._lonely_said = True
+        return (
+            "one rank and one backward a step: nothing to compare its gradient with, so the noise scale stays "
+            "unresolved; start more ranks, or accumulate several backwards a step under model.no_sync()"
+        )
+
+    def _say(self, sentence: str | None) -> None:
+        """All ranks see the same rows: one of them says it."""
+        if sentence is not None and self._transport.rank == 0:
+            logger.warning(sentence)
