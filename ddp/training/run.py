@@ -35,6 +35,7 @@ from ddp.telemetry.records import RunInfo, Sink
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
+from ddp.training.course import Course, begin_course
 from ddp.training.data import BatchPlan
 from ddp.training.memory import keep_freed_memory
 from ddp.training.optimizers import build_optimizer
@@ -55,9 +56,13 @@ class Plan:
     task: Task
     module: nn.Module
     splits: Splits
-    batches: BatchPlan
-    steps: int
+    course: Course
     goal: Goal
+
+    @property
+    def batches(self) -> BatchPlan:
+        """As the run begins."""
+        return self.course.plan
 
 
 def train(job: Job, topology: Topology, *, resume: str | None = None, allow_import: bool = False) -> Path:
@@ -135,8 +140,8 @@ def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
             f"batch.global_batch_size: {global_batch_size:,} examples a step are more than the training set's "
             f"{batches.examples:,}"
         )
-    steps = job.run.steps or (job.run.epochs or 0) * batches.steps_per_epoch
-    return Plan(task, module, Splits(training, validation, _sample(training, _size(validation))), batches, steps, goal)
+    splits = Splits(training, validation, _sample(training, _size(validation)))
+    return Plan(task, module, splits, begin_course(job, batches), goal)
 
 
 @contextmanager
@@ -230,8 +235,7 @@ def _trainer(
         job=job,
         task=plan.task,
         splits=plan.splits,
-        plan=plan.batches,
-        steps=plan.steps,
+        course=plan.course,
         device=device,
         model=model,
         optimizer=build_optimizer(job.optimizer, model.parameters()),
@@ -249,6 +253,7 @@ def _keep_buffers_apart() -> dict[str, Any]:
 
 
 def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transport: str) -> RunInfo:
+    length = plan.course.length
     return RunInfo(
         run_id=origin.run_id,
         task=job.task.name,
@@ -260,9 +265,9 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         micro_batch_size=plan.batches.micro_batch_size,
         training_examples=plan.batches.examples,
         validation_examples=_size(plan.splits.validation),
-        steps=plan.steps,
-        steps_per_epoch=plan.batches.steps_per_epoch,
-        epochs=plan.steps / plan.batches.steps_per_epoch,
+        steps=length.steps,
+        steps_per_epoch=length.steps_per_epoch,
+        epochs=length.epochs,
         metric=job.evaluation.metric,
         target=job.evaluation.target,
         start_step=origin.step,

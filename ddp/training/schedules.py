@@ -60,11 +60,16 @@ class LearningRate:
         if self.job.run.steps is not None:
             return self.job.run.steps
         steps = (self.job.run.epochs or 0) * self.first_steps_per_epoch
-        return steps * self.first_batch_size / self.tuned_batch_size if self._is_adascale else steps
+        return steps * self.first_batch_size / self.tuned_batch_size if self.counts_gains else steps
+
+    @property
+    def counts_gains(self) -> bool:
+        """Whether a step counts as what it is worth at the tuned batch size, which leaves open how many there will be."""
+        return self.job.optimizer.rule == "adascale"
 
     def is_over(self, step_count: int, epoch: int) -> bool:
         """Whether the run ends after so many steps and whole epochs."""
-        if self._is_adascale:
+        if self.counts_gains:
             return self.position >= self.length
         return (
             step_count >= self.job.run.steps if self.job.run.steps is not None else epoch >= (self.job.run.epochs or 0)
@@ -98,21 +103,17 @@ class LearningRate:
         for name in self.state_dict():
             setattr(self, name, state[name])
 
-    @property
-    def _is_adascale(self) -> bool:
-        return self.job.optimizer.rule == "adascale"
-
     def _learn(self, reading: Reading | None) -> None:
         """adascale takes the running means as they are, the noise scale's rule resolved readings and keeps the last."""
         if reading is None:
             return
-        if self._is_adascale:
+        if self.counts_gains:
             self.noise_scale = clamped_noise_scale(reading.variance_trace, reading.squared_norm)
         elif reading.state == "resolved":
             self.noise_scale = reading.noise_scale
 
     def _worth(self, batch_size: int, steps_per_epoch: float, reading: Reading | None) -> float:
-        if self._is_adascale:
+        if self.counts_gains:
             if reading is None:
                 return 1.0
             return gain(reading.variance_trace, reading.squared_norm, self.tuned_batch_size, batch_size)

@@ -29,12 +29,12 @@ from ddp.noise.readings import NoiseReadings
 from ddp.noise.shards import ShardWatch
 from ddp.tasks.base import Batch, Task
 from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
+from ddp.training.course import Course, say_rate
 from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import averaged_buffers, evaluate
 from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
 from ddp.training.random_state import preserved_random_state
-from ddp.training.schedules import learning_rate
 from ddp.training.signals import StopRequest
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.row import StepRow
@@ -58,8 +58,7 @@ class Trainer:
     job: Job
     task: Task
     splits: Splits
-    plan: BatchPlan
-    steps: int
+    course: Course
     device: torch.device
     model: DistributedDataParallel
     optimizer: Optimizer
@@ -72,6 +71,11 @@ class Trainer:
     _previous_phases: PhaseSeconds = PhaseSeconds()
     _evaluated_at: int = -1
 
+    @property
+    def plan(self) -> BatchPlan:
+        """How the next step's examples are dealt out."""
+        return self.course.plan
+
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
         self.measurement = self._measurement() if self.job.noise_scale.enabled else None
@@ -82,22 +86,15 @@ class Trainer:
         self._settle_buckets()
         if self.step_count and self._evaluation_is_due():
             self._evaluate()  # a stop in that step came before
-        while self.step_count < self.steps:
-            epoch, first = divmod(self.step_count, self.plan.steps_per_epoch)
-            steps = batches(
-                self.splits.training,
-                self.plan,
-                self.rank,
-                epoch,
-                first * self.plan.global_batch_size,
-                self._least_parts,
-            )
-            for _ in range(min(self.plan.steps_per_epoch - first, self.steps - self.step_count)):
-                self._stop_if_asked(self._step(steps))
-                if self._evaluation_is_due():
-                    self._evaluate()
-                if self._checkpoint_is_due():
-                    self.save_checkpoint(self)
+        if self.rank == 0:
+            say_rate(self.course)
+        steps = self.course.batches(self.splits.training, self.rank, self._least_parts)
+        while not self.course.is_over(self.step_count):
+            self._stop_if_asked(self._step(steps))
+            if self._evaluation_is_due():
+                self._evaluate()
+            if self._checkpoint_is_due():
+                self.save_checkpoint(self)
         if self._evaluated_at != self.step_count:
             self._evaluate()
         self.save_checkpoint(self)
@@ -118,15 +115,18 @@ class Trainer:
 
         self.step_count += 1
         self.examples_total += data.global_examples
+        self.course.take(data)
         self._raise_if_not_finite(rows)
         noise = self._observe(rows, sums)
         clock.lap("measure")
-        rate = self._update(sums)
+        reading = None if noise is None else noise.reading
+        rate = self.course.learning_rate(data, reading)
+        self._update(rate, sums)
         clock.lap("optimizer")
 
         record = StepRecord(
             step=self.step_count,
-            epoch=self._epochs_done(),
+            epoch=self.course.epochs_done,
             unix_time=time.time(),
             examples=data.global_examples,
             examples_total=self.examples_total,
@@ -142,6 +142,10 @@ class Trainer:
         )
         for sink in self.sinks:
             sink.step(record)
+        change = self.course.adapt(data, rows, reading, self.step_count)
+        if change is not None:
+            for sink in self.sinks:
+                sink.batch_change(change)
         self._previous_phases = clock.seconds(
             hook_seconds=self.exchange.blocked_seconds - blocked_before,
             wait_seconds=self.exchange.transport.wait_seconds - wait_before,
@@ -195,7 +199,7 @@ class Trainer:
         if bad:
             raise DivergedError(
                 f"the loss or the gradient is not finite on rank {', '.join(bad)} in step {self.step_count} "
-                f"(epoch {self._epochs_done():.2f}): lower optimizer.learning_rate, add schedule.warmup_steps or "
+                f"(epoch {self.course.epochs_done:.2f}): lower optimizer.learning_rate, add schedule.warmup_steps or "
                 "optimizer.gradient_clip_norm, or look for bad values in the data"
             )
 
@@ -236,10 +240,9 @@ class Trainer:
             logger.warning(fault)
         return None if self.measurement is None else self.measurement.observe(rows, sums)
 
-    def _update(self, sums: GradientSums) -> float:
-        """Clip, schedule and step; returns the learning rate used."""
+    def _update(self, rate: float, sums: GradientSums) -> None:
+        """Clip and step."""
         section = self.job.optimizer
-        rate = learning_rate(self.step_count, self.steps, section.learning_rate, self.job.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if section.gradient_clip_norm is not None:
@@ -247,13 +250,12 @@ class Trainer:
             clip_(self.optimizer, self.model.parameters(), norm, section.gradient_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return rate
 
     def _evaluation_is_due(self) -> bool:
         section = self.job.evaluation
         if section.every_steps is not None:
             return self.step_count % section.every_steps == 0
-        return self.step_count % ((section.every_epochs or 1) * self.plan.steps_per_epoch) == 0
+        return self.course.has_finished_epochs(section.every_epochs or 1)
 
     def _evaluate(self) -> None:
         """Both splits, with running statistics averaged over ranks in a copy; training keeps its own."""
@@ -273,7 +275,9 @@ class Trainer:
                 batch_size=max(64, self.plan.micro_batch_size),
                 device=self.device,
             )
-            record = EvaluationRecord(self.step_count, self._epochs_done(), time.time(), split, examples, loss, metrics)
+            record = EvaluationRecord(
+                self.step_count, self.course.epochs_done, time.time(), split, examples, loss, metrics
+            )
             for sink in self.sinks:
                 sink.evaluation(record)
 
@@ -287,10 +291,7 @@ class Trainer:
 
     def _checkpoint_is_due(self) -> bool:
         every = self.job.checkpoint.every_steps
-        return every is not None and self.step_count % every == 0 and self.step_count < self.steps
-
-    def _epochs_done(self) -> float:
-        return self.step_count / self.plan.steps_per_epoch
+        return every is not None and self.step_count % every == 0 and not self.course.is_over(self.step_count)
 
     def _settle_buckets(self) -> None:
         """One backward whose gradient is thrown away, so that DDP rebuilds its buckets before the first step.

@@ -1,0 +1,176 @@
+"""Where a run stands in its data and on its schedule, and how it goes on: the next batch, its rate, its size.
+
+The position is an epoch and the examples of it that were taken, so that the batch size may change at any step, and
+with it the number of ranks from one part of a run to the next. All of it is in checkpoints and alike on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ddp.job import UNITS, Job
+from ddp.noise.noise_scale import Reading
+from ddp.telemetry.records import BatchChange
+from ddp.training.batch_size import BatchSizeController, Limits
+from ddp.training.data import BatchPlan, StepData, fetch_step, fetcher
+from ddp.training.schedules import LearningRate
+from ddp.transport.row import StepRow
+
+logger = logging.getLogger("ddp.training")
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a run will be, as `RunInfo` says it: 0 for what the batch leaves open."""
+
+    steps: int
+    steps_per_epoch: int
+    epochs: float
+
+
+@dataclass
+class Course:
+    """`plan` is how the next step is dealt out; `controller` is there where the batch adapts itself."""
+
+    plan: BatchPlan
+    rate: LearningRate
+    controller: BatchSizeController | None = None
+    epoch: int = 0
+    position: int = 0  # examples of the epoch that are taken
+
+    @property
+    def epochs_done(self) -> float:
+        """Fractional."""
+        return self.epoch + self.position / self.plan.examples
+
+    @property
+    def length(self) -> Length:
+        """Of the whole run, if the batch stays as it is now, unless it is to adapt itself."""
+        run, per_epoch = self.rate.job.run, 0 if self.controller is not None else self.plan.steps_per_epoch
+        if self.rate.counts_gains and (per_epoch == 0 or self.rate.tuned_batch_size != self.plan.global_batch_size):
+            return Length(0, per_epoch, 0.0)
+        steps = run.steps or (run.epochs or 0) * per_epoch
+        return Length(steps, per_epoch, float(run.epochs or 0) or (steps / per_epoch if per_epoch else 0.0))
+
+    def is_over(self, step_count: int) -> bool:
+        """Whether the run ends after so many steps, where it stands now."""
+        return self.rate.is_over(step_count, self.epoch)
+
+    def has_finished_epochs(self, every: int) -> bool:
+        """Whether the last step was an epoch's last, and so many epochs are full again."""
+        return self.position == 0 and self.epoch > 0 and self.epoch % every == 0
+
+    def batches(
+        self, dataset: Dataset[Any], rank: int, least_parts: Callable[[], int] = lambda: 1
+    ) -> Iterator[StepData]:
+        """Without end: each next step from where the course then stands, by the plan that it then has.
+
+        `least_parts` is asked before each step for the fewest micro-batches it is to have.
+        """
+        fetch = fetcher(dataset)
+        epoch, order = self.epoch, self.plan.order(self.epoch)
+        while True:
+            if epoch != self.epoch:
+                epoch, order = self.epoch, self.plan.order(self.epoch)
+            yield fetch_step(fetch, order, self.plan, rank, self.position, least_parts())
+
+    def take(self, data: StepData) -> None:
+        """Go on by this step's examples."""
+        self._go_to(data.stop)
+
+    def learning_rate(self, data: StepData, reading: Reading | None) -> float:
+        """The rate of this step; called once in each.
+
+        `reading` is the headline noise scale, this step included; None where it is not measured.
+        """
+        steps_per_epoch = self.plan.steps_per_epoch
+        if self.controller is not None:
+            steps_per_epoch = self.plan.examples / data.global_examples
+        return self.rate.advance(self.plan.global_batch_size, steps_per_epoch, reading)
+
+    def adapt(
+        self, data: StepData, rows: Sequence[StepRow], reading: Reading | None, step_count: int
+    ) -> BatchChange | None:
+        """Choose the size of the next step by the step that was just taken; what changed, if anything did."""
+        if self.controller is None:
+            return None
+        alone = self.plan.world_size == 1  # then a step may be split for the noise scale
+        micro_batches = len(data.micro_batches) if alone else self.plan.passes(data.global_examples)
+        change = self.controller.observe(data.global_examples, micro_batches, rows, reading)
+        self._follow(self.controller)
+        if change is None:
+            return None
+        factor = self.rate.factor(change.after) / self.rate.factor(change.before)
+        record = BatchChange(
+            step_count, self.epochs_done, time.time(), change.before, change.after, factor, change.reason
+        )
+        logger.info(
+            "batch of %d examples instead of %d after step %d: %s",
+            change.after,
+            change.before,
+            step_count,
+            change.reason,
+        )
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, but for a noise scale that is not known yet (NaN)."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "world_size": self.plan.world_size,
+            "rate": self.rate.state_dict(),
+            "batch": None if self.controller is None else self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, with the ranks that there are now and, unless it adapts itself, the job's batch.
+
+        Where an epoch has fewer examples left than there are ranks now, it ends there.
+        """
+        self.epoch = state["epoch"]
+        self._go_to(state["position"])
+        self.rate.load_state_dict(state["rate"])
+        if self.controller is not None and state["batch"] is not None:
+            self.controller.load_state_dict(state["batch"], same_ranks=state["world_size"] == self.plan.world_size)
+            self._follow(self.controller)
+
+    def _go_to(self, position: int) -> None:
+        left = self.plan.examples - position
+        self.epoch, self.position = (self.epoch, position) if left >= self.plan.world_size else (self.epoch + 1, 0)
+
+    def _follow(self, controller: BatchSizeController) -> None:
+        size, micro = controller.size, controller.micro_batch_size
+        if (size, micro) != (self.plan.global_batch_size, self.plan.micro_batch_size):
+            self.plan = replace(self.plan, global_batch_size=size, micro_batch_size=micro)
+
+
+def begin_course(job: Job, plan: BatchPlan) -> Course:
+    """The course of a new run; a resumed one then loads its state."""
+    rate = LearningRate(job, first_batch_size=plan.global_batch_size, first_steps_per_epoch=plan.steps_per_epoch)
+    if not job.batch.adapts:
+        return Course(plan, rate)
+    smallest, largest = job.batch.limits(plan.world_size, plan.examples)
+    open_micro_batches = 1 if job.batch.micro_batch_size is not None else -(-UNITS // plan.world_size)
+    limits = Limits(smallest, largest, plan.world_size, job.batch.micro_batch_size, open_micro_batches)
+    return Course(plan, rate, BatchSizeController(limits, plan.global_batch_size))
+
+
+def say_rate(course: Course) -> None:
+    """Where the run's batch is not the one that its learning rate was tuned at, say what the rule makes of that."""
+    section, tuned, batch = course.rate.job.optimizer, course.rate.tuned_batch_size, course.plan.global_batch_size
+    if tuned == batch:
+        return
+    factor, known = course.rate.factor(batch), course.rate.noise_scale
+    how = f"by the rule {section.rule}"
+    if section.rule == "noise_scale" and not known >= 0:
+        how = "by the square root until a noise scale is resolved, then by the rule noise_scale"
+    elif section.rule == "adascale":
+        how = f"and its schedule by the gain of adascale, {course.rate.length:.0f} steps of {tuned} in all"
+    logger.info("a learning rate tuned at %d examples a step is scaled by %.3g for %d, %s", tuned, factor, batch, how)
