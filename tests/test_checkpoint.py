@@ -51,7 +51,7 @@ def test_shared_and_own_come_back_with_types_and_bits(tmp_path: Path) -> None:
         "bfloat16": torch.randn(7).to(torch.bfloat16),
     }
     path = _save(tmp_path, 3, shared=shared, own={"empty": torch.empty(0)})
-    loaded, own = load(path, 0, 1)
+    loaded, own = load(path, 0)
     assert own["empty"].shape == (0,)
     assert loaded["history"] == shared["history"]
     assert loaded["bfloat16"].dtype == torch.bfloat16
@@ -95,7 +95,7 @@ def test_random_generators_continue_after_a_round_trip(tmp_path: Path) -> None:
 
     expected = draw()
     assert draw() != expected
-    restore_random_state(load(path, 0, 1)[1])
+    restore_random_state(load(path, 0)[1])
     assert draw() == expected
 
 
@@ -116,7 +116,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
         _save(tmp_path, 7, own={"word": word})
     path = newest(tmp_path)
     assert path is not None
-    assert load(path, 0, 1)[1] == {"word": "second"}
+    assert load(path, 0)[1] == {"word": "second"}
     assert _names(tmp_path) == ["step-00000007"]
 
 
@@ -204,7 +204,7 @@ def test_a_bad_one_is_told_and_passed_over(
     verify(bad)
     damage(bad)
     with pytest.raises(CheckpointError, match=message):
-        load(bad, 0, 1)
+        load(bad, 0)
     with caplog.at_level(logging.WARNING):
         assert newest(directory) == good
     assert "passing over" in caplog.text
@@ -216,12 +216,12 @@ def test_another_users_is_refused(tmp_path: Path) -> None:
     path = _save(tmp_path, 1)
     os.chown(path / "shared.pt", 12345, -1)
     with pytest.raises(CheckpointError, match=r"shared.pt: belongs to user 12345, not to you"):
-        load(path, 0, 1)
+        load(path, 0)
 
 
 def test_a_path_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        load(tmp_path / "step-00000001", 0, 1)
+        load(tmp_path / "step-00000001", 0)
 
 
 class _Bomb:
@@ -241,7 +241,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     (path / "shared.pt").write_bytes(pickle.dumps(_Bomb(), protocol=2))
     _rewrite_manifest(path, "shared.pt")
     with pytest.raises(CheckpointError, match=r"shared\.pt: holds more than tensors and plain values"):
-        load(path, 0, 1)
+        load(path, 0)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -283,13 +283,12 @@ def test_each_rank_gets_its_own_back(rank_pool: RankPool, tmp_path: Path) -> Non
     path = tmp_path / "step-00000004"
     assert rank_pool.run(3, _save_together, str(tmp_path), 4, None) == [(str(path), 3, False)] * 3
     for rank in range(3):
-        shared, own = load(path, rank, 3)
+        shared, own = load(path, rank)
         assert shared == {"step": 4}
         assert own["rank"] == rank
         assert own["buffer"].tolist() == [rank] * (rank + 1)
     assert sorted(read_manifest(path).files) == ["rank-00000.pt", "rank-00001.pt", "rank-00002.pt", "shared.pt"]
-    with pytest.raises(CheckpointError, match=r"written by 3 rank\(s\) and cannot be resumed on 2"):
-        load(path, 0, 2)
+    assert load(path, 5)[1]["rank"] == 2  # with more ranks than wrote it
     assert load_shared(path) == {"step": 4}
 
 
@@ -359,7 +358,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_older(tmp_path: Path) -> None:
         assert _names(disk) == ["step-00000001"]
         path = newest(disk)
         assert path is not None
-        assert load(path, 0, 1)[0]["weight"].tolist() == [1.0] * 300
+        assert load(path, 0)[0]["weight"].tolist() == [1.0] * 300
 
 
 def _killed_writers(rank: int, world_size: int, store_address: str, directory: str, kills: int) -> list[str]:
@@ -390,7 +389,7 @@ def _faults(place: Path, finished: int) -> Iterator[str]:
     if path is None:
         yield f"nothing valid in {_names(place)}"
         return
-    shared, own = load(path, 0, 1)
+    shared, own = load(path, 0)
     if own["own"] not in (finished, finished + 1) or shared["weight"].tolist() != [float(own["own"])] * 300:
         yield f"found {path.name} holding {own}"
     for entry in place.glob("step-*"):

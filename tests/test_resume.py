@@ -6,7 +6,8 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ddp.errors import UsageError
 from ddp.job import Job
@@ -121,16 +122,55 @@ def test_every_generator_goes_on(rank_pool: RankPool, tmp_path: Path) -> None:
     assert_the_same_run(tmp_path / "run", tmp_path / "whole" / "run", 9, 3)
 
 
-def test_another_number_of_ranks_is_refused_by_all(rank_pool: RankPool, tmp_path: Path) -> None:
-    train_ranks(rank_pool, 2, job(tmp_path))
-    before = all_but_times(tmp_path / "run")
-    for resume, run_id in (("auto", "run"), (str(tmp_path / "run"), "branch")):
-        ended = train_ranks(rank_pool, 3, job(tmp_path, run__id=run_id), resume=resume)
-        assert [one.kind for one in ended] == ["CheckpointError"] * 3
-        (message,) = {one.message for one in ended}
-        assert "written by 2 rank(s)" in message and "cannot be resumed on 3" in message
-    assert all_but_times(tmp_path / "run") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+class Noted(Misbehaving):
+    """Writes down which examples are trained on, a line a micro-batch, for each rank of each part of the run."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.notes = Path(folder) / f"{dist.get_world_size()}-{dist.get_rank()}"
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        if model.training:
+            with self.notes.open("a") as file:
+                file.write(json.dumps(batch[0].tolist()) + "\n")
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("worlds", [(2, 4), (4, 1), (3, 2)], ids=str)
+def test_another_number_of_ranks_goes_on(rank_pool: RankPool, tmp_path: Path, worlds: tuple[int, int]) -> None:
+    """From the middle of the first epoch to the end of the second: the losses and readings of ranks that never changed,
+    and each example once an epoch."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    task = {"task__name": "test_resume:Noted", "task__options": {"folder": str(notes)}}
+    settings = {**task, "optimizer__name": "adamw", "global_batch_size": 19, "micro_batch_size": 2}
+    settings |= {"noise_scale__sample_every": 1}
+    before, after = worlds
+    train_ranks(rank_pool, before, job(tmp_path, run__steps=3, **settings))
+    ended = rank_pool.run(after, train_one_listening, [job(tmp_path, run__steps=8, **settings)] * after, "auto")
+    assert [one.kind for one, _ in ended] == [""] * after, ended
+    assert [logged.count(f"written by {before} rank(s) and goes on with {after}") for _, logged in ended] == [
+        1,
+        *[0] * (after - 1),
+    ]
+    taken = Counter(trained_on(notes, before) + trained_on(notes, after))
+    assert taken == Counter(dict.fromkeys(range(EXAMPLES), 2))
+    assert_alike(rank_pool, tmp_path, worlds, settings)
+
+
+def trained_on(notes: Path, world_size: int) -> list[int]:
+    """Without the first micro-batch of each part, whose gradient only settles DDP's buckets."""
+    texts = [(notes / f"{world_size}-{rank}").read_text() for rank in range(world_size)]
+    return [example for text in texts for line in text.splitlines()[1:] for example in json.loads(line)]
+
+
+def assert_alike(rank_pool: RankPool, folder: Path, worlds: tuple[int, int], settings: Mapping[str, Any]) -> None:
+    train_ranks(rank_pool, worlds[0], job(folder / "whole", run__steps=8, **settings))
+    changed, whole = steps_of(folder / "run"), steps_of(folder / "whole" / "run")
+    assert [record.examples_total for record in changed] == [record.examples_total for record in whole]
+    assert [record.loss for record in changed] == pytest.approx([record.loss for record in whole], rel=1e-5)
+    one, other = changed[-1].reading, whole[-1].reading
+    assert one is not None and other is not None and one.observations == other.observations == 8
 
 
 class Variable(Misbehaving):
@@ -238,13 +278,13 @@ NOW = datetime(2031, 2, 3, 4, 5, 6, tzinfo=UTC)
 def test_auto_without_a_run_id_is_refused() -> None:
     nameless = job(Path("runs"), run__id=None)
     with pytest.raises(UsageError, match="which run"):
-        find_origin(nameless, {}, "auto", NOW, "abcd", world_size=1)
-    assert find_origin(nameless, {}, None, NOW, "abcd", world_size=1).run_id.endswith("-20310203-040506-abcd")
-    assert find_origin(nameless, {"DDP_RUN_ID": "given"}, "auto", NOW, "abcd", world_size=1).run_id == "given"
+        find_origin(nameless, {}, "auto", NOW, "abcd")
+    assert find_origin(nameless, {}, None, NOW, "abcd").run_id.endswith("-20310203-040506-abcd")
+    assert find_origin(nameless, {"DDP_RUN_ID": "given"}, "auto", NOW, "abcd").run_id == "given"
 
 
 def test_auto_of_a_run_that_has_not_begun_begins_it(tmp_path: Path) -> None:
-    origin = find_origin(job(tmp_path), {}, "auto", NOW, "abcd", world_size=1)
+    origin = find_origin(job(tmp_path), {}, "auto", NOW, "abcd")
     assert (origin.run_id, origin.checkpoint, origin.step) == ("run", None, 0)
 
 
@@ -252,7 +292,7 @@ def test_auto_of_a_run_that_has_not_begun_begins_it(tmp_path: Path) -> None:
 def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path, folders: str) -> None:
     (tmp_path / folders).mkdir(parents=True, exist_ok=True)
     with pytest.raises(UsageError, match=f"--resume {tmp_path / 'run'}"):
-        find_origin(job(tmp_path), {}, str(tmp_path / "run"), NOW, "abcd", world_size=1)
+        find_origin(job(tmp_path), {}, str(tmp_path / "run"), NOW, "abcd")
 
 
 def test_a_relative_path_names_the_same_run_from_inside(
@@ -262,6 +302,6 @@ def test_a_relative_path_names_the_same_run_from_inside(
     nameless = job(tmp_path / "elsewhere", run__id=None)
     for start, path in ((tmp_path, "run"), (tmp_path / "run", "."), (tmp_path / "run/checkpoints", "step-00000002")):
         monkeypatch.chdir(start)
-        origin = find_origin(nameless, {}, path, NOW, "abcd", world_size=1)
+        origin = find_origin(nameless, {}, path, NOW, "abcd")
         assert (origin.run_id, origin.step) == ("run", 2)
         assert os.path.samefile(Path(origin.job.run.directory) / origin.run_id, tmp_path / "run")

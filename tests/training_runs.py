@@ -137,7 +137,7 @@ def losses_of(run_directory: Path) -> list[float]:
 def saved(run_directory: Path, step: int, world_size: int) -> dict[str, Any]:
     """All that the checkpoint of `step` holds, each rank's own part included."""
     path = run_directory / "checkpoints" / f"step-{step:08d}"
-    own = {rank: checkpoint.load(path, rank, world_size)[1] for rank in range(world_size)}
+    own = {rank: checkpoint.load(path, rank)[1] for rank in range(world_size)}
     return {"shared": checkpoint.load_shared(path), "own": own}
 
 

@@ -254,29 +254,20 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def load(path: Path, rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was saved as `shared` and as this rank's `own`, tensors on the CPU.
 
+    With more ranks than wrote it, some get a copy of another's own: rank r that of rank r modulo their number.
+
     Raises:
-        CheckpointError: missing, truncated, altered, not ours, or written by another number of ranks; what
-            the ranks share can be read at any number with `load_shared`.
+        CheckpointError: missing, truncated, altered, or not ours.
     """
     manifest = read_manifest(path)
-    check_world_size(path, manifest, world_size)
-    return _load_file(path, SHARED, manifest), _load_file(path, _rank_file(rank), manifest)
-
-
-def check_world_size(path: Path, manifest: Manifest, world_size: int) -> None:
-    """Refuse to go on with another number of ranks than wrote the checkpoint, with a CheckpointError."""
-    if manifest.world_size != world_size:
-        raise CheckpointError(
-            f"{path}: written by {manifest.world_size} rank(s) and cannot be resumed on {world_size}: running "
-            f"statistics and random generators are each rank's own. Resume it on {manifest.world_size} rank(s)"
-        )
+    return _load_file(path, SHARED, manifest), _load_file(path, _rank_file(rank % manifest.world_size), manifest)
 
 
 def load_shared(path: Path) -> dict[str, Any]:
-    """What was saved as `shared`, whatever the number of ranks, tensors on the CPU."""
+    """What was saved as `shared` alone, tensors on the CPU."""
     return _load_file(path, SHARED, read_manifest(path))
 
 

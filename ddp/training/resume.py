@@ -22,19 +22,16 @@ class Origin:
     step: int
 
 
-def find_origin(
-    job: Job, environ: Mapping[str, str], resume: str | None, utc: datetime, token: str, *, world_size: int
-) -> Origin:
+def find_origin(job: Job, environ: Mapping[str, str], resume: str | None, utc: datetime, token: str) -> Origin:
     """Resolve the run id and `--resume`.
 
     Args:
         resume: None, "auto", a run directory or a checkpoint. A path also says which run goes on, unless the
             job names another one: that one then starts from the checkpoint.
         utc, token: of a run id that nobody gave.
-        world_size: ranks that are to go on, as many as wrote the checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint was written by another number of ranks.
+        CheckpointError: the checkpoint cannot be read.
         UsageError: there is nothing at the path, or "auto" without anything that names the run.
     """
     if resume is None or resume == "auto":
@@ -48,7 +45,7 @@ def find_origin(
             raise UsageError(
                 f"--resume auto: none of the checkpoints in {checkpoints} can be read; choose another run.id"
             )
-        return _origin(job, run_id, found, world_size)
+        return _origin(job, run_id, found)
     path = Path(resume).resolve()  # "." and "step-00000120" say too little of where they are
     if (path / "checkpoints").is_dir():
         found, run_path = checkpoint.newest(path / "checkpoints"), path
@@ -59,16 +56,14 @@ def find_origin(
     if found is None:
         raise UsageError(f"--resume {resume}: this run has no checkpoint that can be read")
     if job.run.id is not None:
-        return _origin(job, job.run.id, found, world_size)
+        return _origin(job, job.run.id, found)
     section = job.run.model_copy(update={"id": run_path.name, "directory": str(run_path.parent)})
-    return _origin(job.model_copy(update={"run": section}), run_path.name, found, world_size)
+    return _origin(job.model_copy(update={"run": section}), run_path.name, found)
 
 
-def _origin(job: Job, run_id: str, found: Path | None, world_size: int) -> Origin:
+def _origin(job: Job, run_id: str, found: Path | None) -> Origin:
     if job.run.id != run_id:
         job = job.model_copy(update={"run": job.run.model_copy(update={"id": run_id})})
     if found is None:
         return Origin(job, run_id, None, 0)
-    manifest = checkpoint.read_manifest(found)
-    checkpoint.check_world_size(found, manifest, world_size)
-    return Origin(job, run_id, found, manifest.step)
+    return Origin(job, run_id, found, checkpoint.read_manifest(found).step)

@@ -153,9 +153,7 @@ def _opened(
     def open_on_rank_zero() -> tuple[RunDirectory, Origin, Station] | None:
         if topology.rank != 0:
             return None
-        origin = find_origin(
-            job, os.environ, resume, datetime.now(UTC), secrets.token_hex(2), world_size=topology.world_size
-        )
+        origin = find_origin(job, os.environ, resume, datetime.now(UTC), secrets.token_hex(2))
         measured = read_critical_batches(job.noise_scale.critical_batch_result)
         station = Station(job.metrics, _run_info(job, topology, plan, origin, transport), measured)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ddp.training.agreement import together
 from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.trainer import Trainer
 
+logger = logging.getLogger("ddp.training")
+
 
 def save_state(trainer: Trainer, directory: Path) -> Path:
     """Write the trainer's state as the checkpoint of its step, and return where. All ranks together."""
@@ -27,7 +30,6 @@ def save_state(trainer: Trainer, directory: Path) -> Path:
             "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
             "optimizer": trainer.optimizer.state_dict(),
             "noise_scale": None if trainer.measurement is None else trainer.measurement.tracker.state_dict(),
-            "course": trainer.course.state_dict(),
             "step": trainer.step_count,
             "examples_total": trainer.examples_total,
             "training_examples": trainer.plan.examples,
@@ -41,7 +43,11 @@ def save_state(trainer: Trainer, directory: Path) -> Path:
 
 
 def restore_state(trainer: Trainer, path: Path) -> None:
-    """Continue where the checkpoint at `path` stands. All ranks together.
+    """Continue where the checkpoint at `path` stands, written by any number of ranks. All ranks together.
+
+    The same examples follow in the same global batches. With another number of ranks rank r takes over the running
+    statistics of rank r modulo the old number, ranks that are new keep the generators they were seeded with, and sums
+    are rounded otherwise: it is not the same run bit for bit.
 
     Raises:
         CheckpointError: it cannot be read, or belongs to another model or other data; nothing is changed then.
@@ -50,7 +56,7 @@ def restore_state(trainer: Trainer, path: Path) -> None:
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
 
     def load() -> tuple[dict[str, Any], dict[str, Any]]:
-        shared, own = checkpoint.load(path, trainer.rank, trainer.world_size)
+        shared, own = checkpoint.load(path, trainer.rank)
         # A fused optimizer would read a moment of another shape beyond its end, and copy_ would broadcast.
         _check_same(path, "parameter", shared["parameters"], parameters)
         _check_same(path, "buffer", own["buffers"], buffers)
@@ -70,9 +76,18 @@ def restore_state(trainer: Trainer, path: Path) -> None:
     trainer.optimizer.load_state_dict(shared["optimizer"])
     if trainer.measurement is not None and shared["noise_scale"] is not None:
         trainer.measurement.tracker.load_state_dict(shared["noise_scale"])
-    trainer.course.load_state_dict(shared["course"])
     trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
-    restore_random_state(own["random"])
+    written_by = checkpoint.read_manifest(path).world_size
+    if trainer.rank < written_by:
+        restore_random_state(own["random"])
+    if trainer.rank == 0 and written_by != trainer.world_size:
+        logger.warning(
+            "%s was written by %d rank(s) and goes on with %d: the same examples in the same batches, but rounding, random "
+            "numbers and running statistics differ, so that it is not bit for bit the run that it would have been",
+            path,
+            written_by,
+            trainer.world_size,
+        )
 
 
 def _check_same(path: Path, kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
