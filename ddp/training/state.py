@@ -30,6 +30,7 @@ def save_state(trainer: Trainer, directory: Path) -> Path:
             "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
             "optimizer": trainer.optimizer.state_dict(),
             "noise_scale": None if trainer.measurement is None else trainer.measurement.tracker.state_dict(),
+            "course": trainer.course.state_dict(),
             "step": trainer.step_count,
             "examples_total": trainer.examples_total,
             "training_examples": trainer.plan.examples,
@@ -76,6 +77,7 @@ def restore_state(trainer: Trainer, path: Path) -> None:
     trainer.optimizer.load_state_dict(shared["optimizer"])
     if trainer.measurement is not None and shared["noise_scale"] is not None:
         trainer.measurement.tracker.load_state_dict(shared["noise_scale"])
+    trainer.course.load_state_dict(shared["course"])
     trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
     written_by = checkpoint.read_manifest(path).world_size
     if trainer.rank < written_by:
