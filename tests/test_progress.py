@@ -13,9 +13,11 @@ from dataclasses import replace
 import pytest
 
 from ddp.noise.noise_scale import Reading
+from ddp.noise.readings import NoiseReadings
 from ddp.telemetry.progress import (
     Progress,
     Rate,
+    done_share,
     duration_text,
     epochs_text,
     metric_text,
@@ -24,7 +26,17 @@ from ddp.telemetry.progress import (
     reading_text,
     render_line,
 )
-from telemetry_records import NAN, evaluation_records, feed, reading, run_info, step_records, with_reading
+from ddp.telemetry.records import BatchChange, RunInfo
+from telemetry_records import (
+    NAN,
+    batch_changes,
+    evaluation_records,
+    feed,
+    reading,
+    run_info,
+    step_records,
+    with_reading,
+)
 
 INFO = run_info(epochs=8)
 RECORD = with_reading(replace(step_records(INFO, 74)[-1], loss=0.08713), reading("resolved", 128.4, 82.2, 247.6))
@@ -87,6 +99,31 @@ def test_readings_in_words(noise: Reading, text: str) -> None:
     assert reading_text(noise) == text
 
 
+@pytest.mark.parametrize(
+    ("noise", "text"),
+    [
+        (reading("resolved", 54.3, 40.1, 75.0), "54 [40, 75] (Adam's metric)"),
+        (reading("wide", 30.0, 9.96, 1472.0), "30 [10, 1,472] (wide; Adam's metric)"),
+        (reading("lower_bound", 500.0, 83.4, math.inf), "above 83 (Adam's metric)"),
+        (reading("beyond_data", 9e5, 1700.2, math.inf), "beyond the data (above 1,700; Adam's metric)"),
+        (reading("unresolved", NAN, NAN, NAN), "unresolved"),
+    ],
+)
+def test_a_metric_is_named_where_it_is_not_the_plain_one(noise: Reading, text: str) -> None:
+    assert reading_text(noise, "preconditioned") == text
+
+
+def test_the_line_has_the_headline_and_names_its_metric() -> None:
+    plain, preconditioned = reading("resolved", 10.0, 8.0, 12.0), reading("resolved", 54.3, 40.1, 75.0)
+    for noise, shown in (
+        (NoiseReadings(plain, preconditioned, "preconditioned"), "54 [40, 75] (Adam's metric)"),
+        (NoiseReadings(plain, preconditioned, "plain"), "10 [8, 12]"),
+        (NoiseReadings(plain, None, "preconditioned"), "10 [8, 12]"),  # there is none yet to be the headline
+    ):
+        line = render_line(INFO, replace(RECORD, noise=noise), None, NAN, NAN)
+        assert line == f"epoch 3.2/8  loss 0.08713  noise scale {shown}"
+
+
 def test_numbers() -> None:
     assert [number_text(value) for value in (0.123, 9.94, 9.96, 1234567.8)] == ["0.12", "9.9", "10", "1,234,568"]
     assert [number_text(value) for value in (NAN, math.inf)] == ["?", "infinity"]
@@ -104,6 +141,41 @@ def test_rate_and_time_left_go_by_steps_and_clock() -> None:
         rate.observe(replace(RECORD, step=step, unix_time=1000 + 0.25 * step, duration_seconds=0.1))
     assert rate.examples_per_second() == pytest.approx(640)
     assert rate.seconds_left() == pytest.approx((INFO.steps - 100) * 0.25)
+
+
+OPEN_STEPS = replace(INFO, steps=0, steps_per_epoch=0)  # run.epochs with a batch that adapts itself
+OPEN_EPOCHS = replace(INFO, steps=200, steps_per_epoch=0, epochs=0.0)  # run.steps with one
+
+
+def test_an_end_that_is_open_in_steps_or_in_epochs() -> None:
+    assert render_line(OPEN_STEPS, RECORD, None, NAN, NAN).startswith("epoch 3.2/8  loss")
+    assert render_line(OPEN_EPOCHS, RECORD, None, NAN, NAN).startswith("step 74/200  loss")
+    assert moment_text(OPEN_STEPS, 74, 3.2) == "epoch 3.2"
+    assert moment_text(OPEN_EPOCHS, 74, 3.2) == "step 74"
+    assert (done_share(OPEN_STEPS, RECORD), done_share(OPEN_EPOCHS, RECORD)) == (RECORD.epoch / 8, 74 / 200)
+
+
+@pytest.mark.parametrize("info", [OPEN_STEPS, OPEN_EPOCHS])
+def test_time_left_where_the_end_is_open(info: RunInfo) -> None:
+    """2 s an epoch of 20 steps: from epoch 1.5 on 13 s to the end of epoch 8, from step 30 on 17 s to step 200."""
+    rate = Rate(info)
+    for step in range(1, 31):
+        rate.observe(replace(RECORD, step=step, epoch=step / 20, unix_time=1000 + 0.1 * step))
+    assert rate.seconds_left() == pytest.approx(13.0 if info is OPEN_STEPS else 17.0)
+
+
+CHANGE = batch_changes(INFO)[0]
+CHANGE_LINE = f"global batch size 64 -> 128 at epoch 2, learning rate x 1.41: {CHANGE.reason}"
+
+
+def test_a_change_of_the_batch_is_a_line_of_its_own() -> None:
+    stream = io.StringIO()
+    progress = Progress(INFO, stream)
+    progress.batch_change(CHANGE)
+    progress.batch_change(replace(CHANGE, learning_rate_factor=1.0))
+    progress.close()
+    progress.batch_change(CHANGE)  # too late: nothing is shown after the end
+    assert stream.getvalue().splitlines() == [CHANGE_LINE, CHANGE_LINE.replace(", learning rate x 1.41", "")]
 
 
 def test_plain_lines_come_at_intervals_and_at_each_validation() -> None:
@@ -132,7 +204,7 @@ def test_an_evaluation_before_the_first_step_shows_nothing() -> None:
     assert stream.getvalue() == ""
 
 
-def show_on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
+def show_on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, change: BatchChange | None = None) -> str:
     """All that a whole run writes to a real terminal."""
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -150,7 +222,10 @@ def show_on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
     reader.start()
     with os.fdopen(terminal, "w", encoding="utf-8") as stream:
         progress = Progress(INFO, stream)
-        feed(progress, INFO)
+        feed(progress, INFO, last_step=46 if change else None)
+        if change:
+            progress.batch_change(change)
+            feed(progress, replace(INFO, start_step=46))
         progress.close()
     reader.join(timeout=30)
     os.close(controller)
@@ -165,6 +240,13 @@ def test_a_terminal_shows_one_line_that_is_redrawn(monkeypatch: pytest.MonkeyPat
     assert last.startswith("epoch 8.0/8  loss ")
     assert "0:00 left" in last
     assert "\x1b[?25h" in last  # the cursor is back
+
+
+def test_on_a_terminal_a_change_of_the_batch_stays_above_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = show_on_terminal(monkeypatch, columns=60, change=CHANGE)
+    assert text.count("global batch size") == 1
+    assert CHANGE_LINE in " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).split())  # wrapped, not cut
+    assert text.index("global batch size") < text.rindex("epoch 8.0/8")
 
 
 def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

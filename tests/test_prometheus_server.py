@@ -22,10 +22,11 @@ from typing import TypeVar
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.metrics import Metrics, serve
 from ddp.telemetry.recording import open_recording, read_steps
 from ddp.telemetry.targets import publish
-from telemetry_records import feed, run_info, step_records
+from telemetry_records import adam_steps, feed, run_info, step_records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGURATION = REPOSITORY / "deploy" / "prometheus" / "prometheus.yml"
@@ -146,7 +147,9 @@ def test_the_server_accepts_the_configuration() -> None:
 
 def test_promtool_accepts_the_exposition() -> None:
     promtool, registry, info = program("promtool"), CollectorRegistry(), run_info()
-    feed(Metrics(registry, info), info, last_step=100)
+    metrics = Metrics(registry, info, [CriticalBatch("sweep", "adam", 'loss "0.3"', 147.0, 120.0, 180.0)])
+    for record in adam_steps(info, 100):
+        metrics.step(record)
     command = [promtool, "check", "metrics"]
     done = subprocess.run(command, check=False, input=generate_latest(registry), capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -189,12 +192,15 @@ def test_a_real_job_is_scraped(project: Path) -> None:
             total = 3 * 1_472.0
             wait_for("all examples", lambda: True if query("ddp_examples_total") == {"scraped": total} else None)
             noise = query('ddp_gradient_noise_scale_examples{metric="plain"}')
-            states = query("ddp_gradient_noise_scale_state == 1")
+            states = query('ddp_gradient_noise_scale_state{metric="plain"} == 1')
+            headline = "ddp_gradient_noise_scale_headline_info"
+            joined = query(f"ddp_gradient_noise_scale_examples * on (run, metric) group_left (method) {headline}")
             with closing(open_recording(project / "runs" / "scraped" / "run.db")) as database:
                 *_, last = read_steps(database)
-            assert last.reading is not None
+            assert last.noise is not None
             assert (last.examples_total, states) == (total, {"scraped": 1.0})
-            assert noise == pytest.approx({"scraped": last.reading.noise_scale}, nan_ok=True)
+            assert noise == pytest.approx({"scraped": last.noise.plain.noise_scale}, nan_ok=True)
+            assert joined == pytest.approx({"scraped": last.noise.reading.noise_scale}, nan_ok=True)
             assert job.wait(timeout=DEADLINE_SECONDS) == 0, (project / "job.log").read_text()
         finally:
             if job.poll() is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -24,10 +26,19 @@ import pytest
 
 from ddp.errors import UsageError
 from ddp.telemetry.charts import running_mean
+from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.records import RunInfo
 from ddp.telemetry.report import DRAWN_STEPS, write_report
-from telemetry_records import evaluation_records, feed, run_info, step_records
+from telemetry_records import (
+    adam_steps,
+    batch_changes,
+    evaluation_records,
+    feed,
+    part_readings,
+    run_info,
+    step_records,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}href"
@@ -80,17 +91,166 @@ def test_the_cards_are_the_record(page: Path) -> None:
     assert cards["Global batch size"] == ("64", "examples over 2 ranks")
 
 
+def table(root: ElementTree.Element, title: str) -> list[dict[str, str]]:
+    """The rows of a table by its headings."""
+    for section in root.iter("section"):
+        heading = section.find("h2")
+        if heading is not None and words(heading) == title:
+            names = [words(cell) for cell in section.iter("th")]
+            rows = [[words(cell) for cell in row.iter("td")] for row in section.iter("tr")]
+            return [dict(zip(names, row, strict=True)) for row in rows if row]
+    return []
+
+
+READINGS = "Readings of the noise scale, in examples"
+
+
 def test_the_table_is_the_record(page: Path) -> None:
-    rows = [[words(cell) for cell in row.iter("td")] for row in parse(page).iter("tr") if row.find("td") is not None]
+    rows = table(parse(page), READINGS)
     assert len(rows) == 12
     with closing(sqlite3.connect(page.parent / "run.db")) as database:
-        for step, epoch, point, interval, state, _ in rows:
+        for row in rows:
             query = "SELECT epoch, noise_scale, low, high, state FROM steps JOIN readings USING (step) WHERE step = ?"
-            expected = database.execute(query, (int(step),)).fetchone()
-            assert (epoch, state) == (f"{expected[0]:.2f}", expected[4].replace("_", " "))
+            epoch, point, low, high, state = database.execute(query, (int(row["Step"]),)).fetchone()
+            assert (row["Epoch"], row["State"]) == (f"{epoch:.2f}", state.replace("_", " "))
+            assert (row["Global batch"], row["Metric"], row["From"]) == ("64", "plain", "ranks")
             if state == "resolved":
-                assert (point, interval) == (f"{expected[1]:,.0f}", f"{expected[2]:,.0f} to {expected[3]:,.0f}")
-    assert {row[4] for row in rows} == {"unresolved", "wide", "resolved", "lower bound", "beyond data"}
+                assert (row["Noise scale"], row["95 % interval"]) == (f"{point:,.0f}", f"{low:,.0f} to {high:,.0f}")
+    assert {row["State"] for row in rows} == {"unresolved", "wide", "resolved", "lower bound", "beyond data"}
+
+
+CRITICAL = CriticalBatch("sweep", "adam", "loss 0.3", 147.0, 120.0, 180.0)
+
+
+@pytest.fixture(scope="module")
+def adam_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both metrics, 12 layers, a batch that adapts itself, and a critical batch size that runs have measured."""
+    directory, info = tmp_path_factory.mktemp("adam"), run_info()
+    open_ended = replace(info, steps=0, steps_per_epoch=0, batch_statistics=True)
+    recorder, changes = Recorder(directory / "run.db", open_ended, [CRITICAL]), batch_changes(info)
+    for record in adam_steps(info, 253):
+        batch = next((change.after for change in reversed(changes) if record.step > change.step), 64)
+        recorder.step(replace(record, global_batch_size=batch))
+    for change in changes:
+        recorder.batch_change(change)
+    recorder.close()
+    return write_report(directory)
+
+
+def test_cards_and_tables_name_metric_method_and_batch(adam_page: Path) -> None:
+    root = parse(adam_page)
+    text = words(root)
+    assert "Step 253, epoch 11 of 12. The run goes on or was stopped." in text
+    assert "Noise scale at the end, Adam's metric" in text and "Noise scale at the end, plain" in text
+    assert "256examples over 2 ranks; adapted itself 2 times, from 64" in text
+    assert "Critical batch size, measured147[120, 180] examples, by sweep with adam to loss 0.3" in text
+    assert text.count("normalised 32 at a time") == 1
+    rows = table(root, READINGS)
+    assert {(int(row["Step"]) >= 50, row["Metric"]) for row in rows} == {(False, "plain"), (True, "Adam's metric")}
+    assert {row["From"] for row in rows if int(row["Step"]) >= 50} == {"micro-batches"}  # which moved that reading
+    for row in rows:
+        step = int(row["Step"])
+        assert row["Global batch"] == ("64" if step <= 46 else "128" if step <= 115 else "256")
+    changes = table(root, "Changes of the global batch size, in examples")
+    assert [(row["When"], row["From"], row["To"], row["Learning rate"]) for row in changes] == [
+        ("epoch 2", "64", "128", "x 1.41"),
+        ("epoch 5", "128", "256", "x 1.41"),
+    ]
+    (measured,) = table(root, "Critical batch sizes that runs have measured, in examples")
+    assert list(measured.values()) == ["sweep", "adam", "loss 0.3", "147", "120 to 180"]
+
+
+def test_one_chart_has_both_metrics_and_the_stairs_of_the_batch(adam_page: Path) -> None:
+    """Axis from the stairs, 64 and 256 examples, and the epochs of the changes; both lines are then read off."""
+    chart = figure(parse(adam_page), "Gradient noise scale")
+    svg = next(chart.iter(f"{SVG}svg"))
+    stairs = paths(svg, "red", dashed=True)[0]
+    (low_y, middle_y, high_y) = sorted(set(stairs[:, 1]), reverse=True)
+    assert low_y - middle_y == pytest.approx(middle_y - high_y, rel=1e-3)  # two doublings on a log scale
+    per_pixel = math.log(4) / (low_y - high_y)
+    second, fifth = stairs[np.flatnonzero(np.diff(stairs[:, 1])), 0]
+    for colour, metric in (("blue", "preconditioned"), ("teal", "plain")):
+        line = max(paths(svg, colour, dashed=False), key=len)
+        epochs = 2 + (line[:, 0] - second) * 3 / (fifth - second)
+        drawn = 64 * np.exp((low_y - line[:, 1]) * per_pixel)
+        steps = adam_steps(run_info(), 253)
+        for epoch, value in zip(epochs, drawn, strict=True):
+            expected = getattr(steps[round(epoch * 23) - 1].noise, metric)
+            assert value == pytest.approx(expected.noise_scale, rel=0.02)
+    legend = [words(item) for item in chart.iter("li")]
+    assert legend[:2] == ["noise scale, Adam's metric", "95 % interval"]
+    assert "noise scale, plain" in legend and "global batch size, 64 to 256" in legend
+    assert "critical batch size 147 (sweep, adam, loss 0.3)" in legend
+
+
+def rectangles(svg: ElementTree.Element) -> list[tuple[float, float, float, str]]:
+    """Middle height, left and right end and fill of the picture's rectangles."""
+    found: list[tuple[float, float, float, str]] = []
+    for path in svg.iter(f"{SVG}path"):
+        fill = re.search(r"fill: ([^;]+)", path.get("style", ""))
+        points = np.array(re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")), dtype=float)
+        if path.get("clip-path") and fill and len(points) >= 4:
+            x, y = points.T
+            found.append((round(float(y.mean()), 1), float(x.min()), float(x.max()), fill[1]))
+    return found
+
+
+def test_layers_are_in_order_and_as_dark_as_their_readings(adam_page: Path) -> None:
+    chart = figure(parse(adam_page), "Noise scale of each layer")
+    drawn = rectangles(next(chart.iter(f"{SVG}svg")))
+    counts = Counter(y for y, *_ in drawn)
+    rows = sorted(y for y, count in counts.items() if count > 1)  # the colour bar has one to a height
+    left, right = min(x for _, x, _, _ in drawn), max(x for y, _, x, _ in drawn if y in rows)
+    moments = [record for record in adam_steps(run_info(), 253) if record.noise and record.noise.parts]
+    seen: dict[str, list[float]] = {}
+    for record in moments:
+        x = left + (record.epoch - 2.5 / 23) / moments[-1].epoch * (right - left)  # between two moments
+        assert record.noise is not None
+        readings = [each.reading for each in record.noise.parts if each.metric == "preconditioned"]
+        for y, reading in zip(rows, readings, strict=True):
+            fills = [fill for row, start, end, fill in drawn if row == y and start <= x <= end]
+            if reading.state == "unresolved":
+                assert fills == ["var(--grid)"]
+            elif reading.state in ("resolved", "wide"):
+                (fill,) = fills
+                seen.setdefault(fill, []).append(reading.noise_scale)
+            else:
+                assert any(fill.startswith("url(#") for fill in fills)
+    spans = sorted((min(values), max(values)) for values in seen.values())
+    assert len(spans) >= 5
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))  # one colour, one range
+    labels = [words(each) for each in next(chart.iter(f"{SVG}svg")).iter(f"{SVG}text")]
+    assert [label for label in labels if "linear" in label or "group" in label] == [
+        *(f"blocks.{place}.linear" for place in range(12)),
+        *("group decayed", "group not decayed"),
+    ]
+
+
+def test_a_model_of_many_layers_is_drawn_in_part_and_says_so(tmp_path: Path) -> None:
+    template = step_records(run_info(), 30)[-1]
+    assert template.noise is not None
+    recorder = Recorder(tmp_path / "run.db", run_info())
+    for step in range(30, 60, 2):
+        noise = replace(template.noise, parts=part_readings(step + 40, 98))
+        recorder.step(replace(template, step=step, epoch=step / 23, noise=noise))
+    recorder.close()
+    root = parse(write_report(tmp_path))
+    chart = figure(root, "Noise scale of each layer")
+    assert "36 more are in run.db" in words(chart)
+    assert len({y for y, *_ in rectangles(next(chart.iter(f"{SVG}svg")))}) >= 64
+
+
+def test_one_rank_that_splits_its_batch_is_told_apart_from_one_that_measures_nothing(tmp_path: Path) -> None:
+    template, words_of = step_records(run_info(), 30)[-1], dict[str, str]()
+    assert template.noise is not None
+    for method in ("split", "none"):
+        (directory := tmp_path / method).mkdir()
+        recorder = Recorder(directory / "run.db", replace(run_info(), world_size=1))
+        recorder.step(replace(template, noise=replace(template.noise, method=method)))
+        recorder.close()
+        words_of[method] = words(parse(write_report(directory)))
+    assert "took its batch in two halves" in words_of["split"] and "No step had two" not in words_of["split"]
+    assert "No step had two gradients to compare" in words_of["none"] and "halves to" not in words_of["none"]
 
 
 def figure(root: ElementTree.Element, title: str) -> ElementTree.Element:
@@ -274,7 +434,11 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-def test_a_browser_draws_it_without_network(page: Path, proxy: tuple[str, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", ["page", "adam_page"])
+def test_a_browser_draws_it_without_network(
+    recorded: str, request: pytest.FixtureRequest, proxy: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    page: Path = request.getfixturevalue(recorded)
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         if os.environ.get("CI") == "true":
@@ -292,6 +456,6 @@ def test_a_browser_draws_it_without_network(page: Path, proxy: tuple[str, list[s
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("<figure") == 5
-    assert html.escape("<b>digits & co</b>", quote=False) in done.stdout
+    assert recorded != "page" or html.escape("<b>digits & co</b>", quote=False) in done.stdout
     assert "Content Security Policy" not in done.stderr  # nothing was tried that the page forbids
     assert [url for url in asked if "google" not in url and "gvt1" not in url] == []

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from ddp.telemetry.summary import KEPT_READINGS, History, sparkline, summary
-from telemetry_records import NAN, evaluation_records, feed, reading, reading_at, run_info, step_records, with_reading
+from telemetry_records import (
+    NAN,
+    adam_steps,
+    batch_changes,
+    evaluation_records,
+    feed,
+    reading,
+    reading_at,
+    run_info,
+    step_records,
+    with_reading,
+)
 
 
 def history_of(epochs: int = 12) -> History:
@@ -99,6 +110,55 @@ def test_the_first_resolved_reading_and_the_latest_are_kept_for_advice() -> None
         short.step(record)
     assert short.latest is not None and short.latest.reading == step_records(info, 30)[-1].reading
     assert short.first_resolved is None
+
+
+def test_a_headline_that_changes_its_metric_is_named_and_advises_from_its_own() -> None:
+    info, steps = run_info(), adam_steps(run_info(), 120)
+    history = History(info)
+    for record in steps:
+        history.step(record)
+    assert history.first_resolved is not None
+    first = next(r for r in steps[49:] if r.reading and r.reading.state == "resolved")
+    assert (history.first_resolved.step, history.first_resolved.metric) == (first.step, "preconditioned")
+    lines = [" ".join(line.split()) for line in summary(info, history).splitlines()]
+    end = steps[-1].reading
+    assert end is not None
+    assert (
+        f"noise scale {end.noise_scale:,.0f} [{end.low:,.0f}, {end.high:,.0f}] examples, resolved, in Adam's metric "
+        "at the end" in lines
+    )
+    path = [line for line in lines if line.startswith("epoch ")]
+    assert ["(wide)" in path[0], "Adam's metric" in path[0], "Adam's metric" in path[-1]] == [True, False, True]
+
+
+def test_a_method_belongs_to_the_reading_that_it_moved() -> None:
+    """Steps between sampled ones leave a preconditioned reading as it is, and so what it was observed from."""
+    history = History(run_info())
+    for record in adam_steps(run_info(), 123):
+        history.step(record)
+    assert history.latest is not None
+    assert (history.latest.step, history.latest.method) == (123, "micro_batches")
+
+
+def test_a_batch_that_adapted_itself_and_the_one_a_reading_was_taken_at() -> None:
+    info, history = run_info(), History(run_info())
+    for record in step_records(info, 120):
+        history.step(replace(record, global_batch_size=64 if record.step <= 46 else 128))
+        if record.step == 46:
+            history.batch_change(batch_changes(info)[0])
+    assert "64 examples -> 128 from epoch 2 its path" in " ".join(summary(info, history).split())
+    assert history.first_resolved is not None and history.latest is not None
+    assert (history.first_resolved.step, history.first_resolved.global_batch_size) == (40, 64)
+    assert (history.latest.global_batch_size, history.global_batch_size) == (128, 128)
+
+
+def test_many_changes_of_the_batch_are_told_by_the_first_and_the_last() -> None:
+    info, history = run_info(), History(run_info())
+    for place in range(10):
+        change = batch_changes(info)[0]
+        history.batch_change(replace(change, epoch=float(place + 1), before=2**place, after=2 ** (place + 1)))
+    line = next(line for line in summary(info, history).splitlines() if "global batch" in line)
+    assert " 1 examples -> ... -> 32 from epoch 5 -> " in line and line.endswith(" -> 1,024 from epoch 10")
 
 
 def test_a_long_run_is_kept_in_bounded_memory_and_evenly() -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp.noise.noise_scale import State
 from ddp.telemetry.records import PHASES, EvaluationRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -61,6 +60,7 @@ SETTINGS: dict[Any, Any] = {  # keys are matplotlib's own literal type
     "ytick.minor.left": False,
     "xtick.minor.bottom": False,
     "axes.formatter.useoffset": False,
+    "hatch.linewidth": 0.5,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
@@ -71,7 +71,7 @@ Evaluations = Sequence[EvaluationRecord]
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend; `style` is how its sample looks: line, faint, dashed, dotted, band or bar."""
+    """One entry of a legend; `style` is how its sample looks: line, faint, dashed, dotted, band, bar or hatched."""
 
     label: str
     colour: str  # a name of PALETTE
@@ -113,46 +113,6 @@ def metric_chart(evaluations: Evaluations, metric: str, target: float | None) ->
     if "accuracy" in metric:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     return finished_drawing(figure, axes, f"{metric} over epochs", keys)
-
-
-def noise_chart(
-    steps: Steps, global_batch_size: int, training_examples: int, size_inches: tuple[float, float] = SIZE_INCHES
-) -> Drawing:
-    """The noise scale with its interval on a log scale, where there is one, beside the global batch size.
-
-    Where only a lower bound is known (beyond the data too) that bound is dotted and all above it shaded; a wide
-    interval is paler; unresolved stretches show nothing but a grey bar at the foot.
-    """
-    figure, axes = new_figure(size_inches)
-    measured = [record for record in steps if record.reading is not None]
-    epochs = _column(measured, "epoch")
-    point, low, high = (
-        np.array([getattr(record.reading, name) for record in measured], dtype=float)
-        for name in ("noise_scale", "low", "high")
-    )
-    resolved, wide = _in_state(measured, "resolved"), _in_state(measured, "wide")
-    bounded, unresolved = _in_state(measured, "lower_bound", "beyond_data"), _in_state(measured, "unresolved")
-    bottom, top = _noise_limits(np.where(unresolved, np.nan, [point, low, high]), global_batch_size, training_examples)
-
-    _shade(axes, epochs, low, high, resolved | wide, 0.12)
-    _shade(axes, epochs, low, high, resolved, 0.14)
-    _shade(axes, epochs, low, np.full_like(low, top), bounded, 0.06)
-    axes.plot(epochs, _only(point, resolved | wide), color=PALETTE["blue"])
-    axes.plot(epochs, _only(low, bounded), color=PALETTE["blue"], linestyle=":")
-    axes.plot(epochs, _only(np.full(len(epochs), bottom), unresolved), color=PALETTE["muted"], linewidth=7)
-    axes.axhline(global_batch_size, color=PALETTE["red"], **DASHED)
-    axes.axhline(training_examples, color=PALETTE["muted"], linewidth=1, linestyle=":")
-    axes.set_ylim(bottom, top)
-    log_axis(axes)
-    keys = [
-        Key("noise scale", "blue") if (resolved | wide).any() else None,
-        Key("95 % interval", "blue", "band") if (resolved | wide).any() else None,
-        Key("lower bound only", "blue", "dotted") if bounded.any() else None,
-        Key("unresolved", "muted", "bar") if unresolved.any() else None,
-        Key(f"global batch size {global_batch_size:,}", "red", "dashed"),
-        Key(f"training set {training_examples:,}", "muted", "dotted") if bottom < training_examples < top else None,
-    ]
-    return finished_drawing(figure, axes, "gradient noise scale over epochs", [key for key in keys if key])
 
 
 def learning_rate_chart(steps: Steps) -> Drawing:
@@ -240,36 +200,3 @@ def _line(axes: Axes, records: Evaluations, values: Sequence[float], colour: str
     epochs = [record.epoch for record in records]
     axes.plot(epochs, values, color=PALETTE[colour], marker="o" if len(records) <= 40 else None, markersize=3.2)
     return [Key(label, colour)]
-
-
-def _in_state(records: Steps, *states: State) -> NDArray[np.bool_]:
-    return np.array([record.reading is not None and record.reading.state in states for record in records], dtype=bool)
-
-
-def _only(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
-    return np.where(where, values, np.nan)
-
-
-def _noise_limits(values: NDArray[np.float64], global_batch_size: int, training_examples: int) -> tuple[float, float]:
-    """Ends of a log axis that holds the batch size and the middle 98 % of the values.
-
-    A few wild ends do not set it, nor does what lies far beyond the training set, where a reading means little.
-    """
-    known = values[np.isfinite(values) & (values > 0)]
-    low, high = (float(end) for end in np.percentile(known, (1, 99))) if len(known) else (1.0, 1.0)
-    high = min(high, 20.0 * max(training_examples, global_batch_size))
-    return max(0.1, min(low, global_batch_size) / 2), max(high, global_batch_size) * 2
-
-
-def _shade(
-    axes: Axes,
-    epochs: NDArray[np.float64],
-    low: NDArray[np.float64],
-    high: NDArray[np.float64],
-    where: NDArray[np.bool_],
-    alpha: float,
-) -> None:
-    """Between `low` and `high`, up to the step after each stretch, so that a single step shows too."""
-    if where.any():
-        where = where | np.concatenate([[False], where[:-1]])
-        axes.fill_between(epochs, low, high, where=where.tolist(), color=PALETTE["blue"], alpha=alpha, linewidth=0)

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
-from ddp.noise.readings import NoiseReadings, PartReading
+from ddp.noise.readings import Method, Metric, NoiseReadings, PartReading
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunInfo, Sink, StepRecord
 from ddp.telemetry.schema import FIRST_PART_PLACE, PLAIN_PLACE, PRECONDITIONED_PLACE, READING_COLUMNS, SCHEMA_VERSION
+
+Held = dict[Metric, tuple[int, Reading]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +73,24 @@ def count_steps(database: sqlite3.Connection) -> int:
 
 
 def read_steps(database: sqlite3.Connection, every: int = 1) -> Iterator[StepRecord]:
-    """Every `every`-th step in order, and always the last one. `noise.parts` stays empty."""
+    """Every `every`-th step in order, and always the last one. `noise.parts` stays empty.
+
+    A reading that nothing moved is the same object from step to step, as it was when it was recorded.
+    """
     chosen = "{0}.step % :every = 0 OR {0}.step = (SELECT max(step) FROM steps)"
     columns = ", ".join(f"{phase}_seconds" for phase in PHASES)
     phases = database.execute(
         f"SELECT step, {columns} FROM phases WHERE {chosen.format('phases')} ORDER BY step, rank", {"every": every}
     )
     pending = next(phases, None)
+    held: Held = {}
     steps = f"{STEPS_WITH_READINGS} WHERE {chosen.format('steps')} ORDER BY steps.step"
     for row in database.execute(steps, {"every": every}):
         ranks: list[Mapping[str, float]] = []
         while pending is not None and pending["step"] <= row["step"]:
             ranks.append({phase: _float(pending[f"{phase}_seconds"]) for phase in PHASES})
             pending = next(phases, None)
-        yield _step(row, tuple(ranks))
+        yield _step(row, tuple(ranks), held)
 
 
 def read_parts_over_time(database: sqlite3.Connection, most: int | None = None) -> list[PartsMoment]:
@@ -122,6 +128,12 @@ def read_batch_changes(database: sqlite3.Connection) -> list[BatchChange]:
         )
         for row in database.execute("SELECT * FROM batch_changes ORDER BY step")
     ]
+
+
+def read_methods(database: sqlite3.Connection) -> set[Method]:
+    """How the run's steps were observed; `none` for those that were not."""
+    rows = database.execute("SELECT DISTINCT method FROM steps WHERE method IS NOT NULL")
+    return {method for (method,) in rows}
 
 
 def read_critical_batches(database: sqlite3.Connection) -> list[CriticalBatch]:
@@ -173,7 +185,7 @@ def mean_phase_seconds(database: sqlite3.Connection) -> list[dict[str, float]]:
     return [{phase: _float(row[phase]) for phase in PHASES} for row in rows]
 
 
-def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...]) -> StepRecord:
+def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...], held: Held) -> StepRecord:
     return StepRecord(
         step=row["step"],
         epoch=_float(row["epoch"]),
@@ -188,20 +200,31 @@ def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...]) -> S
         all_reduce_bytes=row["all_reduce_bytes"],
         straggler_rank=row["straggler_rank"],
         global_batch_size=row["global_batch_size"],
-        noise=_noise(row),
+        noise=_noise(row, held),
     )
 
 
-def _noise(row: sqlite3.Row) -> NoiseReadings | None:
-    if row["plain_step"] is None:
+def _noise(row: sqlite3.Row, held: Held) -> NoiseReadings | None:
+    plain = _held_reading(row, "plain", held)
+    if plain is None:
         return None
     return NoiseReadings(
-        plain=_reading(row, "plain_"),
-        preconditioned=None if row["preconditioned_step"] is None else _reading(row, "preconditioned_"),
+        plain=plain,
+        preconditioned=_held_reading(row, "preconditioned", held),
         headline=row["headline"],
         method=row["method"],
         sampled_every=row["sampled_every"],
     )
+
+
+def _held_reading(row: sqlite3.Row, metric: Metric, held: Held) -> Reading | None:
+    """The reading that holds after the row's step; `held` has the latest of each metric by its step."""
+    step = row[f"{metric}_step"]
+    if step is None:
+        return None
+    if metric not in held or held[metric][0] != step:
+        held[metric] = (step, _reading(row, f"{metric}_"))
+    return held[metric][1]
 
 
 def _reading(row: sqlite3.Row, prefix: str = "") -> Reading:

@@ -11,31 +11,26 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddp.errors import UsageError
-from ddp.noise.noise_scale import Reading
+from ddp.noise.readings import Method, Metric
 from ddp.telemetry import charts, recording
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.progress import epochs_text, metric_text, moment_text, number_text, reading_text
+from ddp.telemetry.layer_chart import layer_chart, rows_left_out
+from ddp.telemetry.noise_charts import noise_chart
+from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
 from ddp.telemetry.recording import PartsMoment
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord
-from ddp.telemetry.report_page import Card, Chart, page
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.report_cards import run_cards
+from ddp.telemetry.report_page import Chart, page
+from ddp.telemetry.report_tables import changes_table, critical_table, readings_table
 from ddp.telemetry.summary import History
 
 DRAWN_STEPS = 2_000  # more would only make the page heavy
 DRAWN_MOMENTS = 120  # of the layers
-
-STATES_IN_WORDS = {
-    "unresolved": "not enough observations yet, or too much noise to say anything",
-    "beyond_data": "above the size of the training set: the set is nearly fitted",
-    "lower_bound": "only a lower bound is known",
-    "wide": "the ends of the interval are more than a factor of 4 apart",
-    "resolved": "the interval is within a factor of 4",
-}
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ class Recorded:
     changes: list[BatchChange]
     moments: list[PartsMoment]  # thinned to about DRAWN_MOMENTS
     critical_batches: list[CriticalBatch]
+    methods: set[Method]  # by which the noise scale was observed
 
     @property
     def info(self) -> RunInfo:
@@ -87,11 +83,12 @@ def read_recorded(path: Path) -> Recorded:
             changes = recording.read_batch_changes(database)
             moments = recording.read_parts_over_time(database, DRAWN_MOMENTS)
             critical_batches = recording.read_critical_batches(database)
+            methods = recording.read_methods(database)
         except sqlite3.Error as error:
             raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
     if not parts:
         raise UsageError(f"{path}: the run has not begun to record; try again in a few seconds")
-    return Recorded(parts, steps, evaluations, phase_seconds, changes, moments, critical_batches)
+    return Recorded(parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods)
 
 
 def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
@@ -106,9 +103,13 @@ def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
         title=info.run_id,
         subtitle=subtitle,
         note=_note(recorded),
-        cards=_cards(info, history),
+        cards=run_cards(info, history, recorded.critical_batches),
         charts=_charts(recorded),
-        readings=_reading_rows(history),
+        tables=(
+            readings_table(history),
+            changes_table(info, recorded.changes),
+            critical_table(recorded.critical_batches),
+        ),
         job_text=job_text,
         made=made,
     )
@@ -127,60 +128,15 @@ def _note(recorded: Recorded) -> str:
     if not recorded.steps:
         return "No step is recorded yet."
     last = recorded.steps[-1]
-    words = [f"Step {last.step:,} of {info.steps:,}, epoch {epochs_text(last.epoch)}."]
-    if last.step < info.steps:
+    of_steps = f" of {info.steps:,}" if info.steps else ""
+    of_epochs = f" of {epochs_text(info.epochs)}" if not info.steps else ""
+    words = [f"Step {last.step:,}{of_steps}, epoch {epochs_text(last.epoch)}{of_epochs}."]
+    if done_share(info, last) < 1.0 - 1e-9:
         words[0] += " The run goes on or was stopped."
     resumes = [part.start_step for part in recorded.parts[1:]]
     if resumes:
         words.append(f"Resumed from step {', '.join(f'{step:,}' for step in resumes)}.")
     return " ".join(words)
-
-
-def _cards(info: RunInfo, history: History) -> list[Card]:
-    cards = [] if history.validation is None else [_validation_card(info, history.validation)]
-    if info.target is not None:
-        cards.append(_target_card(info, history))
-    if history.latest is not None:
-        cards.append(_noise_card("Noise scale at the end", history.latest.reading))
-    cards.append(Card("Global batch size", f"{info.global_batch_size:,}", f"examples over {info.world_size} ranks"))
-    if history.last is not None:
-        cards.append(_step_card(history.last))
-    return cards
-
-
-def _validation_card(info: RunInfo, record: EvaluationRecord) -> Card:
-    value = record.metrics.get(info.metric)
-    if value is None:
-        return Card("Validation loss", f"{record.loss:.4g}", f"{record.examples:,} examples")
-    shown = metric_text(info.metric, value).removeprefix(f"{info.metric} ")
-    return Card(f"Validation {info.metric}", shown, f"loss {record.loss:.4g}")
-
-
-def _target_card(info: RunInfo, history: History) -> Card:
-    assert info.target is not None
-    goal = metric_text(info.metric, info.target)
-    if history.target_reached is None:
-        return Card("Target", "not reached", goal)
-    noise = f"{goal}; noise scale then {reading_text(history.at_target.reading)}" if history.at_target else goal
-    return Card("Target reached", moment_text(info, history.target_reached.step, history.target_reached.epoch), noise)
-
-
-def _noise_card(title: str, reading: Reading) -> Card:
-    match reading.state:
-        case "resolved" | "wide":
-            value = number_text(reading.noise_scale)
-            detail = f"[{number_text(reading.low)}, {number_text(reading.high)}] examples, {reading.state}"
-        case "lower_bound" | "beyond_data":
-            value = f"> {number_text(reading.low)}"
-            detail = STATES_IN_WORDS[reading.state]
-        case "unresolved":
-            value, detail = "unresolved", STATES_IN_WORDS["unresolved"]
-    return Card(title, value, detail)
-
-
-def _step_card(last: StepRecord) -> Card:
-    rate = last.examples / last.duration_seconds if last.duration_seconds > 0 else float("nan")
-    return Card("Latest step", f"{1000 * last.duration_seconds:.3g} ms", f"{number_text(rate)} examples/s")
 
 
 def _charts(recorded: Recorded) -> list[Chart]:
@@ -189,7 +145,8 @@ def _charts(recorded: Recorded) -> list[Chart]:
 
     info, steps, evaluations = recorded.info, recorded.steps, recorded.evaluations
     with matplotlib.rc_context(charts.SETTINGS):
-        drawn = [_noise_figure(info, steps)] if any(record.reading is not None for record in steps) else []
+        headline = _headline(steps)
+        drawn = [_noise_figure(recorded, headline), *_layer_figure(recorded.moments, headline)] if headline else []
         if steps:
             drawn.append(Chart("Loss", charts.loss_chart(steps, evaluations), "Mean over examples, log scale."))
         if any(info.metric in record.metrics for record in evaluations):
@@ -204,42 +161,52 @@ def _charts(recorded: Recorded) -> list[Chart]:
     return drawn
 
 
-def _noise_figure(info: RunInfo, steps: list[StepRecord]) -> Chart:
+def _headline(steps: list[StepRecord]) -> Metric | None:
+    """The latest headline's metric; None where the noise scale was off all along."""
+    return next((headline_metric(record.noise) for record in reversed(steps) if record.noise is not None), None)
+
+
+def _noise_figure(recorded: Recorded, headline: Metric) -> Chart:
+    info = recorded.info
     narrow, wide = (
-        charts.noise_chart(steps, info.global_batch_size, info.training_examples, size)
+        noise_chart(recorded.steps, headline, info.training_examples, recorded.critical_batches, size)
         for size in (charts.SIZE_INCHES, charts.WIDE_INCHES)
     )
     caption = (
         "Examples, log scale. Where the global batch size lies well below the noise scale more ranks still pay; "
         "well above it most of what they add is lost, if the model behind it holds."
     )
-    return Chart("Gradient noise scale", narrow, caption, wide)
+    return Chart("Gradient noise scale", narrow, " ".join([caption, *_limits(recorded)]), wide)
 
 
-def _reading_rows(history: History) -> Sequence[tuple[str, ...]]:
-    """About a dozen readings over the run: step, epoch, B, interval, state in words."""
-    kept = history.readings
-    chosen = kept if len(kept) <= 12 else [kept[round(i * (len(kept) - 1) / 11)] for i in range(12)]
-    return [
-        (
-            f"{timed.step:,}",
-            f"{timed.epoch:.2f}",
-            *_interval_cells(timed.reading),
-            timed.reading.state.replace("_", " "),
-            STATES_IN_WORDS[timed.reading.state],
+def _limits(recorded: Recorded) -> list[str]:
+    """Where the way it was measured limits the number."""
+    info, limits = recorded.info, list[str]()
+    if info.batch_statistics:
+        limits.append(
+            "The model normalises over its batches, so the examples of a micro-batch depend on each other: the number "
+            f"is that of batches normalised {info.micro_batch_size:,} at a time, and others would give another one."
         )
-        for timed in chosen
-    ]
+    if "split" in recorded.methods:
+        limits.append(
+            "One rank took its batch in two halves to have two gradients to compare: its interval stays wider than "
+            "with more ranks or micro-batches."
+        )
+    if recorded.methods <= {"none"}:
+        limits.append("No step had two gradients to compare (one rank without accumulation): nothing is measured.")
+    return limits
 
 
-def _interval_cells(reading: Reading) -> tuple[str, str]:
-    match reading.state:
-        case "unresolved":
-            return "–", "–"
-        case "lower_bound" | "beyond_data":
-            return "–", f"above {number_text(reading.low)}"
-        case "resolved" | "wide":
-            return number_text(reading.noise_scale), f"{number_text(reading.low)} to {number_text(reading.high)}"
+def _layer_figure(moments: list[PartsMoment], headline: Metric) -> list[Chart]:
+    """In the headline's metric; [] where no layer was resolved."""
+    narrow, wide = (layer_chart(moments, headline, size[0]) for size in (charts.SIZE_INCHES, charts.WIDE_INCHES))
+    if narrow is None:
+        return []
+    named = f", in {METRIC_NAMES[headline]}" if headline != "plain" else ""
+    caption = f"Examples, log scale{named}; layers in the model's order, the optimizer's groups below."
+    if left_out := rows_left_out(moments):
+        caption += f" {left_out:,} more are in run.db."
+    return [Chart("Noise scale of each layer", narrow, caption, wide)]
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -55,17 +55,20 @@ figure i.faint { opacity: .35; border-top-width: 1.5px; }
 figure i.dashed { border-top-style: dashed; border-top-width: 2px; }
 figure i.dotted { border-top-style: dotted; }
 figure i.band { height: .75rem; border: 0; background: var(--key); opacity: .22; border-radius: 2px; }
+figure i.hatched { width: 1.1rem; height: .75rem; border: 0; background: repeating-linear-gradient(135deg, var(--key) 0 1px, transparent 1px 4px); }
 figure i.bar { width: .75rem; height: .75rem; border: 0; background: var(--key); border-radius: 2px; }
 .on-narrow { display: none; }
 figcaption { color: var(--muted); font-size: .84rem; line-height: 1.4; margin-top: auto; }
 section { margin-top: .9rem; padding: 1.1rem 1.15rem; }
+section + .charts { margin-top: .9rem; }
+section p { margin: .6rem 0 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin-top: .6rem; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--muted); white-space: nowrap; }
 th, td { padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-td.words { color: var(--muted); min-width: 15rem; }
+td.words { color: var(--muted); min-width: 10rem; }
 .state { white-space: nowrap; }
 summary { cursor: pointer; font-weight: 600; font-size: 1.02rem; }
 pre { overflow-x: auto; margin: .8rem 0 0; font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
@@ -83,8 +86,6 @@ footer { color: var(--muted); font-size: .84rem; margin-top: 1.5rem; }
 }
 @media print { body { background: none; } .card, figure, section { break-inside: avoid; } }
 """
-
-HEADINGS = ("Step", "Epoch", "Noise scale", "95 % interval", "State", "")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,15 @@ class Chart:
     wide: Drawing | None = None
 
 
+@dataclass(frozen=True)
+class Table:
+    """A titled table; one without rows is left out. Each column is a heading and its class, see `table_html`."""
+
+    title: str
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[tuple[str, ...]]
+
+
 def page(
     *,
     title: str,
@@ -113,12 +123,12 @@ def page(
     note: str,
     cards: Sequence[Card],
     charts: Sequence[Chart],
-    readings: Sequence[tuple[str, ...]],
+    tables: Sequence[Table],
     job_text: str,
     made: str,
 ) -> str:
     """A run's page."""
-    body = cards_html(cards) + charts_html(charts) + _readings(readings) + _job(job_text)
+    body = cards_html(cards) + charts_html(charts) + "".join(map(_table, tables)) + _job(job_text)
     return document(title=title, notes=(subtitle, note), body=body, footer=f"Made {made} from run.db.")
 
 
@@ -175,9 +185,9 @@ def _figure(chart: Chart) -> str:
     return f"<figure{kind}><h2>{title}</h2>{legend}\n{svg}<figcaption>{caption}</figcaption></figure>\n"
 
 
-def _readings(rows: Sequence[tuple[str, ...]]) -> str:
-    kinds = ("number", "number", "number", "number", "state", "words")
-    return table_html("Readings of the noise scale, in examples", HEADINGS, kinds, rows)
+def _table(table: Table) -> str:
+    headings, kinds = zip(*table.columns, strict=True)
+    return table_html(table.title, headings, kinds, table.rows)
 
 
 def table_html(title: str, headings: Sequence[str], kinds: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:

@@ -47,7 +47,6 @@ class History:
         self.last: StepRecord | None = None
         self.validation: EvaluationRecord | None = None
         self.readings: list[TimedReading] = []  # evenly spaced, at most KEPT_READINGS
-        self.methods: set[Method] = set()  # by which the noise scale was observed in some step
         self.first_resolved: TimedReading | None = None  # in the metric of the latest, where that was ever resolved
         self.target_reached: EvaluationRecord | None = None
         self.at_target: TimedReading | None = None  # None also where the noise scale is off
@@ -84,12 +83,10 @@ class History:
         self.changes.append(record)
 
     def _timed(self, record: StepRecord, noise: NoiseReadings) -> TimedReading:
-        """A step that observed nothing leaves the reading and its method as they were."""
-        method = noise.method
-        if method != "none":
-            self.methods.add(method)
-        elif self._latest is not None:
-            method = self._latest.method
+        """A step that did not move the reading leaves the method by which it was observed."""
+        before, method = self._latest, noise.method
+        if before is not None and noise.reading is before.reading:
+            method = before.method
         return TimedReading(
             record.step, record.epoch, noise.reading, headline_metric(noise), method, record.global_batch_size
         )
@@ -189,11 +186,11 @@ def _batch_text(info: RunInfo, history: History) -> str:
     changes = history.changes
     if not changes:
         return f"{history.global_batch_size:,} examples"
-    sizes = [f"{changes[0].before:,}"]
+    sizes = [f"{changes[0].before:,} examples"]
     sizes += [f"{each.after:,} from {moment_text(info, each.step, each.epoch)}" for each in changes[-SHOWN_CHANGES:]]
     if len(changes) > SHOWN_CHANGES:
         sizes.insert(1, "...")
-    return f"{' -> '.join(sizes)} examples"
+    return " -> ".join(sizes)
 
 
 def _point(reading: Reading) -> float:

@@ -1,0 +1,105 @@
+"""The report's tables: readings, changes of the batch size, and what runs have measured. Values in, text out."""
+
+from __future__ import annotations
+
+import math
+
+from ddp.noise.noise_scale import Reading, State
+from ddp.noise.readings import Method
+from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.progress import METRIC_NAMES, moment_text, number_text
+from ddp.telemetry.records import BatchChange, RunInfo
+from ddp.telemetry.report_page import Table
+from ddp.telemetry.summary import History
+
+READINGS_SHOWN = 12
+
+STATES_IN_WORDS: dict[State, str] = {
+    "unresolved": "too few observations, or too much noise to say anything",
+    "beyond_data": "above the training set's size: it is nearly fitted",
+    "lower_bound": "only a lower bound is known",
+    "wide": "its ends are more than a factor of 4 apart",
+    "resolved": "its ends are within a factor of 4",
+}
+METHODS_IN_WORDS: dict[Method, str] = {
+    "ranks": "ranks",
+    "micro_batches": "micro-batches",
+    "split": "halves",
+    "none": "none",
+}
+
+
+def readings_table(history: History) -> Table:
+    """About a dozen headline readings, evenly spread over the run."""
+    kept, last = history.readings, READINGS_SHOWN - 1
+    chosen = kept if len(kept) <= last + 1 else [kept[round(i * (len(kept) - 1) / last)] for i in range(last + 1)]
+    columns = (
+        *(("Step", "number"), ("Epoch", "number"), ("Global batch", "number"), ("Noise scale", "number")),
+        *(("95 % interval", "number"), ("Metric", "state"), ("From", "state"), ("State", "state")),
+        *(("To resolve", "number"), ("", "words")),
+    )
+    rows = [
+        (
+            f"{timed.step:,}",
+            f"{timed.epoch:.2f}",
+            f"{timed.global_batch_size:,}",
+            *_interval_cells(timed.reading),
+            METRIC_NAMES[timed.metric],
+            METHODS_IN_WORDS[timed.method],
+            timed.reading.state.replace("_", " "),
+            needed_text(timed.reading) or "–",
+            STATES_IN_WORDS[timed.reading.state],
+        )
+        for timed in chosen
+    ]
+    return Table("Readings of the noise scale, in examples", columns, rows)
+
+
+def needed_text(reading: Reading) -> str:
+    """How many more observations would resolve it; empty where it is resolved or that is not known."""
+    needed = reading.steps_needed
+    if reading.state in ("resolved", "beyond_data") or not needed > 0:
+        return ""
+    return "more than a window" if needed == math.inf else f"{needed:,.0f} more"
+
+
+def _interval_cells(reading: Reading) -> tuple[str, str]:
+    match reading.state:
+        case "unresolved":
+            return "–", "–"
+        case "lower_bound" | "beyond_data":
+            return "–", f"above {number_text(reading.low)}"
+        case "resolved" | "wide":
+            return number_text(reading.noise_scale), f"{number_text(reading.low)} to {number_text(reading.high)}"
+
+
+def changes_table(info: RunInfo, changes: list[BatchChange]) -> Table:
+    """Every change of the global batch size, with what decided it."""
+    columns = (("When", "state"), ("From", "number"), ("To", "number"), ("Learning rate", "number"), ("Why", ""))
+    rows = [
+        (
+            moment_text(info, change.step, change.epoch),
+            f"{change.before:,}",
+            f"{change.after:,}",
+            f"x {change.learning_rate_factor:.3g}",
+            change.reason,
+        )
+        for change in changes
+    ]
+    return Table("Changes of the global batch size, in examples", columns, rows)
+
+
+def critical_table(measured: list[CriticalBatch]) -> Table:
+    """Critical batch sizes from runs, each with what it belongs to."""
+    columns = (
+        *(("Method", ""), ("Optimizer", ""), ("Target", "")),
+        *(("Critical batch size", "number"), ("95 % interval", "number")),
+    )
+    rows = [
+        (
+            *(each.method, each.optimizer, each.target, number_text(each.critical_batch_size)),
+            f"{number_text(each.low)} to {number_text(each.high)}",
+        )
+        for each in measured
+    ]
+    return Table("Critical batch sizes that runs have measured, in examples", columns, rows)
