@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ddp.diagnostics import communication, step_time
-from ddp.diagnostics.batch_size_finder import LargestBatch, Tester, TrialError, largest_batch
+from ddp.diagnostics.batch_size_finder import BatchTrials, LargestBatch, TrialError, largest_batch
 from ddp.diagnostics.communication import Links, Measured
 from ddp.diagnostics.scaling import Baseline, Row, Scaling, StopsPaying
 from ddp.diagnostics.step_time import StepCost
@@ -182,7 +182,7 @@ def _largest(info: RunInfo, job_file: Path, question: MemoryQuestion | None) -> 
         return None, f"Batches were not tried: there is no {job_file}."
     if ":" in info.task and not question.allow_import:
         return None, f"Batches were not tried: {info.task} runs code from outside ddp; give --allow-import to allow it."
-    tester = Tester(
+    batch_trials = BatchTrials(
         job_file=job_file,
         local_ranks=info.world_size // info.nodes,
         seconds=question.seconds,
@@ -190,7 +190,7 @@ def _largest(info: RunInfo, job_file: Path, question: MemoryQuestion | None) -> 
         allow_import=question.allow_import,
     )
     try:
-        return largest_batch(tester, start=max(2, info.micro_batch_size // LARGEST_FOR_LINE)), ""
+        return largest_batch(batch_trials, start=max(2, info.micro_batch_size // LARGEST_FOR_LINE)), ""
     except TrialError as error:
         return None, f"Batches were not tried: {error}."
 

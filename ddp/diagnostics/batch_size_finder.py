@@ -125,7 +125,7 @@ def _next(fits: int, too_large: int | None, start: int, limit: int) -> int | Non
 
 
 @dataclass
-class Tester:
+class BatchTrials:
     """Tries batches of a job's task in child processes, until `seconds` are over. Close it: that ends the child.
 
     Args:
@@ -215,12 +215,12 @@ class Tester:
         return None
 
 
-def largest_batch(tester: Tester, start: int) -> LargestBatch:
+def largest_batch(batch_trials: BatchTrials, start: int) -> LargestBatch:
     """Find it, and end the child.
 
     Raises:
         TrialError: the task cannot be tried.
     """
-    with closing(tester):
-        facts = tester.facts()
-        return find_largest_batch(tester.try_batch, facts, min(start, facts.training_examples))
+    with closing(batch_trials):
+        facts = batch_trials.facts()
+        return find_largest_batch(batch_trials.try_batch, facts, min(start, facts.training_examples))
