@@ -4,11 +4,11 @@
 
 A cell is a kind of gradient, a number of observations n and a batch b against the noise scale B. Coverage is
 unconditional: an unbounded set [low, inf) covers where low <= B, and "no bound" is the whole line and covers. Beside it:
-how often the truth lay below and above the set, coverage given that the state is `resolved` (a selected part, not what
+how often the truth lay below and above the set, Fieller's set uncorrected for skewness, coverage given that the state is `resolved` (a selected part, not what
 95 % is promised of), the delta method's (B +- t standard errors, for comparison), the median of high/low where both
 are finite and above 0, and the share of each state in per cent.
 
-Steps come from noise_scale_populations.py, through `Units.moments`, `fieller` and `state_of`. Every window of a
+Steps come from noise_scale_populations.py, through `Units.moments`, `ratio_interval` and `state_of`. Every window of a
 simulation of 400 observations is used, up to four times `--repetitions` a cell. The |G|^2 of rows that say "falls"
 drops by the factor within each window; the truth is then tr(Sigma) over the window's average of |G|^2.
 
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp.noise.interval import PairedMeans, fieller, t_quantile
+from ddp.noise.interval import PairedMeans, fieller, ratio_interval, t_quantile
 from ddp.noise.noise_scale import LARGEST_WINDOW, NoiseScaleWindow, state_of
 from noise_scale_populations import (
     FLAT,
@@ -75,6 +75,7 @@ class Cell:
     covered: float
     truth_below: float
     truth_above: float
+    covered_by_fieller: float
     covered_if_resolved: float
     covered_by_delta_method: float
     median_high_over_low: float
@@ -125,7 +126,8 @@ def cell(kind: Kind, noise: StepNoise, size: int, ratio: float, repetitions: int
     truth, t = noise.batch / ratio, t_quantile(CONFIDENCE, 2 * (size - 1) / 3)
     traces, norms = noise.windows(size).moments(squared_norms(truth, size, kind.falls))
     kept = Windows.of(traces[:repetitions], norms[:repetitions])
-    sets = [fieller(means, t) for means in kept]
+    sets = [ratio_interval(means, t) for means in kept]
+    plain = [fieller(means, t) for means in kept]
     states = [state_of(low, high, noise.examples) for low, high in sets]
     below, above = [truth < low for low, _ in sets], [truth > high for _, high in sets]
     resolved = [not (b or a) for b, a, state in zip(below, above, states, strict=True) if state == "resolved"]
@@ -138,6 +140,7 @@ def cell(kind: Kind, noise: StepNoise, size: int, ratio: float, repetitions: int
         covered=1.0 - float(np.mean(below)) - float(np.mean(above)),
         truth_below=float(np.mean(below)),
         truth_above=float(np.mean(above)),
+        covered_by_fieller=1.0 - float(np.mean([truth < low or truth > high for low, high in plain])),
         covered_if_resolved=float(np.mean(resolved)) if len(resolved) >= 100 else math.nan,
         covered_by_delta_method=kept.delta_method_covers(truth, t),
         median_high_over_low=float(np.median(bounded)) if bounded else math.nan,
@@ -176,15 +179,16 @@ def kinds(early: Population, late: Population) -> list[Kind]:
 def describe(cells: Sequence[Cell]) -> Iterator[str]:
     """A line a cell."""
     yield (
-        f"{'gradients':31s}{'n':>4s}{'b/B':>6s} {'covers':>7s} {'below':>5s} {'above':>5s} {'resolved':>8s} {'delta':>6s} "
-        f"{'hi/lo':>6s}  unresolved beyond_data lower_bound wide resolved"
+        f"{'gradients':31s}{'n':>4s}{'b/B':>6s} {'covers':>7s} {'below':>5s} {'above':>5s} {'Fieller':>7s} "
+        f"{'resolved':>8s} {'delta':>6s} {'hi/lo':>6s}  unresolved beyond_data lower_bound wide resolved"
     )
     for c in cells:
         shares = " ".join(f"{100 * c.states.get(s, 0.0):{len(s)}.0f}" for s in STATES)
         flag = " " if LOWEST <= c.covered <= HIGHEST else "*"
         yield (
             f"{c.kind:31s}{c.observations:4d}{c.batch_over_noise_scale:6.2f} {100 * c.covered:6.1f}{flag} "
-            f"{100 * c.truth_below:5.1f} {100 * c.truth_above:5.1f} {100 * c.covered_if_resolved:8.1f} "
+            f"{100 * c.truth_below:5.1f} {100 * c.truth_above:5.1f} {100 * c.covered_by_fieller:7.1f} "
+            f"{100 * c.covered_if_resolved:8.1f} "
             f"{100 * c.covered_by_delta_method:6.1f} {c.median_high_over_low:6.1f}  {shares}"
         )
 
@@ -239,7 +243,7 @@ def planner(rng: np.random.Generator, counts: tuple[int, ...], windows: int) -> 
         size = math.ceil(factor * v)
         made = gaussian(rng, (windows, size), FLAT, counts).moments(np.full(size, 1 / noise_scale))
         t = t_quantile(CONFIDENCE, 2 * (size - 1) / 3)
-        sets = [fieller(means, t) for means in Windows.of(*made)]
+        sets = [ratio_interval(means, t) for means in Windows.of(*made)]
         reached = [high < math.inf if factor < 4 else high <= 4 * low for low, high in sets]
         text += f"; {name}: {size} steps, reached in {100 * np.mean(reached):.0f} % of windows of that length"
     return text
@@ -267,7 +271,8 @@ def main() -> int:
         "\nadaptive window after 400 observations (shifts in %, share of windows of 25 50 100 200 400, drift flag in %)"
     )
     print(
-        f"{'gradients':31s}{'b/B':>6s} {'covers':>7s} {'resolved':>8s} {'shift S':>7s} {'|G|^2':>7s}    25  50 100 200 400  drift"
+        f"{'gradients':31s}{'b/B':>6s} {'covers':>7s} {'resolved':>8s} {'shift S':>7s} {'|G|^2':>7s}"
+        "    25  50 100 200 400  drift"
     )
     print("\n".join(windows))
     print("\nplanner at B/b = 30, (tr Sigma)^2 / tr Sigma^2 = 21")

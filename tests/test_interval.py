@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from ddp.noise.interval import PairedMeans, fieller, t_quantile
+from ddp.noise.interval import PairedMeans, fieller, ratio_interval, t_quantile
 from ddp.noise.moments import unbiased_moments
+from noise_scale_populations import FLAT, heavy_tailed
 
 REPETITIONS = 400
 DIMENSIONS = 21  # (tr Sigma)^2 / tr Sigma^2 as measured on digits
@@ -131,6 +132,38 @@ def test_ends_are_the_roots_of_the_quadratic() -> None:
 )
 def test_degenerate_means(means: PairedMeans, expected: tuple[float, float]) -> None:
     assert fieller(means, 2.0) == pytest.approx(expected, nan_ok=True)
+    assert ratio_interval(means, 2.0) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_high_end_is_corrected_for_skewness_and_nothing_else() -> None:
+    rng, t = np.random.default_rng(6), 2.0
+    moved = 0
+    for _ in range(500):
+        means = _random_means(rng)
+        (low, high), (plain_low, plain_high) = ratio_interval(means, t), fieller(means, t)
+        assert repr(low) == repr(plain_low)
+        if not (plain_high < math.inf and means.x > 0):
+            assert repr(high) == repr(plain_high)
+            continue
+        factor = 1 + t * math.sqrt(means.variance_x) / means.x
+        a = means.y**2 - t**2 * means.variance_y
+        b = means.x * means.y - t**2 * factor * means.covariance
+        c = means.x**2 - t**2 * factor**2 * means.variance_x
+        assert high == pytest.approx(max(plain_high, *np.roots([a, -2 * b, c]).real), rel=1e-6)
+        moved += high > 1.01 * plain_high
+    assert moved > 50
+
+
+def test_covers_where_gradients_are_skewed() -> None:
+    """Lognormal gradients on four uneven units at three times the noise scale, where Fieller's high end is too low."""
+    steps, windows, noise_scale = 25, 3000, 32 / 3
+    noise = heavy_tailed(np.random.default_rng(3), (windows, steps), FLAT, (14, 9, 6, 3), "lognormal 1")
+    pairs = np.stack(noise.moments(np.full(steps, 1 / noise_scale)), axis=2)
+    means, t = [_means(window) for window in pairs], t_quantile(0.95, 2 * (steps - 1) / 3)
+    plain, corrected = ([end(m, t) for m in means] for end in (fieller, ratio_interval))
+    assert np.mean([high < noise_scale for _, high in plain]) > 0.06
+    assert np.mean([low > noise_scale or high < noise_scale for low, high in plain]) > 0.07
+    assert np.mean([low > noise_scale or high < noise_scale for low, high in corrected]) < 0.07
 
 
 @pytest.mark.parametrize("degrees", [1, 1.5, 2, 5, 16, 98 / 3, 66, 398 / 3, 266, 1e4])
