@@ -51,7 +51,7 @@ def noise_text(advice: Advice) -> str:
     """The sentence of the reading that counts, how old it is, and what the latest one says if that is another."""
     info, latest, used = advice.record.info, advice.record.latest, advice.record.used
     if latest is None:
-        return "The noise scale was not measured in this run: only what the step times tell can be said."
+        return "The noise scale was not measured in this run. Only what the step times tell can be said."
     if used is None:
         return f"{latest.sentence(info)} Only what the step times tell can be said."
     if used.step == latest.step:
