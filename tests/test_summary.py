@@ -138,6 +138,8 @@ def test_a_method_belongs_to_the_reading_that_it_moved() -> None:
         history.step(record)
     assert history.latest is not None
     assert (history.latest.step, history.latest.method) == (123, "micro_batches")
+    assert (history.latest.moved_step, history.latest.moved_epoch) == (120, 120 / 23)
+    assert "in Adam's metric as of epoch 5.2\n" in summary(run_info(), history)
 
 
 def test_a_batch_that_adapted_itself_and_the_one_a_reading_was_taken_at() -> None:

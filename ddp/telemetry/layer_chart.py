@@ -45,10 +45,13 @@ class Row:
     cells: tuple[Cell | None, ...]
 
 
-def layer_chart(moments: Sequence[PartsMoment], metric: Metric, width_inches: float) -> Drawing | None:
+def layer_chart(
+    moments: Sequence[PartsMoment], metric: Metric, end_epoch: float, width_inches: float
+) -> Drawing | None:
     """Layers and then groups in the model's order, top down; None where no reading of them is known.
 
-    A lower bound (beyond the data too) has the colour of the bound under a hatch; unresolved is grey.
+    A lower bound (beyond the data too) has the colour of the bound under a hatch; unresolved is grey; what was
+    not observed, as after the last sampled step, is empty.
     """
     levels = _levels(moments, metric)
     if levels is None:
@@ -62,7 +65,7 @@ def layer_chart(moments: Sequence[PartsMoment], metric: Metric, width_inches: fl
     for place, row in enumerate(rows):
         _draw_row(axes, place, row, edges, colours)
     _label_rows(axes, [row.label for row in rows])
-    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlim(0.0, max(end_epoch, edges[-1]))
     _colour_bar(axes, levels, colours)
     cells = {cell for row in rows for cell in row.cells if cell}
     keys = [Key("lower bound only", "ink", "hatched")] if any(cell.bound for cell in cells) else []

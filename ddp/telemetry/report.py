@@ -146,7 +146,7 @@ def _charts(recorded: Recorded) -> list[Chart]:
     info, steps, evaluations = recorded.info, recorded.steps, recorded.evaluations
     with matplotlib.rc_context(charts.SETTINGS):
         headline = _headline(steps)
-        drawn = [_noise_figure(recorded, headline), *_layer_figure(recorded.moments, headline)] if headline else []
+        drawn = [_noise_figure(recorded, headline), *_layer_figure(recorded, headline)] if headline else []
         if steps:
             drawn.append(Chart("Loss", charts.loss_chart(steps, evaluations), "Mean over examples, log scale."))
         if any(info.metric in record.metrics for record in evaluations):
@@ -197,9 +197,10 @@ def _limits(recorded: Recorded) -> list[str]:
     return limits
 
 
-def _layer_figure(moments: list[PartsMoment], headline: Metric) -> list[Chart]:
+def _layer_figure(recorded: Recorded, headline: Metric) -> list[Chart]:
     """In the headline's metric; [] where no layer was resolved."""
-    narrow, wide = (layer_chart(moments, headline, size[0]) for size in (charts.SIZE_INCHES, charts.WIDE_INCHES))
+    moments, end = recorded.moments, recorded.steps[-1].epoch
+    narrow, wide = (layer_chart(moments, headline, end, size[0]) for size in (charts.SIZE_INCHES, charts.WIDE_INCHES))
     if narrow is None:
         return []
     named = f", in {METRIC_NAMES[headline]}" if headline != "plain" else ""

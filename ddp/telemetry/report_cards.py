@@ -10,7 +10,7 @@ from ddp.telemetry.progress import METRIC_NAMES, metric_text, moment_text, numbe
 from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card
 from ddp.telemetry.report_tables import STATES_IN_WORDS, needed_text
-from ddp.telemetry.summary import History, TimedReading
+from ddp.telemetry.summary import History, TimedReading, as_of_text
 
 CRITICAL_CARDS = 2
 
@@ -21,7 +21,7 @@ def run_cards(info: RunInfo, history: History, critical_batches: Sequence[Critic
     if info.target is not None:
         cards.append(_target_card(info, history))
     if history.latest is not None:
-        cards += _noise_cards(history, history.latest)
+        cards += _noise_cards(info, history, history.latest)
     cards.append(Card("Global batch size", f"{history.global_batch_size:,}", _batch_detail(info, history)))
     cards += [_critical_card(each) for each in critical_batches[:CRITICAL_CARDS]]
     if history.last is not None:
@@ -47,14 +47,14 @@ def _target_card(info: RunInfo, history: History) -> Card:
     return Card("Target reached", moment_text(info, reached.step, reached.epoch), noise)
 
 
-def _noise_cards(history: History, latest: TimedReading) -> list[Card]:
+def _noise_cards(info: RunInfo, history: History, latest: TimedReading) -> list[Card]:
     """The headline's, and the plain one beside it where that is another."""
-    title = "Noise scale at the end"
+    title = f"Noise scale {as_of_text(info, latest)}"
     if latest.metric == "plain":
         return [_noise_card(title, latest.reading)]
     cards = [_noise_card(f"{title}, {METRIC_NAMES[latest.metric]}", latest.reading)]
     if history.last is not None and history.last.noise is not None:
-        cards.append(_noise_card(f"{title}, plain", history.last.noise.plain))
+        cards.append(_noise_card("Noise scale at the end, plain", history.last.noise.plain))
     return cards
 
 

@@ -37,6 +37,8 @@ class TimedReading:
     metric: Metric
     method: Method
     global_batch_size: int
+    moved_step: int  # the latest step that observed it
+    moved_epoch: float
 
 
 class History:
@@ -83,12 +85,14 @@ class History:
         self.changes.append(record)
 
     def _timed(self, record: StepRecord, noise: NoiseReadings) -> TimedReading:
-        """A step that did not move the reading leaves the method by which it was observed."""
-        before, method = self._latest, noise.method
+        """A step that did not move the reading leaves the method by which it was observed, and when."""
+        before, metric = self._latest, headline_metric(noise)
+        method, moved_step, moved_epoch = noise.method, record.step, record.epoch
         if before is not None and noise.reading is before.reading:
-            method = before.method
+            method, moved_step, moved_epoch = before.method, before.moved_step, before.moved_epoch
         return TimedReading(
-            record.step, record.epoch, noise.reading, headline_metric(noise), method, record.global_batch_size
+            *(record.step, record.epoch, noise.reading, metric, method, record.global_batch_size),
+            *(moved_step, moved_epoch),
         )
 
     def evaluation(self, record: EvaluationRecord) -> None:
@@ -155,7 +159,7 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     batch = ("global batch", _batch_text(info, history))
     if history.latest is None:
         return [("noise scale", "not measured"), batch]
-    rows = [("noise scale", f"{_reading_at_the_end(history.latest)} at the end"), batch]
+    rows = [("noise scale", f"{_reading_in_full(history.latest)} {as_of_text(info, history.latest)}"), batch]
     measured = [timed for timed in history.readings if timed.reading.state != "unresolved"]
     shown = _spread(measured, SHOWN_READINGS)
     path = [
@@ -167,7 +171,13 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     return rows + [("" if i else "its path", line) for i, line in enumerate(path)]
 
 
-def _reading_at_the_end(timed: TimedReading) -> str:
+def as_of_text(info: RunInfo, timed: TimedReading) -> str:
+    """Either "at the end", or since when the reading has stood where later steps did not observe it."""
+    moved = moment_text(info, timed.moved_step, timed.moved_epoch)
+    return "at the end" if moved == moment_text(info, timed.step, timed.epoch) else f"as of {moved}"
+
+
+def _reading_in_full(timed: TimedReading) -> str:
     """With its state and metric: "54 [40, 75] examples, resolved, in Adam's metric"."""
     end, metric = timed.reading, timed.metric
     if end.state not in ("resolved", "wide"):

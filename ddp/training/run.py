@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, Subset
 import ddp
 from ddp.errors import PeerLostError, UsageError
 from ddp.job import Job, run_id_is_given
+from ddp.metering.measurement import has_batch_statistics
 from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
 from ddp.tasks import load_task
@@ -95,12 +96,12 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
 def _train(
     job: Job, topology: Topology, device: torch.device, resume: str | None, allow_import: bool, stop: StopRequest
 ) -> Path:
-    plan = together(lambda: _plan(job, topology.world_size, allow_import))
+    plan = together(lambda: plan_run(job, topology.world_size, allow_import))
     transport = together(lambda: open_transport(job.transport, device))
     exchange = GradientExchange(transport)
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
         sinks = station.sinks if station else ()
-        trainer = _trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints)
+        trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints)
         try:
             if origin.checkpoint is not None:
                 restore_state(trainer, origin.checkpoint)
@@ -123,7 +124,8 @@ def _say(text: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _plan(job: Job, world_size: int, allow_import: bool) -> Plan:
+def plan_run(job: Job, world_size: int, allow_import: bool) -> Plan:
+    """Load the task and lay out its data; a UsageError where the job does not fit them."""
     torch.manual_seed(job.run.seed)
     task = load_task(job.task, allow_import=allow_import)
     torch.manual_seed(job.run.seed)  # whatever building the task drew
@@ -211,7 +213,7 @@ def _closing(exchange: GradientExchange) -> Iterator[None]:
     exchange.transport.close()
 
 
-def _trainer(
+def build_trainer(
     job: Job,
     plan: Plan,
     exchange: GradientExchange,
@@ -220,6 +222,7 @@ def _trainer(
     sinks: Sequence[Sink],
     checkpoints: Path,
 ) -> Trainer:
+    """The trainer of a planned run, its model and buckets ready. Collective."""
     model = DistributedDataParallel(
         plan.module.to(device),
         **_keep_buffers_apart(),
@@ -274,6 +277,7 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         nodes=topology.world_size // topology.local_world_size,
         gradient_bytes=_gradient_bytes(plan.module),
         learning_rate_rule=job.optimizer.learning_rate_rule,
+        batch_statistics=has_batch_statistics(plan.module),
     )
 
 
