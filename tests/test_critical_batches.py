@@ -16,7 +16,9 @@ ENTRY = {"method": "sweep", "optimizer": "adam", "target": "loss 0.3", "critical
 
 def test_what_runs_measured_is_read_and_what_they_did_not_bracket_is_nan(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    path.write_text(json.dumps([{**ENTRY, "seeds": 3}, {**ENTRY, "method": "branched", "low": None, "high": math.inf}]))
+    second_entry = {**ENTRY, "method": "branched", "low": None, "high": math.inf}
+    unknown, earlier = {**ENTRY, "target": "loss 0.1", "critical_batch_size": None}, {**ENTRY, "critical_batch_size": 3}
+    path.write_text(json.dumps([earlier, {**ENTRY, "seeds": 3}, unknown, second_entry]))
     first, second = read_critical_batches(str(path))
     assert first == CriticalBatch("sweep", "adam", "loss 0.3", 147.0, 1.0, 2.0)
     assert (second.method, math.isnan(second.low), second.high) == ("branched", True, math.inf)

@@ -30,7 +30,8 @@ class CriticalBatch:
 def read_critical_batches(result: str | None) -> tuple[CriticalBatch, ...]:
     """The results in the file that a job names; () where it names none.
 
-    The file holds a JSON list of objects with the fields of `CriticalBatch`; other fields are ignored.
+    The file holds a JSON list of objects with the fields of `CriticalBatch`; other fields are ignored. One without
+    a value, which runs did not bracket, is left out; of several for the same the last counts.
 
     Raises:
         UsageError: it cannot be read, or an entry lacks a field.
@@ -48,7 +49,9 @@ def read_critical_batches(result: str | None) -> tuple[CriticalBatch, ...]:
         raise UsageError(f"{where}: not JSON: {error}") from None
     if not isinstance(entries, list):
         raise UsageError(f"{where}: not a result of `ddp critical-batch`, which is a list")
-    return tuple(_critical_batch(entry, f"{where}: entry {number}") for number, entry in enumerate(entries, 1))
+    read = [_critical_batch(entry, f"{where}: entry {number}") for number, entry in enumerate(entries, 1)]
+    found = {(each.method, each.optimizer, each.target): each for each in read if each.critical_batch_size > 0}
+    return tuple(found.values())
 
 
 def _critical_batch(entry: Any, where: str) -> CriticalBatch:
