@@ -87,7 +87,7 @@ class NoiseMeasurement:
         self._probe = GradientProbe(self._parameters)
         self._batch_statistics = has_batch_statistics(module)
         self._sample: _Sample | None = None
-        self._sampled_every = 0  # as of the last sampled step
+        self._sampled_every = 0  # as of the last step that could be sampled
         self._probe.prepare()
         if exchange.transport.world_size > 1 and self._parameters[0].device.type == "cpu":
             exchange.transport.prepare({torch.float64})
@@ -156,16 +156,17 @@ class NoiseMeasurement:
             return None  # nothing to compare, or nothing that is not known in every step
         metric: Metric = "preconditioned" if preconditioner and step > SETTLED_STEPS else "plain"
         hurry = self.tracker.hurries(metric, parts=self._parts is not None)
-        by_step = halves and self.settings.split == "auto"
-        if not by_step and not self.tracker.cadence.is_due(step, hurry=hurry):
+        self._sampled_every = self._split_every if halves else self.tracker.cadence.interval(hurry=hurry)
+        if not halves and not self.tracker.cadence.is_due(step, hurry=hurry):
             return None
-        self._sampled_every = self._split_every if by_step else self.tracker.cadence.interval(hurry=hurry)
         settled = preconditioner is not None and preconditioner.steps() >= SETTLED_STEPS
         denominators = preconditioner.denominators() if preconditioner is not None and settled else None
         return _Sample(halves, hooked=accumulates or settled, denominators=denominators)
 
     @property
     def _split_every(self) -> int:
+        if self.settings.split is True:
+            return 1
         return SPLIT_EVERY if self.settings.sample_every == "auto" else self.settings.sample_every
 
     def _moments(
