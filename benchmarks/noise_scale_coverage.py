@@ -14,7 +14,7 @@ drops by the factor within each window; the truth is then tr(Sigma) over the win
 
 After the cells: the adaptive window, read by `NoiseScaleWindow` itself after 400 observations, against the average of
 the window that it chose, and whether choosing moved the averages; and the planner against simulated windows.
-Runs for some two minutes on one core.
+Runs for some three minutes on one core.
 """
 
 from __future__ import annotations
