@@ -21,6 +21,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ddp import outcome, topology
+from ddp.diagnostics.command import advise
 from ddp.errors import DdpError, DivergedError, StoppedError, UsageError
 from ddp.job import Job, load_job
 from ddp.outcome import OUTCOME_FILE_VARIABLE, STDERR_VARIABLE, Outcome
@@ -82,49 +83,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
     print(write_report(run_directory))
 
 
-@app.command()
-def advise(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")],
-    price: Annotated[
-        float | None, typer.Option("--price-per-rank-hour", min=0.0, metavar="X", help="Costs in money.")
-    ] = None,
-    ranks: Annotated[
-        str, typer.Option(metavar="1,2,4,...", help="Numbers of ranks to tell of; powers of two where left out.")
-    ] = "",
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The run's own where it had several nodes, else 8.")
-    ] = None,
-    link_gbits: Annotated[
-        float, typer.Option(min=1e-3, metavar="G", help="Assumed of a node's link, unless the run measured it.")
-    ] = 25.0,
-    link_latency_us: Annotated[
-        float, typer.Option(min=0.0, metavar="US", help="Assumed of a message between nodes.")
-    ] = 20.0,
-    no_memory: Annotated[
-        bool, typer.Option("--no-memory", help="Do not try how large a batch fits, nor count classes.")
-    ] = False,
-    memory_per_rank: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GIB", help="Of a rank; a part of what is free where left out.")
-    ] = None,
-    memory_seconds: Annotated[float, typer.Option(min=1.0, metavar="S", help="Trying batches ends then.")] = 60.0,
-    allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Admit a task named module:attr where batches are tried.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
-) -> None:
-    """Say what more ranks or another batch would bring, from a run's record; writes RUN_DIR/advice.html."""
-    from ddp.diagnostics import command
-    from ddp.diagnostics.advise import MemoryQuestion, Question
-
-    memory_bytes = None if memory_per_rank is None else int(memory_per_rank * 2**30)
-    question = Question(
-        ranks=command.parse_ranks(ranks),
-        price_per_rank_hour=price,
-        ranks_per_node=ranks_per_node,
-        links=command.links(link_gbits, link_latency_us),
-        memory=None if no_memory else MemoryQuestion(memory_seconds, memory_bytes, allow_import),
-    )
-    print(command.answer(run_directory, question, as_json=as_json))
+app.command()(advise)
 
 
 @app.command("critical-batch")
