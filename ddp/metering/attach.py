@@ -88,6 +88,8 @@ class GradientMeter:
         self._timer = StepTimer()
         self._kept, self._unscaled = KeptGradients(), UnscaledGradients()
         self._of_one_backward = ExamplesOfOneBackward(batch_size)
+        if optimizer is not None:
+            self._kept.watch(optimizer)  # else from the first that updates the model
         self._unscaled_asked = grad_scaler is not None
         self._counting: Any = model.register_forward_pre_hook(self._before_forward)
         self._model = weakref.ref(model)

@@ -22,7 +22,8 @@ class Parts:
 
     def sums(self, by_parameter: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over each part's parameters, shape (parts, ...) of (parameters, ...)."""
-        return self.membership @ by_parameter
+        with np.errstate(invalid="ignore"):  # 0 times infinity: such a step is dropped
+            return self.membership @ by_parameter
 
 
 def parts_of(module: nn.Module, parameters: Sequence[Tensor], optimizer: Optimizer | None = None) -> Parts:
