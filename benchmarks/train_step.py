@@ -1,24 +1,36 @@
 """A whole training step: forward, backward through DDP, optimizer. MLP of 25 M float32 parameters, AdamW.
 
-    python benchmarks/train_step.py [--ranks 2] [--rounds 21] [--examples 16 128] [--json FILE]
+    python benchmarks/train_step.py [--ranks 2] [--rounds 21] [--examples 16 128] [--pairs 160] [--json FILE]
 
 "bound" has a DDP hook that does nothing and fused AdamW: what a free all-reduce would give. "ours" is the trainer's
 step, which keeps freed memory (`ddp.training.memory`); one row shows it without that. All contenders
 live in the same processes and take turns; figures are medians in milliseconds of the slowest rank.
+
+After that, what measuring costs: steps with everything on (preconditioned norms, layers, micro-batches) against steps
+with measurement off, in pairs, one of each in turn. Every fourth is a sampled step here; the ratio weighs them with the
+interval K that the measured cost gives, and its interval comes from a bootstrap over pairs.
 """
 
 import argparse
+import itertools
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp.metering.measurement import NoiseMeasurement, Settings
 from ddp.metering.observation import observe_step
 from ddp.noise.noise_scale import NoiseScaleWindow
+from ddp.noise.sampling import SamplingCadence
+from ddp.noise.tracker import SETTLED_STEPS
 from ddp.training.memory import keep_freed_memory
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 from ddp.transport.row import StepRow
@@ -33,6 +45,7 @@ OURS_WITH_NOISE = "ours with the noise scale"
 GLOO = "DDP on Gloo, fused AdamW"
 DEFAULT = "DDP on Gloo, PyTorch's defaults"
 OURS_FRESH = "ours, memory given back each step"
+SAMPLED, COST = 4, "cost of "
 ORDER = (BOUND, NO_SYNC, OURS, OURS_WITH_NOISE, OURS_FRESH, GLOO, DEFAULT)
 
 
@@ -109,7 +122,107 @@ def _ours(
     return step
 
 
+class MeasuredStep:
+    """The trainer's step with `micro_batches` backwards; measured or not."""
+
+    def __init__(self, examples: int, micro_batches: int, *, measured: bool) -> None:
+        torch.manual_seed(0)
+        self.model = DistributedDataParallel(network(), gradient_as_bucket_view=True)
+        self.exchange = GradientExchange(select_transport("shared_memory", "cpu", 120.0))
+        register(self.model, self.exchange, comm_hook)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        torch.manual_seed(1 + dist.get_rank())
+        self.inputs = torch.randn(examples, INPUTS).chunk(micro_batches)
+        self.targets = torch.randint(OUTPUTS, (examples,)).chunk(micro_batches)
+        self.examples, self.number, self.seconds = examples, 0, 0.0
+        self.cadence = SamplingCadence("auto")
+        settings = Settings(None, sample_every=SAMPLED)
+        self.measurement = (
+            NoiseMeasurement(self.model.module, self.optimizer, self.exchange, settings) if measured else None
+        )
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        self.number += 1
+        if self.measurement is not None:
+            self.measurement.begin(self.number, accumulates=len(self.inputs) > 1)
+        loss_sum = sum(map(self._backward, range(len(self.inputs))))
+        sums = self.exchange.take()
+        fields = {} if self.measurement is None else self.measurement.row_fields()
+        row = StepRow(self.examples, sums.own_squared_norm, loss_sum, backward_seconds=self.seconds, **fields)
+        rows = self.exchange.exchange_row(row)
+        if self.measurement is not None:
+            self.measurement.observe(rows, sums)
+            self.cadence.observe(max(each.measuring_seconds for each in rows), max(each.step_seconds for each in rows))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds = time.perf_counter() - began
+
+    def _backward(self, part: int) -> float:
+        last = part == len(self.inputs) - 1
+        with nullcontext() if last else self.model.no_sync():
+            loss = nn.functional.cross_entropy(self.model(self.inputs[part]), self.targets[part], reduction="sum")
+            (loss / self.examples).backward()
+        if self.measurement is not None:
+            self.measurement.end_unit(len(self.targets[part]), self.examples)
+        return loss.item()
+
+
+def overhead(examples: int, micro_batches: int, pairs: int) -> dict[str, float]:
+    """Seconds of a step with measurement on over those of one without, K, and a 95 % interval. Collective."""
+    keep_freed_memory()
+    off, on = (MeasuredStep(examples, micro_batches, measured=measured) for measured in (False, True))
+    for _ in range(SETTLED_STEPS + 2 * SAMPLED):
+        on()
+    off()
+    ratios: dict[bool, list[float]] = {False: [], True: []}
+    for pair in range(pairs):
+        seconds = {step: _timed(step) for step in ((off, on) if pair % 2 else (on, off))}
+        ratios[on.number % SAMPLED == 0].append(seconds[on] / seconds[off])
+    return summarised(ratios, on.cadence.every)
+
+
+def _timed(step: MeasuredStep) -> float:
+    """Of the slowest rank."""
+    dist.barrier()
+    began = time.perf_counter()
+    step()
+    return slowest_of_ranks({"step": time.perf_counter() - began})["step"]
+
+
+def summarised(ratios: Mapping[bool, Sequence[float]], every: int) -> dict[str, float]:
+    """Medians of both kinds of steps, weighed by how often they come, resampled within each kind."""
+    draw = np.random.default_rng(0)
+
+    def weighed(of: Mapping[bool, Sequence[float]]) -> float:
+        return statistics.median(of[False]) * (1 - 1 / every) + statistics.median(of[True]) / every
+
+    resampled = [
+        weighed({kind: draw.choice(each, len(each)).tolist() for kind, each in ratios.items()}) for _ in range(2000)
+    ]
+    low, high = np.quantile(resampled, (0.025, 0.975)).tolist()
+    plain, sampled = statistics.median(ratios[False]), statistics.median(ratios[True])
+    return {"ratio": weighed(ratios), "low": low, "high": high, "every": every, "plain": plain, "sampled": sampled}
+
+
 def show(figures: Figures, ranks: int) -> str:
+    costs = {name: figures[name] for name in figures if name.startswith(COST)}
+    steps = show_steps({name: each for name, each in figures.items() if name not in costs}, ranks)
+    header = ["everything on / off", "ratio (95 %)", "K", "a sampled step", "other steps"]
+    rows = [
+        [
+            name.removeprefix(COST),
+            f"{each['ratio']:.4f} ({each['low']:.4f}-{each['high']:.4f})",
+            f"{each['every']:.0f}",
+            f"{each['sampled']:.3f}",
+            f"{each['plain']:.4f}",
+        ]
+        for name, each in costs.items()
+    ]
+    return f"{steps}\n\nWhat measuring costs\n\n{table(header, rows)}"
+
+
+def show_steps(figures: Figures, ranks: int) -> str:
     header = ["ms a step (ratio to the bound)", *(f"{examples} examples a rank" for examples in figures)]
     rows = [
         [name, *(f"{1e3 * row[name]:.1f} ({row[name] / row[BOUND]:.2f})" for row in figures.values())] for name in ORDER
@@ -124,11 +237,16 @@ def measure(arguments: argparse.Namespace) -> Figures:
         contenders = {name: contender(name, examples) for name in ORDER}
         seconds = interleaved_medians(contenders, rounds=arguments.rounds, settle=1, prepare=dist.barrier)
         figures[str(examples)] = slowest_of_ranks(seconds)
+        del contenders
+    for examples, micro_batches in itertools.product(arguments.examples, (1, 2)):
+        name = f"{COST}{examples} examples a rank in {micro_batches} micro-batch{'es' * (micro_batches > 1)}"
+        figures[name] = overhead(examples, micro_batches, arguments.pairs)
     return figures
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[16, 128], help="of a rank")
+    parser.add_argument("--pairs", type=int, default=160, help="of steps, for what measuring costs")
 
 
 if __name__ == "__main__":
