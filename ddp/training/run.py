@@ -12,16 +12,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, Subset
 
 import ddp
 from ddp.errors import PeerLostError, UsageError
@@ -29,41 +26,22 @@ from ddp.job import Job, run_id_is_given
 from ddp.metering.measurement import has_batch_statistics
 from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
-from ddp.tasks import load_task
-from ddp.tasks.base import Goal, Task, metric_goal
 from ddp.telemetry.critical_batches import read_critical_batches
 from ddp.telemetry.records import RunInfo, Sink
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
-from ddp.training.course import Course, begin_course
-from ddp.training.data import BatchPlan
 from ddp.training.memory import keep_freed_memory
 from ddp.training.optimizers import build_optimizer
+from ddp.training.plan import Plan, plan_run, size_of
 from ddp.training.random_state import seed_rank
 from ddp.training.resources import choose_device, open_transport, pinned, refuse_worlds_of_one, threads_per_rank
 from ddp.training.resume import Origin, find_origin
 from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
 from ddp.training.signals import StopRequest, stop_on_signals
 from ddp.training.state import restore_state, save_state
-from ddp.training.trainer import Splits, Trainer
+from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is known of a run before anything is opened."""
-
-    task: Task
-    module: nn.Module
-    splits: Splits
-    course: Course
-    goal: Goal
-
-    @property
-    def batches(self) -> BatchPlan:
-        """As the run begins."""
-        return self.course.plan
 
 
 def train(job: Job, topology: Topology, *, resume: str | None = None, allow_import: bool = False) -> Path:
@@ -96,7 +74,7 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
 def _train(
     job: Job, topology: Topology, device: torch.device, resume: str | None, allow_import: bool, stop: StopRequest
 ) -> Path:
-    plan = together(lambda: plan_run(job, topology.world_size, allow_import))
+    plan = together(lambda: plan_run(job, topology.world_size, allow_import=allow_import))
     transport = together(lambda: open_transport(job.transport, device))
     exchange = GradientExchange(transport)
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
@@ -122,28 +100,6 @@ def _say(text: str) -> None:
     except OSError:  # what is left in the buffer would fail again when the interpreter ends
         with suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-
-def plan_run(job: Job, world_size: int, allow_import: bool) -> Plan:
-    """Load the task and lay out its data; a UsageError where the job does not fit them."""
-    torch.manual_seed(job.run.seed)
-    task = load_task(job.task, allow_import=allow_import)
-    torch.manual_seed(job.run.seed)  # whatever building the task drew
-    module = task.model()
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
-    goal = metric_goal(task, job.evaluation.metric)
-    training, validation = task.datasets()
-    batch = job.batch
-    global_batch_size, micro_batch_size = batch.examples_per_step(world_size), batch.examples_at_once(world_size)
-    batches = BatchPlan(_size(training), global_batch_size, micro_batch_size, world_size, job.run.seed)
-    if global_batch_size > batches.examples:
-        raise UsageError(
-            f"batch.global_batch_size: {global_batch_size:,} examples a step are more than the training set's "
-            f"{batches.examples:,}"
-        )
-    splits = Splits(training, validation, _sample(training, _size(validation)))
-    return Plan(task, module, splits, begin_course(job, batches), goal)
 
 
 @contextmanager
@@ -265,7 +221,7 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         global_batch_size=plan.batches.global_batch_size,
         micro_batch_size=plan.batches.micro_batch_size,
         training_examples=plan.batches.examples,
-        validation_examples=_size(plan.splits.validation),
+        validation_examples=size_of(plan.splits.validation),
         steps=length.steps,
         steps_per_epoch=length.steps_per_epoch,
         epochs=length.epochs,
@@ -283,19 +239,3 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
 
 def _gradient_bytes(module: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
-
-
-def _size(dataset: Dataset[Any]) -> int:
-    size = len(dataset)  # type: ignore[arg-type]
-    if size < 1:
-        raise UsageError("task: a data set has no examples")
-    return size
-
-
-def _sample(dataset: Dataset[Any], size: int) -> Dataset[Any]:
-    """A fixed random sample for evaluation, with the data set's own way of making a batch."""
-    chosen = np.random.default_rng(0).permutation(_size(dataset))[:size]
-    sample = Subset(dataset, [int(index) for index in sorted(chosen)])
-    if hasattr(dataset, "collate"):
-        sample.collate = dataset.collate  # type: ignore[attr-defined]
-    return sample

@@ -1,0 +1,73 @@
+"""What is known of a run before anything is opened: its task, its data dealt out, how long it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from ddp.errors import UsageError
+from ddp.job import Job
+from ddp.tasks import load_task
+from ddp.tasks.base import Goal, Task, metric_goal
+from ddp.training.course import Course, begin_course
+from ddp.training.data import BatchPlan
+from ddp.training.trainer import Splits
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that can be begun; the same on every rank."""
+
+    task: Task
+    module: nn.Module
+    splits: Splits
+    course: Course
+    goal: Goal
+
+    @property
+    def batches(self) -> BatchPlan:
+        """As the run begins."""
+        return self.course.plan
+
+
+def plan_run(job: Job, world_size: int, *, allow_import: bool) -> Plan:
+    """Load the task and lay out its data; a UsageError where the job does not fit them."""
+    torch.manual_seed(job.run.seed)
+    task = load_task(job.task, allow_import=allow_import)
+    torch.manual_seed(job.run.seed)  # whatever building the task drew
+    module = task.model()
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
+    goal = metric_goal(task, job.evaluation.metric)
+    training, validation = task.datasets()
+    batch = job.batch
+    global_batch_size, micro_batch_size = batch.examples_per_step(world_size), batch.examples_at_once(world_size)
+    batches = BatchPlan(size_of(training), global_batch_size, micro_batch_size, world_size, job.run.seed)
+    if global_batch_size > batches.examples:
+        raise UsageError(
+            f"batch.global_batch_size: {global_batch_size:,} examples a step are more than the training set's "
+            f"{batches.examples:,}"
+        )
+    splits = Splits(training, validation, _sample(training, size_of(validation)))
+    return Plan(task, module, splits, begin_course(job, batches), goal)
+
+
+def size_of(dataset: Dataset[Any]) -> int:
+    size = len(dataset)  # type: ignore[arg-type]
+    if size < 1:
+        raise UsageError("task: a data set has no examples")
+    return size
+
+
+def _sample(dataset: Dataset[Any], size: int) -> Dataset[Any]:
+    """A fixed random sample for evaluation, with the data set's own way of making a batch."""
+    chosen = np.random.default_rng(0).permutation(size_of(dataset))[:size]
+    sample = Subset(dataset, [int(index) for index in sorted(chosen)])
+    if hasattr(dataset, "collate"):
+        sample.collate = dataset.collate  # type: ignore[attr-defined]
+    return sample
