@@ -20,7 +20,7 @@ def main() -> None:
     truth = torch.randn(INPUTS, 1)
     model = DistributedDataParallel(nn.Linear(INPUTS, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    meter = ddp.attach(model, batch_size=BATCH_SIZE)  # line one
+    meter = ddp.attach(model, batch_size=BATCH_SIZE, optimizer=optimizer)  # line one
 
     data = torch.Generator().manual_seed(1 + rank)  # each rank draws its own examples
     for step in range(1, STEPS + 1):
