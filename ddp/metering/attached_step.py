@@ -165,6 +165,8 @@ class AttachedSteps:
         reduction, look = ready.parts, ready.look
         if reduction is None or look is None or self._parts is None:
             return ()
+        if reduction.future is not None:
+            reduction.future.wait()  # it went out before the rows that have come: on a device the stream waits
         if reduction.error is not None:
             raise reduction.error
         own = reduction.bucket.cpu().numpy().reshape(-1, 2) * average.parts_factor
