@@ -304,6 +304,8 @@ def verdict(comparison: Comparison) -> str:
     way, best = comparison.way(), comparison.fixed[comparison.best]
     share = comparison.a / (comparison.c * way.mean)
     worst = max(comparison.adaptive.values()) / best
+    steady = min(comparison.modelled(size, adapts=False) for size in comparison.sizes)
+    worst_modelled = max(comparison.modelled(size, adapts=True) for size in comparison.sizes) / steady
     far = {
         size: 1 - geometric_mean(list(comparison.adaptive.values())) / comparison.fixed[size]
         for size in neighbours(comparison.sizes, comparison.best)
@@ -315,7 +317,7 @@ def verdict(comparison: Comparison) -> str:
         else ("outside of 0.4 to 2.5: there a batch that is 4 times off costs less")
     )
     return (
-        f"best fixed batch {comparison.best}; auto takes at most {worst:.2f} of its time (wanted: 1.15)\n"
+        f"best fixed batch {comparison.best}; auto takes at most {worst:.2f} of its time, {worst_modelled:.2f} at a + c b (wanted: 1.15)\n"
         f"against a fixed batch 4 times off, auto saves {saved}\n"
         f"a step takes {1e3 * comparison.a:.2f} ms + {1e3 * comparison.c:.4f} ms an example; mean noise scale "
         f"{way.mean:.0f}: a/(cB) = {share:.2f}, {inside}\n"
