@@ -150,7 +150,8 @@ def _fit_with_misfit(log_sizes: Array, log_steps: Array, *, free_exponent: bool 
 
 def _too_little(drawn: Sequence[DrawnBest], used: Sequence[DrawnBest]) -> str:
     if len(drawn) < FEWEST_BATCH_SIZES:
-        return f"only {len(drawn)} batch sizes reached the target; it takes {FEWEST_BATCH_SIZES}"
+        sizes = f"{len(drawn)} batch size{'s' * (len(drawn) != 1)}"
+        return f"only {sizes} reached the target; it takes {FEWEST_BATCH_SIZES}"
     if len(used) < FEWEST_BATCH_SIZES:
         edge = ", ".join(f"{each.batch_size:g}" for each in drawn if not each.interior)
         return (

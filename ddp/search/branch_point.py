@@ -52,10 +52,11 @@ def read_branch_point(path: Path, sweep: Sweep) -> BranchPoint:
         if here != there:
             raise UsageError(f"{path}: a run of {table} {there}, and the sweep file has {table}.name = {here!r}")
     shared = checkpoint.load_shared(path)
+    adapted = shared["course"]["batch"]
     return BranchPoint(
         origin=str(path),
         step=manifest.step,
-        batch_size=int(shared.get("global_batch_size") or job.batch.examples_per_step(manifest.world_size)),
+        batch_size=int(adapted["size"]) if adapted else job.batch.examples_per_step(manifest.world_size),
         learning_rate=float(shared["optimizer"]["param_groups"][0]["lr"]),
     )
 
@@ -68,8 +69,7 @@ def restore_branch_point(path: Path, model: nn.Module, step: TrainingStep) -> No
     Raises:
         UsageError: the checkpoint is of another model.
     """
-    manifest = checkpoint.read_manifest(path)
-    shared, own = checkpoint.load(path, 0, manifest.world_size)
+    shared, own = checkpoint.load(path, 0)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     _check_shapes(path, shared["parameters"], parameters)
     _check_shapes(path, own["buffers"], buffers)

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import TextIO
 
 from ddp.errors import UsageError
-from ddp.noise.critical_batch import CriticalBatch, critical_batch
 from ddp.search.critical_batch import TARGETS, SearchLoop, alone_in, begin_or_go_on, write_results
-from ddp.search.curve import loss_after, steps_to_targets
-from ddp.search.findings import cells_of
+from ddp.search.curve import loss_after
 from ddp.search.progress import SearchProgress
 from ddp.search.request import Trial
 from ddp.search.store import FILE_NAME, TrialResult, read_fact, read_trials, write_fact
@@ -28,7 +26,7 @@ from ddp.training.signals import stop_on_signals
 MULTIPLES = tuple(2.0**power for power in range(-2, 5))
 EXPONENTS = {"sgd": (0.0, 0.25, 0.5, 0.75, 1.0)}  # of k, in the learning rate; others take its root (arXiv:2205.10287)
 ROOT = (0.5,)
-NEIGHBOUR = math.sqrt(2)  # from the best to the next learning rate where the best is at an end
+NEIGHBOUR = math.sqrt(2)  # from the best to the next learning rate on either side, at most
 FARTHEST = 16.0  # beyond the rule's learning rates
 ALIKE = 1.3  # learning rates that take at most so many times the best's steps get all seeds: others cannot matter
 HOPELESS = 1.5  # times the best known steps at this batch size, for a first seed
@@ -107,8 +105,8 @@ def _targets(loop: SearchLoop, sweep: Sweep, path: Path, plan: BranchPlan) -> tu
 class BranchPlan:
     """Which branches are still needed, from those that have finished.
 
-    At each batch size: one seed at each learning rate of the rule, more beside the best while it is at an end, then all
-    seeds where steps are like the best's.
+    At each batch size: one seed at each learning rate of the rule, more beside the best until it has neighbours, then
+    all seeds where steps are like the best's.
     """
 
     origin: str
@@ -143,7 +141,7 @@ class BranchPlan:
     def rates(self, batch_size: int) -> list[float]:
         """The rule's learning rates, ascending: k^exponent times the run's."""
         k = batch_size / self.batch_size
-        return sorted({self.learning_rate * k**exponent for exponent in self.exponents})
+        return sorted({_rounded(self.learning_rate * k**exponent) for exponent in self.exponents})
 
     def wanted(self, targets: tuple[float, ...], done: Iterable[TrialResult]) -> list[Trial]:
         """Most urgent first: the run's own batch size, then those near it; empty when nothing is missing."""
@@ -169,8 +167,10 @@ class BranchPlan:
         if not math.isfinite(steps[best]):  # too high for all, or too low: try on both sides
             sides = [min(runs) / NEIGHBOUR, max(runs) * NEIGHBOUR]
         else:
-            sides = [best / NEIGHBOUR] * (best == min(runs)) + [best * NEIGHBOUR] * (best == max(runs))
-        sides = [rate for rate in sides if rule[0] / FARTHEST <= rate <= rule[-1] * FARTHEST]
+            sides = _missing_neighbours(best, list(runs))
+        sides = [
+            _rounded(rate) for rate in sides if rule[0] / FARTHEST < 1.01 * rate and rate < 1.01 * FARTHEST * rule[-1]
+        ]
         if sides or not math.isfinite(steps[best]):
             return [(rate, 0) for rate in sides]
         return [
@@ -197,6 +197,18 @@ class BranchPlan:
         )
 
 
+def _missing_neighbours(best: float, tried: Sequence[float]) -> list[float]:
+    """Learning rates beside the best, where none was tried that near: a parabola needs one on both sides."""
+    near = [rate / best for rate in tried if 1.01 * rate / best > 1 / NEIGHBOUR and rate / best < 1.01 * NEIGHBOUR]
+    below = [] if any(each < 1 for each in near) else [best / NEIGHBOUR]
+    return below if any(each > 1 for each in near) else [*below, best * NEIGHBOUR]
+
+
+def _rounded(rate: float) -> float:
+    """One number for one learning rate, however it was come by."""
+    return float(f"{rate:.9g}")
+
+
 def _mean_steps(trials: Sequence[TrialResult]) -> float:
     """To the last target, geometric mean over seeds; infinite unless all reached it."""
     steps = [trial.steps_to_target[-1] for trial in trials]
@@ -216,74 +228,3 @@ def _hopeless_steps(done: Sequence[TrialResult], size: int, seed: int) -> float:
         return (HOPELESS_SEED if seed else HOPELESS) * min(here)
     allowed = [trial.steps_to_target[-1] * max(1.0, trial.batch_size / size) for trial in reached]
     return HOPELESS_SEED * min(allowed, default=math.inf)
-
-
-# --- a sweep and branches over the same stretch ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentComparison:
-    """A sweep's runs and branched ones between the same two losses.
-
-    Attributes:
-        start_loss, end_loss: training losses on the fixed subset; the first is the checkpoint's.
-        sweep, branched: the fits of each.
-        sweep_examples, branched_examples: what all runs of each took, over their whole length.
-    """
-
-    start_loss: float
-    end_loss: float
-    sweep: CriticalBatch
-    branched: CriticalBatch
-    sweep_examples: int
-    branched_examples: int
-
-    @property
-    def ratio(self) -> float:
-        """Branched over sweep; NaN where one of them has no value."""
-        ours, theirs = self.branched.critical_batch_size, self.sweep.critical_batch_size
-        return ours.value / theirs.value if ours and theirs else math.nan
-
-    @property
-    def share(self) -> float:
-        """Of the sweep's examples."""
-        return self.branched_examples / self.sweep_examples if self.sweep_examples else math.nan
-
-
-def compare_on_segment(
-    sweep: Sequence[TrialResult], branched: Sequence[TrialResult], end_loss: float | None = None
-) -> SegmentComparison:
-    """Fit both to the steps between the checkpoint's loss and `end_loss` (the branches' last target), from the curves.
-
-    Args:
-        sweep: trials of whole runs; those of other methods are left out, but pilots count among the examples.
-        branched: trials from one checkpoint; may come from the same list.
-
-    Raises:
-        UsageError: there are no branches.
-    """
-    whole = [trial for trial in sweep if trial.method == "sweep"]
-    branches = [trial for trial in branched if trial.method == "branched" and trial.targets]
-    if not branches:
-        raise UsageError("no branched trials to compare: run `ddp critical-batch --method branched --from CHECKPOINT`")
-    start = next(trial.curve[0][1] for trial in branches if trial.curve)
-    end = branches[0].targets[-1] if end_loss is None else end_loss
-    return SegmentComparison(
-        start_loss=start,
-        end_loss=end,
-        sweep=critical_batch(cells_of(whole, [steps_between(trial, start, end) for trial in whole])),
-        branched=critical_batch(cells_of(branches, [steps_between(trial, start, end) for trial in branches])),
-        sweep_examples=_examples([trial for trial in sweep if trial.method != "branched"]),
-        branched_examples=_examples([trial for trial in branched if trial.method == "branched"]),
-    )
-
-
-def steps_between(trial: TrialResult, start_loss: float, end_loss: float) -> float:
-    """Steps of a run from one training loss to a lower one, by its curve; NaN where it did not get there."""
-    finite = [(step, loss) for step, loss in trial.curve if math.isfinite(loss) and loss > 0]
-    first, last = steps_to_targets(finite, (start_loss, end_loss))
-    return last - first
-
-
-def _examples(trials: Iterable[TrialResult]) -> int:
-    return sum(trial.steps * trial.batch_size for trial in trials)

@@ -18,8 +18,9 @@ from pathlib import Path
 from ddp.errors import UsageError
 from ddp.noise.best_rate import Estimate
 from ddp.search import critical_batch_charts as charts
-from ddp.search.findings import BatchRow, Finding, read_findings
-from ddp.search.store import FILE_NAME
+from ddp.search.findings import BatchRow, Finding, findings
+from ddp.search.segment import SegmentComparison, comparisons
+from ddp.search.store import FILE_NAME, read_trials
 from ddp.telemetry.charts import SETTINGS, WIDE_INCHES
 from ddp.telemetry.progress import number_text
 from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html
@@ -40,17 +41,18 @@ def write_critical_batch_report(out_dir: Path) -> Path:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("the report needs matplotlib: pip install -e '.[report]'")
-    found = read_findings(out_dir)
+    trials = read_trials(out_dir / FILE_NAME)
+    found = findings(trials)
     if not found:
         raise UsageError(f"{out_dir / FILE_NAME}: no trial has finished yet; run `python -m ddp critical-batch` first")
     path = out_dir / REPORT
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(render(found, out_dir.resolve().name, time.time()), encoding="utf-8")
+    temporary.write_text(render(found, comparisons(trials), out_dir.resolve().name, time.time()), encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def render(found: Sequence[Finding], name: str, unix_time: float) -> str:
+def render(found: Sequence[Finding], compared: Sequence[SegmentComparison], name: str, unix_time: float) -> str:
     """The page's HTML. `unix_time` is now, to be shown."""
     groups = [list(group) for _, group in groupby(found, key=lambda each: (each.method, each.origin, each.optimizer))]
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_time))
@@ -58,7 +60,7 @@ def render(found: Sequence[Finding], name: str, unix_time: float) -> str:
         "Critical batch sizes measured by runs. Each belongs to its optimizer and its target; the noise scale beside "
         "it is what would have been predicted without these runs."
     )
-    body = cards_html(_cards(found)) + "".join(_group(group) for group in groups)
+    body = cards_html(_cards(found)) + _comparisons(compared) + "".join(_group(group) for group in groups)
     return document(title=name, notes=(note,), body=body, footer=f"Made {made} from {FILE_NAME}.")
 
 
@@ -138,6 +140,13 @@ def _cards(found: Sequence[Finding]) -> list[Card]:
         method = "" if each.method == "sweep" else f", {each.method}"
         cards.append(Card(f"{each.name}{method}", shown, detail))
     return cards
+
+
+def _comparisons(compared: Sequence[SegmentComparison]) -> str:
+    if not compared:
+        return ""
+    words = "".join(f"<p>{escape(each.in_words())}</p>" for each in compared)
+    return f"<section><h2>Sweep and branches over the same stretch</h2>{words}</section>\n"
 
 
 def _group(found: Sequence[Finding]) -> str:

@@ -1,0 +1,313 @@
+"""Branches from a checkpoint: what they begin with, which are run, what they cost and find against a sweep."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddp.errors import CheckpointError, UsageError
+from ddp.noise.critical_batch import critical_batch
+from ddp.search import branched
+from ddp.search.branch_point import read_branch_point
+from ddp.search.branched import BranchPlan, search_branches
+from ddp.search.critical_batch_report import in_words
+from ddp.search.findings import cells_of, findings, read_findings
+from ddp.search.request import Trial
+from ddp.search.segment import compare_on_segment, comparisons, steps_between
+from ddp.search.store import TrialResult, read_trials
+from ddp.search.sweep_file import Sweep, load_sweep
+from ddp.search.trial import run_trial
+from ddp.search.workload import load_workload
+from ddp.training import checkpoint
+
+TABLES = """
+[task]
+name = "digits"
+channels = 3
+batch_norm = true
+
+[batch]
+global_batch_size = 16
+micro_batch_size = 8
+
+[optimizer]
+name = "adam"
+learning_rate = 0.03
+"""
+JOB = f"""
+[run]
+id = "run"
+steps = 12
+device = "cpu"
+threads_per_rank = 1
+{TABLES}
+[metrics]
+enabled = false
+"""
+SWEEP = f"""
+[sweep]
+directory = "out"
+batch_sizes = [4, 8, 16, 32, 64, 128, 256]
+targets = [3.0, 1.0]
+subset_examples = 64
+maximum_examples = 6400
+workers = 1
+{TABLES}"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of 12 steps, its checkpoint, and a sweep file of the same task."""
+    folder = tmp_path_factory.mktemp("branched")
+    (folder / "job.toml").write_text(JOB)
+    (folder / "sweep.toml").write_text(SWEEP)
+    command = [sys.executable, "-m", "ddp", "train", "job.toml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+@pytest.fixture
+def origin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder / "runs/run/checkpoints/step-00000012"
+
+
+@pytest.fixture
+def sweep(origin: Path) -> Sweep:
+    return load_sweep("sweep.toml")
+
+
+# --- where branches begin -------------------------------------------------------------------------------------------
+
+
+def test_the_branch_point_is_the_runs(origin: Path, sweep: Sweep) -> None:
+    point = read_branch_point(origin, sweep)
+    assert (point.origin, point.step, point.batch_size) == (str(origin), 12, 16)
+    assert point.learning_rate == 0.03
+
+
+def test_a_branch_goes_on_with_the_runs_weights_and_moments(origin: Path, sweep: Sweep) -> None:
+    """Two steps at 3 times the batch, compared with torch's own Adam from the same checkpoint and order."""
+    from ddp.search.training_step import stream
+
+    trial = Trial("branched", 48, 0.01, 1, (), 2, origin=str(origin), multiple=3.0)
+    workload = load_workload(sweep, allow_import=False)
+    result = run_trial(workload, trial)
+    assert (result.origin, result.multiple, result.steps) == (str(origin), 3.0, 2)
+
+    shared, own = checkpoint.load(origin, 0)
+    model = workload.task.model()
+    model.load_state_dict({**shared["parameters"], **own["buffers"]})
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.load_state_dict(shared["optimizer"])
+    optimizer.param_groups[0].update(lr=0.01, fused=False)
+    subset = np.sort(np.random.default_rng((0, 1)).permutation(1472)[:64])
+    losses = [_loss_in_parts(workload, model, subset)]
+    batches = stream(1472, 1, 48)
+    for _ in range(2):
+        optimizer.zero_grad()
+        chosen = next(batches)
+        for start in range(0, 48, 8):  # batch statistics over the job's micro-batches of 8
+            batch = workload.training.__getitems__(chosen[start : start + 8])  # type: ignore[attr-defined]
+            (workload.task.loss(model, batch).mean() / 6).backward()
+        optimizer.step()
+        losses.append(_loss_in_parts(workload, model, subset))
+    assert [step for step, _ in result.curve] == [0, 1, 2]
+    assert [loss for _, loss in result.curve] == pytest.approx(losses, rel=1e-4)
+    fresh = run_trial(workload, replace(trial, origin=""))
+    assert fresh.curve[0][1] > 1.1 * losses[0]
+
+
+def _loss_in_parts(workload, model: torch.nn.Module, subset: np.ndarray) -> float:  # noqa: ANN001
+    model.train()
+    with torch.no_grad():
+        parts = [workload.training.__getitems__(subset[start : start + 8].tolist()) for start in range(0, 64, 8)]
+        return float(torch.cat([workload.task.loss(model, part) for part in parts]).mean())
+
+
+def test_a_checkpoint_of_something_else_is_refused(origin: Path, sweep: Sweep) -> None:
+    with pytest.raises(UsageError, match=r"a run of optimizer adam, and the sweep file has optimizer.name = 'sgd'"):
+        read_branch_point(origin, load_sweep("sweep.toml", ["optimizer.name=sgd"]))
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_branch_point(origin.with_name("step-00000013"), sweep)
+    wider = load_sweep("sweep.toml", ["task.channels=4"])
+    trial = Trial("branched", 8, 0.01, 0, (), 1, origin=str(origin), multiple=0.5)
+    with pytest.raises(
+        UsageError, match=r"belongs to another model: 0.weight is \[3, 1, 3, 3\] there and \[4, 1, 3, 3\]"
+    ):
+        run_trial(load_workload(wider, allow_import=False), trial)
+
+
+# --- which are run --------------------------------------------------------------------------------------------------
+
+START, END = 0.9, 0.5
+EARLY = 60
+
+
+def simulate(trial: Trial, critical: float, best_rate: Callable[[float], float], noise: float = 0.03) -> TrialResult:
+    """A loss that falls by a factor e in tau = 60 (1 + B_crit/B) steps at the best learning rate."""
+    generator = np.random.default_rng([trial.batch_size, round(1e6 * trial.learning_rate), trial.seed])
+    ratio = trial.learning_rate / best_rate(trial.batch_size)
+    valley = 1 / (2 * ratio - ratio**2) if ratio < 1.9 else math.inf
+    tau = 60 * (1 + critical / trial.batch_size) * valley * math.exp(noise * generator.standard_normal())
+    first = START if trial.origin else 2.3
+    needed = 1.3 * (tau * math.log(first / trial.targets[-1]) + EARLY)
+    last = min(trial.maximum_steps, max(1.0, trial.hopeless_steps), needed)
+    looks = np.unique(np.geomspace(1, max(1, last), 150).astype(int))
+    curve = ((0, first), *((int(step), first * math.exp(-step / tau)) for step in looks))
+    unknown = (math.nan,) * len(trial.targets)
+    steps = tuple(tau * math.log(first / t) for t in trial.targets)
+    reached = tuple(each if 1.15 * each < looks[-1] else math.nan for each in steps)
+    return TrialResult(
+        optimizer="sgd",
+        batch_size=trial.batch_size,
+        learning_rate=trial.learning_rate,
+        seed=trial.seed,
+        method=trial.method,
+        targets=trial.targets,
+        steps_to_target=reached,
+        examples_to_target=tuple(each * trial.batch_size for each in reached),
+        validation_loss_at_target=unknown,
+        validation_metric_at_target=unknown,
+        seconds=1.0,
+        seconds_per_step=0.01,
+        peak_memory_bytes=1,
+        diverged=math.isinf(tau),
+        stopped_because="targets" if not any(map(math.isnan, reached)) else "hopeless",
+        curve=curve,
+        noise_plain=unknown,
+        noise_preconditioned=unknown,
+        steps=int(looks[-1]),
+        origin=trial.origin,
+        multiple=trial.multiple,
+    )
+
+
+def plan_from(batch_size: int, learning_rate: float, exponents: Sequence[float]) -> BranchPlan:
+    sizes = tuple(int(multiple * batch_size) for multiple in branched.MULTIPLES)
+    return BranchPlan("/run", batch_size, learning_rate, sizes, tuple(exponents), 3, 1_000_000)
+
+
+def complete(plan: BranchPlan, run: Callable[[Trial], TrialResult]) -> list[TrialResult]:
+    done: list[TrialResult] = []
+    while wanted := plan.wanted((END,), done):
+        assert len(done) < 300
+        done.append(run(wanted[0]))
+    return done
+
+
+@pytest.mark.parametrize("exponents", [branched.EXPONENTS["sgd"], branched.ROOT])
+@pytest.mark.parametrize("off", [0.4, 1.0, 2.5])
+def test_the_plan_finds_the_critical_batch_size(exponents: tuple[float, ...], off: float) -> None:
+    """Also from a run whose learning rate was off: the best is looked for until it lies inside."""
+    best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
+    done = complete(plan_from(32, off * best(32), exponents), lambda trial: simulate(trial, 50.0, best))
+    keys = [(trial.batch_size, trial.learning_rate, trial.seed) for trial in done]
+    assert len(set(keys)) == len(keys) < 170
+    rates = {(size, rate) for size, rate, _ in keys}
+    assert all(a != c or abs(math.log(b / d)) > 0.01 for a, b in rates for c, d in rates if (a, b) < (c, d))
+    found = critical_batch(cells_of(done, [trial.steps_to_target[-1] for trial in done]))
+    assert found.critical_batch_size is not None, found.reason
+    assert found.critical_batch_size.value == pytest.approx(50, rel=0.12)
+    assert all(each.interior and each.seeds == 3 for each in found.best)
+
+
+def test_the_rules_learning_rates() -> None:
+    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(512) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
+    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(32) == [0.1]
+    assert plan_from(32, 0.1, branched.ROOT).rates(8) == pytest.approx([0.05])
+
+
+def test_where_nothing_arrives_the_plan_ends() -> None:
+    never = complete(
+        plan_from(32, 0.1, branched.ROOT),
+        lambda trial: replace(simulate(trial, 50.0, lambda _: 1.0), steps_to_target=(math.nan,)),
+    )
+    assert {trial.seed for trial in never} == {0}
+
+
+# --- against a sweep ------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_on_the_same_stretch() -> None:
+    """Of whole runs only what lies between the two losses counts: what comes before has another critical batch size."""
+    best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
+    branches = complete(plan_from(32, best(32), branched.EXPONENTS["sgd"]), lambda trial: simulate(trial, 50.0, best))
+    whole = [
+        early_part(simulate(Trial("sweep", size, factor * best(size), seed, (END,), 10**6), 50.0, best))
+        for size in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        for factor in (0.25, 0.5, 0.7, 1.0, 1.4, 2.0)
+        for seed in range(3)
+    ]
+    compared = compare_on_segment([*whole, *branches], [*whole, *branches])
+    assert (compared.start_loss, compared.end_loss) == (START, END)
+    assert compared.ratio == pytest.approx(1, abs=0.15)
+    assert compared.sweep.critical_batch_size is not None
+    assert compared.sweep.critical_batch_size.value == pytest.approx(50, rel=0.1)
+    assert compared.sweep_examples == sum(trial.steps * trial.batch_size for trial in whole)
+    assert compared.share == pytest.approx(
+        sum(trial.steps * trial.batch_size for trial in branches) / compared.sweep_examples
+    )
+    assert comparisons([*whole, *branches]) == [compared]
+    assert comparisons(whole) == comparisons(branches) == []
+    text = compared.in_words()
+    assert text.startswith("From training loss 0.9 to 0.5 the sweep's runs give 49 [")
+    assert f"{100 * compared.share:.0f} % of the sweep's {compared.sweep_examples:,}." in text
+    unrestricted = findings(whole)[0].fit.critical_batch_size
+    assert unrestricted is None or unrestricted.value < 0.8 * 50
+    with pytest.raises(UsageError, match="no branched trials to compare"):
+        compare_on_segment(whole, whole)
+
+
+def early_part(trial: TrialResult) -> TrialResult:
+    """The run with EARLY more steps before, at the first loss: a stretch where the batch size does not matter."""
+    curve = (trial.curve[0], *((step + EARLY, loss) for step, loss in trial.curve[1:]))
+    return replace(trial, curve=curve, steps=trial.steps + EARLY, steps_to_target=(trial.steps_to_target[0] + EARLY,))
+
+
+def test_steps_between_two_losses() -> None:
+    trial = simulate(Trial("sweep", 16, 1.0, 0, (0.25,), 10**6), 16.0, lambda _: 1.0, noise=0.0)
+    assert steps_between(trial, 1.0, 0.5) == pytest.approx(120 * math.log(2), rel=0.01)
+    assert math.isnan(steps_between(trial, 1.0, 0.01))
+
+
+# --- the whole command ----------------------------------------------------------------------------------------------
+
+
+def test_the_search(origin: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real runs at one multiple; the target above the checkpoint's loss is left out; it goes on when asked to."""
+    monkeypatch.setattr(branched, "MULTIPLES", (1.0,))
+    shown = io.StringIO()
+    directory = search_branches(sweep, origin, stream=shown)
+    trials = read_trials(directory / "sweep.db")
+    assert {trial.batch_size for trial in trials} == {16}
+    assert {trial.origin for trial in trials} == {str(origin)}
+    assert {trial.multiple for trial in trials} == {1.0}
+    assert {trial.targets for trial in trials if trial.targets} == {(1.0,)}
+    assert len({trial.curve[0][1] for trial in trials}) == 1  # all begin at the same weights
+    (finding,) = read_findings(directory)
+    assert finding.method == "branched"
+    assert "only 1 batch size reached the target" in finding.fit.reason
+    assert f"from {origin}" in in_words(finding)
+    (entry,) = json.loads((directory / "result.json").read_text())
+    assert (entry["method"], entry["target"], entry["critical_batch_size"]) == ("branched", "loss 1", None)
+    assert (directory / "report.html").is_file()
+    with pytest.raises(UsageError, match="give --resume to go on"):
+        search_branches(sweep, origin, stream=shown)
+    search_branches(sweep, origin, resume=True, stream=shown)
+    assert len(read_trials(directory / "sweep.db")) == len(trials)
+    lower = load_sweep("sweep.toml", ["sweep.targets=[3.0]", "sweep.directory=other"])
+    with pytest.raises(UsageError, match=r"at or below every target \(3\): give lower sweep.targets"):
+        search_branches(lower, origin, stream=shown)
