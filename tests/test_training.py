@@ -22,9 +22,9 @@ from ddp import errors
 from ddp.job import DigitsSection, Job
 from ddp.tasks.digits import DigitsTask, build_network
 from ddp.training.data import BatchPlan
+from ddp.training.measuring import population
 from ddp.training.run import hold
 from ddp.training.signals import StopRequest
-from ddp.training.trainer import population
 from ranks import RankPool
 from training_runs import EXAMPLES, INPUTS, Misbehaving, differences, job, losses_of, saved, steps_of, train_ranks
 

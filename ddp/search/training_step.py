@@ -19,9 +19,9 @@ from ddp.search.gradient_noise import GradientSums, adam_preconditioner, squared
 from ddp.search.request import Trial
 from ddp.search.workload import Workload, normalisation_layers
 from ddp.training.data import BatchPlan, fetcher, split, to_device
+from ddp.training.measuring import population
 from ddp.training.optimizers import build_optimizer, clip_
 from ddp.training.random_state import preserved_random_state
-from ddp.training.trainer import population
 
 UNITS = 4  # separate gradients of a sample of the noise scale
 PROBE_EXAMPLES = 64  # a sample has at least so many: at batch size 4 the step's own would say next to nothing

@@ -29,7 +29,7 @@ def save_state(trainer: Trainer, directory: Path) -> Path:
         shared={
             "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
             "optimizer": trainer.optimizer.state_dict(),
-            "noise_scale": None if trainer.measurement is None else trainer.measurement.tracker.state_dict(),
+            "noise_scale": None if trainer.watch.tracker is None else trainer.watch.tracker.state_dict(),
             "course": trainer.course.state_dict(),
             "step": trainer.step_count,
             "examples_total": trainer.examples_total,
@@ -75,8 +75,8 @@ def restore_state(trainer: Trainer, path: Path) -> None:
         for name, tensor in buffers.items():
             tensor.copy_(own["buffers"][name])
     trainer.optimizer.load_state_dict(shared["optimizer"])
-    if trainer.measurement is not None and shared["noise_scale"] is not None:
-        trainer.measurement.tracker.load_state_dict(shared["noise_scale"])
+    if trainer.watch.tracker is not None and shared["noise_scale"] is not None:
+        trainer.watch.tracker.load_state_dict(shared["noise_scale"])
     trainer.course.load_state_dict(shared["course"])
     trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
     written_by = checkpoint.read_manifest(path).world_size

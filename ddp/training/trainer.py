@@ -6,7 +6,6 @@ judge it (finite? stop?); enter it into the noise scale; clip and update; hand o
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,22 +23,18 @@ from torch.utils.data import Dataset
 
 from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.job import Job
-from ddp.metering.measurement import NoiseMeasurement, Settings, has_batch_statistics
-from ddp.noise.readings import NoiseReadings
-from ddp.noise.shards import ShardWatch
 from ddp.tasks.base import Batch, Task
 from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
 from ddp.training.course import Course, say_rate
 from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import averaged_buffers, evaluate
+from ddp.training.measuring import GradientWatch
 from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
 from ddp.training.random_state import preserved_random_state
 from ddp.training.signals import StopRequest
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.row import StepRow
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +73,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
-        self.measurement = self._measurement() if self.job.noise_scale.enabled else None
-        self._shards = ShardWatch()
+        self.watch = GradientWatch(
+            self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples
+        )
 
     def run(self) -> None:
         """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
@@ -88,7 +84,9 @@ class Trainer:
             self._evaluate()  # a stop in that step came before
         if self.rank == 0:
             say_rate(self.course)
-        steps = self.course.batches(self.splits.training, self.rank, self._least_parts)
+        steps = self.course.batches(
+            self.splits.training, self.rank, lambda: self.watch.least_parts(self.step_count + 1)
+        )
         while not self.course.is_over(self.step_count):
             self._stop_if_asked(self._step(steps))
             if self._evaluation_is_due():
@@ -107,7 +105,7 @@ class Trainer:
         data = next(steps)
         clock.lap("data")
 
-        self._begin_measuring(data)
+        self.watch.begin(self.step_count + 1, data, self.plan)
         loss_sum = self._forward_backward(data, clock)
         sums = self.exchange.take()
         rows = self._exchange_rows(data, loss_sum, sums)
@@ -117,7 +115,7 @@ class Trainer:
         self.examples_total += data.global_examples
         self.course.take(data)
         self._raise_if_not_finite(rows)
-        noise = self._observe(rows, sums)
+        noise = self.watch.observe(rows, sums)
         clock.lap("measure")
         reading = None if noise is None else noise.reading
         rate = self.course.learning_rate(data, reading)
@@ -164,8 +162,7 @@ class Trainer:
                 clock.lap("forward")
                 (loss / data.examples).backward()
                 clock.lap("backward")
-            if self.measurement is not None:
-                self.measurement.end_unit(len(losses), data.examples)
+            self.watch.end_micro_batch(len(losses), data.examples)
             loss_sum += loss.item()
             count += len(losses)
         if count != data.examples:
@@ -184,13 +181,11 @@ class Trainer:
         phases = self._previous_phases
         row = StepRow(
             examples=data.examples,
-            own_squared_norm=sums.own_squared_norm,
             loss_sum=loss_sum,
             finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
             stop=float(self.stop.asked),
-            projection=sums.projection,
+            **self.watch.row_fields(sums),
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
-            **(self.measurement.row_fields() if self.measurement is not None else {}),
         )
         return self.exchange.exchange_row(row)
 
@@ -202,43 +197,6 @@ class Trainer:
                 f"(epoch {self.course.epochs_done:.2f}): lower optimizer.learning_rate, add schedule.warmup_steps or "
                 "optimizer.gradient_clip_norm, or look for bad values in the data"
             )
-
-    def _measurement(self) -> NoiseMeasurement:
-        section = self.job.noise_scale
-        settings = Settings(
-            training_examples=self.plan.examples,
-            population=population(self.model, self.plan.examples),
-            sample_every=section.sample_every,
-            split=section.split,
-            layers=section.layers,
-        )
-        if self.rank == 0 and has_batch_statistics(self.model):
-            logger.info(
-                "the model normalises by batch statistics: the gradients of a micro-batch's examples depend on each "
-                "other, so the noise scale is that of micro-batches of this size"
-            )
-        return NoiseMeasurement(self.model.module, self.optimizer, self.exchange, settings)
-
-    def _least_parts(self) -> int:
-        """Micro-batches of the coming step: two where one rank's only one is split for the noise scale."""
-        if self.measurement is None or self.world_size > 1:
-            return 1
-        return 2 if self.measurement.splits(self.step_count + 1) else 1
-
-    def _begin_measuring(self, data: StepData) -> None:
-        if self.measurement is not None:
-            accumulates = data.global_examples > self.world_size * self.plan.micro_batch_size
-            halves = not accumulates and len(data.micro_batches) > 1
-            self.measurement.begin(self.step_count + 1, accumulates=accumulates or halves, halves=halves)
-
-    def _observe(self, rows: list[StepRow], sums: GradientSums) -> NoiseReadings | None:
-        """Before clipping: what is measured is the gradient as it came."""
-        fault = self._shards.observe(
-            [row.own_squared_norm for row in rows], [row.projection for row in rows], [row.examples for row in rows]
-        )
-        if fault is not None and self.rank == 0:
-            logger.warning(fault)
-        return None if self.measurement is None else self.measurement.observe(rows, sums)
 
     def _update(self, rate: float, sums: GradientSums) -> None:
         """Clip and step."""
@@ -330,14 +288,3 @@ def _straggler(rows: list[StepRow]) -> int:
     """The rank with the longest way to its last gradient in the previous step, waiting not counted."""
     own = [row.data_seconds + row.forward_seconds + row.backward_seconds for row in rows]
     return int(np.argmax(own)) if len(rows) > 1 and any(own) else -1
-
-
-def population(model: nn.Module, training_examples: int) -> float:
-    """Examples that a batch is drawn from without replacement; infinite where dropout makes each draw new."""
-    return math.inf if any(map(_drops_out, model.modules())) else float(training_examples)
-
-
-def _drops_out(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0  # they do it themselves
