@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from ddp.errors import DdpError, StoppedError, UsageError
 from ddp.search.pilot import choose_targets, wanted_pilots
-from ddp.search.plan import wanted
+from ddp.search.plan import hopeless_steps, wanted
 from ddp.search.progress import SearchProgress
 from ddp.search.request import Trial
 from ddp.search.store import FILE_NAME, TrialResult, read_fact, read_trials, remove_failed, write_fact, write_trial
@@ -116,12 +116,18 @@ class SearchLoop:
                 )
             if ended:
                 queue = plan(self.done)
+                self.pool.limit(self._hopeless_steps)
 
     def _start(self, queue: Sequence[Trial]) -> None:
         running = {trial.key for trial in self.pool.running}
         waiting = [trial for trial in queue if trial.key not in running]
         for trial in waiting[: self.pool.idle]:
             self.pool.start(trial)
+
+    def _hopeless_steps(self, trial: Trial) -> float:
+        if trial.method != "sweep":
+            return trial.hopeless_steps
+        return hopeless_steps(self.done, trial.batch_size, trial.learning_rate, trial.seed)
 
     def _keep(self, trial: Trial, outcome: TrialResult | Failed) -> None:
         result = _failed(trial, self.optimizer, outcome.cause) if isinstance(outcome, Failed) else outcome

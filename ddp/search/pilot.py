@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ddp.errors import UsageError
-from ddp.search.curve import loss_after
+from ddp.search.curve import HALF_WIDTH, SPACING, loss_after
 from ddp.search.plan import COARSE, FARTHEST, Grid
 from ddp.search.request import Trial
 from ddp.search.store import TrialResult
 from ddp.search.sweep_file import Sweep
 
 TARGET_STEPS = (35, 45, 60)  # of the largest batch
-PILOT_STEPS = 69  # smoothing looks 12 % beyond
+PILOT_STEPS = math.ceil(TARGET_STEPS[-1] * math.exp(HALF_WIDTH) * SPACING) + 2  # smoothing looks ahead
 DIGITS = 3  # of a target
 
 

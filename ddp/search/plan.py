@@ -150,17 +150,24 @@ def _without_done(
             seed=seed,
             targets=tuple(targets),
             maximum_steps=max(1, sweep.section.maximum_examples // size),
-            hopeless_steps=_hopeless_steps(trials, size, rate, seed),
+            hopeless_steps=hopeless_steps(trials, size, rate, seed),
         )
     return list(result.values())
 
 
-def _hopeless_steps(trials: Sequence[TrialResult], size: int, rate: float, seed: int) -> float:
-    """Steps after which a run cannot take part in the choice of the learning rate any more; infinite if not known."""
+def hopeless_steps(done: Iterable[TrialResult], size: int, rate: float, seed: int) -> float:
+    """Steps after which a run cannot take part in the choice of the learning rate any more; infinite if not known.
+
+    A seed after the first of a learning rate that reached the last target races against that alone, with much room.
+    """
+    trials = [trial for trial in done if trial.method == "sweep"]
     reached = [trial for trial in trials if trial.steps_to_target and math.isfinite(trial.steps_to_target[-1])]
     if seed:
-        own = [trial for trial in reached if (trial.batch_size, trial.learning_rate, trial.seed) == (size, rate, 0)]
-        return HOPELESS_SEED * own[0].steps_to_target[-1] if own else math.inf
+        own = [trial for trial in trials if (trial.batch_size, trial.learning_rate, trial.seed) == (size, rate, 0)]
+        if not own:
+            return math.inf
+        if own[0] in reached:
+            return HOPELESS_SEED * own[0].steps_to_target[-1]
     here = [trial.steps_to_target[-1] for trial in reached if trial.batch_size == size and trial.seed == 0]
     if here:
         return HOPELESS * min(here)

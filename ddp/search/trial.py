@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ddp.errors import UsageError
@@ -26,10 +27,14 @@ from ddp.training.random_state import preserved_random_state, seed_rank
 DIVERGED = 10.0  # times the first loss
 
 
-def run_trial(workload: Workload, trial: Trial) -> TrialResult:
-    """Train until all targets are reached, the loss diverges, the budget is used up, or it is hopeless."""
+def run_trial(workload: Workload, trial: Trial, hopeless_steps: Callable[[], float] | None = None) -> TrialResult:
+    """Train until all targets are reached, the loss diverges, the budget is used up, or it is hopeless.
+
+    Args:
+        hopeless_steps: asked at each look, for what becomes known meanwhile; the trial's own where left out.
+    """
     started = time.perf_counter()
-    run = _Run(workload, trial)
+    run = _Run(workload, trial, hopeless_steps or (lambda: trial.hopeless_steps))
     because, steps = run.to_the_end()
     reached = steps_to_targets(run.curve, trial.targets) if because != "diverged" else run.reached()
     job, batch_size = workload.sweep.job, trial.batch_size
@@ -63,9 +68,9 @@ def run_trial(workload: Workload, trial: Trial) -> TrialResult:
 class _Run:
     """The loop: steps, looks at the loss on the subset, and the decision to stop."""
 
-    def __init__(self, workload: Workload, trial: Trial) -> None:
+    def __init__(self, workload: Workload, trial: Trial, hopeless_steps: Callable[[], float]) -> None:
         job = workload.sweep.job
-        self._workload, self._trial = workload, trial
+        self._workload, self._trial, self._hopeless_steps = workload, trial, hopeless_steps
         seed_rank(job.run.seed + trial.seed, 0)
         self._model = workload.task.model().to(workload.device)
         self.step = TrainingStep(workload, trial, self._model)
@@ -107,7 +112,7 @@ class _Run:
                 return "targets"
         if step >= self._trial.maximum_steps:
             return "budget"
-        return "hopeless" if step > self._trial.hopeless_steps else None
+        return "hopeless" if step > self._hopeless_steps() else None
 
     def _validate_near_a_target(self, step: int, loss: float) -> None:
         """Looks around a crossing are enough: values at the target are read off between them."""

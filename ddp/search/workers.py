@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Self
+from typing import Any, Self
 
 from ddp import errors
 from ddp.errors import DdpError
@@ -58,6 +59,7 @@ class Failed:
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    limit: Any  # shared with it: steps after which its present trial is hopeless, as known by now
     trial: Trial | None = None
 
 
@@ -107,9 +109,15 @@ class Pool:
         worker = next((worker for worker in self._workers if worker.trial is None), None)
         if worker is None:
             worker = self._begin()
-        worker.trial = trial
+        worker.trial, worker.limit.value = trial, trial.hopeless_steps
         with contextlib.suppress(OSError):  # it has just died: `finished` sees it
             worker.pipe.send(trial)
+
+    def limit(self, hopeless_steps: Callable[[Trial], float]) -> None:
+        """Tell trials under way what has become known since they began; it only ever falls."""
+        for worker in self._workers:
+            if worker.trial is not None:
+                worker.limit.value = min(worker.limit.value, hopeless_steps(worker.trial))
 
     def finished(self, timeout_seconds: float) -> list[tuple[Trial, TrialResult | Failed]]:
         """Trials that ended meanwhile; returns as soon as there is one."""
@@ -135,11 +143,12 @@ class Pool:
     def _begin(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self._sweep, self._allow_import), name="trials")
+        limit = context.RawValue("d", math.inf)
+        process = context.Process(target=serve, args=(theirs, limit, self._sweep, self._allow_import), name="trials")
         with _environment_of_one_thread():
             process.start()
         theirs.close()
-        self._workers.append(_Worker(process, ours))
+        self._workers.append(_Worker(process, ours, limit))
         return self._workers[-1]
 
     def _receive(self, worker: _Worker) -> TrialResult | Failed | Ready:
@@ -153,17 +162,19 @@ class Pool:
         return Failed(answer.message) if isinstance(answer, Unusable) else answer
 
 
-def serve(pipe: Connection, sweep: Sweep, allow_import: bool) -> None:
+def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: bool) -> None:
     """A worker's life: load, say so, and run one trial after the other until the pipe closes."""
     _end_with_parent(os.getppid())
     _leave_signals_to_the_parent()
     import torch
 
-    from ddp.search.workload import load_workload
+    from ddp.search import trial  # noqa: F401  # once here, and not in every child
+    from ddp.search.workload import load_workload, rehearse
 
     torch.set_num_threads(1)
     try:
         workload = load_workload(sweep, allow_import=allow_import)
+        rehearse(workload)
     except DdpError as error:
         pipe.send(Unusable(type(error).__name__, str(error)))
         return
@@ -171,13 +182,13 @@ def serve(pipe: Connection, sweep: Sweep, allow_import: bool) -> None:
     attempt = _attempt if workload.device.type != "cpu" else _attempt_in_a_child
     with contextlib.suppress(EOFError, OSError):
         while True:
-            pipe.send(attempt(workload, pipe.recv()))
+            pipe.send(attempt(workload, pipe.recv(), limit))
 
 
-def _attempt_in_a_child(workload: object, trial: Trial) -> TrialResult | Failed:
+def _attempt_in_a_child(workload: object, trial: Trial, limit: Any) -> TrialResult | Failed:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, os.getpid(), workload, trial))
+    process = context.Process(target=_child, args=(theirs, os.getpid(), workload, trial, limit))
     process.start()
     theirs.close()
     with ours:
@@ -190,19 +201,19 @@ def _attempt_in_a_child(workload: object, trial: Trial) -> TrialResult | Failed:
     return answer
 
 
-def _child(pipe: Connection, parent: int, workload: object, trial: Trial) -> None:
+def _child(pipe: Connection, parent: int, workload: object, trial: Trial, limit: Any) -> None:
     _end_with_parent(parent)
-    pipe.send(_attempt(workload, trial))
+    pipe.send(_attempt(workload, trial, limit))
 
 
-def _attempt(workload: object, trial: Trial) -> TrialResult | Failed:
+def _attempt(workload: object, trial: Trial, limit: Any) -> TrialResult | Failed:
     """The trial's result, or the last words of whatever it raised: one bad trial does not end a search."""
     from ddp.search.trial import run_trial
     from ddp.search.workload import Workload
 
     assert isinstance(workload, Workload)
     try:
-        return run_trial(workload, trial)
+        return run_trial(workload, trial, lambda: limit.value)
     except DdpError as error:
         return Failed(str(error))
     except Exception as error:

@@ -20,6 +20,7 @@ from ddp.tasks.base import Batch, Task, metric_goal
 from ddp.topology import SINGLE_PROCESS
 from ddp.training.data import fetcher, split, to_device
 from ddp.training.evaluation import evaluation_mode
+from ddp.training.optimizers import build_optimizer
 from ddp.training.random_state import seed_rank
 from ddp.training.resources import choose_device
 
@@ -60,6 +61,18 @@ def load_workload(sweep: Sweep, *, allow_import: bool) -> Workload:
             f"has {workload.training_examples} examples"
         )
     return workload
+
+
+def rehearse(workload: Workload) -> None:
+    """Build a model and step an optimizer once: torch then imports what it puts off, 2 s that each fork would pay.
+
+    No backward, whose threads a fork would not have.
+    """
+    parameters = [each for each in workload.task.model().parameters() if each.requires_grad]
+    optimizer = build_optimizer(workload.sweep.job.optimizer, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
 
 
 class SubsetLoss:
