@@ -18,6 +18,7 @@ from ddp.noise.moments import unbiased_moments
 from ddp.tasks.base import Goal, TensorExamples
 from ddp.training.data import BatchPlan, split
 from ranks import RankPool
+from test_resume import train_one_listening
 from training_runs import INPUTS, job, saved, steps_of, train_ranks
 
 EXAMPLES, BATCH, MICRO = 66, 22, 3  # three steps an epoch; eight units of 2 or 3 examples a step, in any layout
@@ -31,8 +32,8 @@ class Float64Net:
 
     goals: Mapping[str, Goal] = {}
 
-    def __init__(self, batch_norm: bool = False) -> None:
-        self.batch_norm = batch_norm
+    def __init__(self, batch_norm: bool = False, copies: bool = False) -> None:
+        self.batch_norm, self.copies = batch_norm, copies
 
     def model(self) -> nn.Module:
         normalisation = [nn.BatchNorm1d(3)] if self.batch_norm else []
@@ -42,6 +43,8 @@ class Float64Net:
         generator = torch.Generator().manual_seed(8)
         inputs = torch.randn(EXAMPLES, INPUTS, generator=generator, dtype=torch.float64)
         noise = torch.randn(EXAMPLES, generator=generator, dtype=torch.float64)
+        if self.copies:
+            inputs, noise = inputs[:1].expand_as(inputs), noise[:1].expand_as(noise)
         examples = TensorExamples(inputs, inputs.sum(dim=1) + 2 * noise)
         return examples, examples
 
@@ -182,3 +185,11 @@ def test_halves_are_units_of_the_same_gradient(rank_pool: RankPool, tmp_path: Pa
     assert halves.keys() == ranks.keys() == {("", "plain"), ("0", "plain"), ("2", "plain")}
     for key, expected in ranks.items():
         assert halves[key] == pytest.approx(expected, rel=1e-9)
+
+
+def test_faults_of_the_data_are_named_once_on_rank_zero(rank_pool: RankPool, tmp_path: Path) -> None:
+    same = job(tmp_path, **settings("sgd", run__steps=12, task__options={"copies": True, "batch_norm": True}))
+    (_, first), (_, second) = rank_pool.run(2, train_one_listening, [same] * 2, None)
+    assert first.count("all ranks see the same data") == 1
+    assert first.count("normalises by batch statistics") == 1
+    assert second == ""
