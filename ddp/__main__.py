@@ -166,10 +166,22 @@ def _topology_or_single() -> Topology:
 
 
 def _stop_cleanly_outside_training() -> None:
-    """While the trainer has no handlers of its own, a signal to stop ends this rank with the code for it."""
+    """While the trainer has no handlers of its own, a signal to stop ends this rank with the code for it.
+
+    At once, without unwinding: an exception in the middle of an import of numpy's or torch's can abort the process. Only
+    MPI wants to be taken down in order.
+    """
 
     def stop(signal_number: int, _: FrameType | None) -> NoReturn:
-        raise StoppedError(f"stopped by {signal.Signals(signal_number).name} outside of training: run again")
+        error = StoppedError(f"stopped by {signal.Signals(signal_number).name} outside of training: run again")
+        if "mpi4py.MPI" in sys.modules:
+            raise error
+        try:
+            _leave(error, _topology_or_single())
+        except SystemExit as left:
+            os._exit(left.code if isinstance(left.code, int) else StoppedError.exit_code)
+        except BaseException:  # whatever the signal came in the middle of
+            os._exit(StoppedError.exit_code)
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
