@@ -1,10 +1,12 @@
 """Which trials a search still needs, from those that have finished: nothing here remembers, so nothing is lost.
 
-Learning rates lie on a grid of factors sqrt 2, numbered from the job's own. At each batch size: three that are a factor
-2 apart, with one seed, around the best that is known nearby; more of them while the best is at an end; those half way
-beside the best; all seeds for every one within a factor 2 of the best that can still matter. What the finished trials
-say decides what comes next, until nothing more is wanted, for every target. Only the first seed is raced
-against what is known: a learning rate that took part in the choice has all its seeds run out.
+Batch sizes come from the largest down: a large one is sure to get there, and what it needs bounds what a smaller one
+may take, which at a bad learning rate never would. Learning rates lie on a grid of factors sqrt 2, numbered from the
+job's own. At each batch size: three that are a factor 2 apart, with one seed, around the best that is known nearby;
+more of them while the best is at an end; those half way beside the best; all seeds for every one within a factor 2 of
+the best that can still matter. What the finished trials say decides what comes next, until nothing more is wanted,
+for every target. Only the first seed is raced against what is known: a learning rate that took part in the choice has
+all its seeds run out.
 """
 
 from __future__ import annotations
@@ -50,15 +52,16 @@ def wanted(sweep: Sweep, targets: Sequence[float], done: Iterable[TrialResult]) 
         requests = [
             (seed, size, index)
             for seed in range(sweep.section.seeds)
-            for size in sweep.section.batch_sizes
+            for size in reversed(
+                sweep.section.batch_sizes
+            )  # the large ones are sure to get there, and say how far it is
             for index in range(len(sweep.section.learning_rates))
         ]
         return _without_done(sweep, targets, requests, trials)
     grid = Grid(sweep.job.optimizer.learning_rate)
     runs = {size: _by_index(grid, trials, size) for size in sweep.section.batch_sizes}
-    near_first = sorted(runs, key=lambda size: abs(math.log(size / sweep.job_batch_size)))
     first, more = [], []
-    for size in near_first:
+    for size in reversed(sweep.section.batch_sizes):
         if _is_out_of_reach(runs[size]):
             continue
         if not runs[size]:
