@@ -16,7 +16,7 @@ from ddp.search.request import Trial
 from ddp.search.store import TrialResult
 from ddp.search.sweep_file import Sweep
 
-TARGET_STEPS = (35, 45, 60)  # of the largest batch
+TARGET_STEPS = (38, 48, 64)  # of the largest batch
 PILOT_STEPS = math.ceil(TARGET_STEPS[-1] * math.exp(HALF_WIDTH) * SPACING) + 2  # smoothing looks ahead
 DIGITS = 3  # of a target
 

@@ -40,7 +40,7 @@ class SweepSection(Section):
     seeds: Annotated[int, Field(ge=3)] = 3
     targets: Literal["auto"] | tuple[PositiveFloat, ...] = Field(
         default="auto",
-        description="training losses on the subset; auto: reached at the largest batch in 35, 45, 60 steps",
+        description="training losses on the subset; auto: reached at the largest batch in 38, 48, 64 steps",
     )
     subset_examples: Positive = 512
     maximum_examples: Positive = Field(default=1_000_000, description="a run that needs more is given up")
