@@ -306,6 +306,7 @@ def _refusals(rank: int, world_size: int, store_address: str) -> dict[str, str]:
             "transport": lambda: ddp.attach(model, batch_size=8, transport="shared_memry"),
             "wire": lambda: ddp.attach(model, batch_size=8, transport="c10d", wire="int8"),
             "format": lambda: ddp.attach(model, batch_size=8, wire="int4"),
+            "population": lambda: ddp.attach(model, batch_size=8, population=15),
             "twice": lambda: ddp.attach(model, batch_size=8),
         }
         messages: dict[str, str] = {}
@@ -328,6 +329,7 @@ def test_what_attach_refuses(rank_pool: RankPool) -> None:
     assert "Sequential" in messages["not DDP"] and "DistributedDataParallel(model)" in messages["not DDP"]
     assert "batch_size=0" in messages["batch size"]
     assert "shared_memry" in messages["transport"] and "valid: auto, shared_memory," in messages["transport"]
+    assert "population=15" in messages["population"] and "8 examples on each of 2 ranks" in messages["population"]
     assert "already has a communication hook" in messages["twice"]
     assert 'transport "c10d" sends gradients as they are' in messages["wire"]
     assert "'int4'" in messages["format"] and "gradient, bfloat16, float16, int8" in messages["format"]

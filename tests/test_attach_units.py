@@ -319,6 +319,42 @@ def test_weights_of_tokens_a_rank_without_examples_and_a_population(rank_pool: R
     assert_is(finite[0].readings[-1].plain, expected(finite, range(5), population=20))
 
 
+class _HalfUsed(nn.Module):
+    """One of two layers never has a part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 1), nn.Linear(3, 3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.used(rows)
+
+
+def _half_used(rank: int, world_size: int, store_address: str) -> tuple[bool, NoiseReadings]:
+    with process_group(rank, world_size, store_address):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(_HalfUsed(), find_unused_parameters=True)
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        meter = ddp.attach(model, batch_size=8, transport="shared_memory", overlap=False, optimizer=optimizer)
+        prepared = torch.float64 in meter.transport._ready  # type: ignore[attr-defined]
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(80):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, generator=generator)).square().mean().backward()
+            optimizer.step()
+            meter.step()
+        readings = meter.readings
+        meter.close()
+        return prepared, readings
+
+
+def test_a_parameter_that_is_never_used_does_not_keep_adam_from_its_noise_scale(rank_pool: RankPool) -> None:
+    for prepared, readings in rank_pool.run(2, _half_used):
+        assert prepared, "the layers' squares travel in float64: nothing is to be compiled in a step"
+        assert readings.headline == "preconditioned"
+        assert readings.preconditioned is not None and readings.preconditioned.observations >= 25
+
+
 def _regression(rank: int, world_size: int, store_address: str, backwards: int, steps: int) -> NoiseReadings:
     """Linear regression at fixed weights: 20 inputs, noise of 2, weights at the distance 1 of the truth."""
     with process_group(rank, world_size, store_address):

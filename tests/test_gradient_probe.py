@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,27 @@ def test_without_start_and_after_stop_nothing_is_seen() -> None:
         assert probe.stop().units.count == 0 and probe.backwards == 0
 
 
+class _NoGradient(torch.autograd.Function):
+    """Of its second argument none."""
+
+    @staticmethod
+    def forward(_context: Any, one: Tensor, two: Tensor) -> Tensor:
+        return one * two
+
+    @staticmethod
+    def backward(_context: Any, *gradients: Tensor) -> Any:
+        return gradients[0], None
+
+
+def test_a_gradient_that_is_none_and_one_that_is_sparse_are_passed_over() -> None:
+    embedding, one, two = nn.Embedding(4, 2, sparse=True), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    probe = GradientProbe([embedding.weight, one, two])
+    probe.start()
+    (_NoGradient.apply(one, two) + embedding(torch.tensor([1]))).sum().backward()
+    probe.end_unit(2, 2.0, 1.0)
+    assert probe.stop().weighted[:, 0].tolist() == [0.0, 2 * 2.0, 0.0]
+
+
 OPTIMIZERS = {
     "adam": lambda parameters: Adam(parameters, lr=0.01, betas=(0.8, 0.9), eps=1e-4),
     "adam fused": lambda parameters: Adam(parameters, lr=0.01, betas=(0.8, 0.9), eps=1e-4, fused=True),
@@ -104,10 +126,17 @@ def test_only_adam_has_one_and_the_youngest_parameter_counts() -> None:
     optimizer = Adam([one])
     optimizer.add_param_group({"params": [two]})
     preconditioner = preconditioner_of(optimizer)
+    assert preconditioner is not None and preconditioner.steps() == 0
     one.grad = torch.ones(2)
     optimizer.step()
-    assert preconditioner is not None and preconditioner.steps() == 0
+    assert preconditioner.steps() == 1, "one that never had a gradient says nothing"
     assert preconditioner.denominators().keys() == {one}
+    optimizer.step()
+    two.grad = torch.ones(2)
+    optimizer.step()
+    assert preconditioner.steps() == 1
+    two.requires_grad_(False)
+    assert preconditioner.steps() == 3
 
 
 def test_layers_are_modules_with_parameters_and_groups_the_optimizers() -> None:

@@ -13,7 +13,7 @@ from ddp.errors import CheckpointError
 from ddp.metering.observation import step_units
 from ddp.noise.moments import Moments, unbiased_moments
 from ddp.noise.noise_scale import NoiseScaleWindow
-from ddp.noise.sampling import LARGEST_INTERVAL, SamplingCadence
+from ddp.noise.sampling import LARGEST_INTERVAL, LONGEST_HURRY, SamplingCadence
 from ddp.noise.tracker import NoiseScaleTracker, PartMoments, StepMoments
 from ddp.transport.row import StepRow
 
@@ -58,6 +58,9 @@ def test_it_hurries_until_every_window_of_the_metric_can_be_read() -> None:
         assert tracker.hurries("plain", parts=True)
         tracker.observe(step(parts=("a",)), sampled_every=1)
     assert not tracker.hurries("plain", parts=True)
+    tracker.observe(step(parts=("new",)), sampled_every=1)
+    assert tracker.hurries("plain", parts=True)
+    assert not tracker.hurries("plain", parts=False), "layers that an earlier part of the run had do not count"
 
 
 def test_a_step_that_is_not_finite_on_any_rank_leaves_all_windows_as_they_were() -> None:
@@ -164,6 +167,23 @@ def test_in_a_hurry_every_step_is_sampled_unless_k_is_given() -> None:
     assert [number for number in range(1, 21) if given.is_due(number, hurry=True)] == [5, 10, 15, 20]
     run_step(given, 21, cost=9.0, rest=0.1)
     assert given.every == given.interval(hurry=True) == 5 and given.state_dict() == {}
+
+
+def test_a_window_that_never_fills_does_not_have_every_step_sampled_for_ever() -> None:
+    cadence = SamplingCadence("auto")
+    sampled = 0
+    for number in range(1, 1001):
+        if number == 500:
+            again = SamplingCadence("auto")
+            again.load_state_dict(cadence.state_dict())
+            cadence = again
+        due = cadence.is_due(number, hurry=True)
+        if due:
+            cadence.took(number, hurry=True)
+            sampled += 1
+        cadence.observe(0.01 * due, 0.1 + 0.01 * due)
+    assert sampled == LONGEST_HURRY + (1000 - LONGEST_HURRY) // 20
+    assert cadence.interval(hurry=True) == cadence.every == 20
 
 
 def run_step(cadence: SamplingCadence, number: int, *, cost: float, rest: float) -> bool:

@@ -77,8 +77,8 @@ def attach(
             f"ddp.attach takes a torch.nn.parallel.DistributedDataParallel model, not {type(model).__name__}: "
             "wrap it first, model = DistributedDataParallel(model)"
         )
-    _check(batch_size, population, sample_every)
     group = model.process_group
+    _check(batch_size, dist.get_world_size(group), population, sample_every)
     device_type = next(model.parameters()).device.type
     binding = pin_ranks(pin, control_group(group)) if pin is not False else Binding()
     try:
@@ -105,12 +105,13 @@ def attach(
     return meter
 
 
-def _check(batch_size: int, population: int | None, sample_every: Literal["auto"] | int) -> None:
+def _check(batch_size: int, world_size: int, population: int | None, sample_every: Literal["auto"] | int) -> None:
     if batch_size < 1:
         raise UsageError(f"ddp.attach(batch_size={batch_size}): give the examples per rank and backward, at least 1")
-    if population is not None and population < batch_size:
+    if population is not None and population < batch_size * world_size:
         raise UsageError(
-            f"ddp.attach(population={population}): a batch of {batch_size} is not drawn from fewer without replacement; "
+            f"ddp.attach(population={population}): a step of {batch_size} examples on each of {world_size} ranks is not "
+            "drawn from fewer without replacement; "
             "give the examples of the whole training set, or leave it out"
         )
     if sample_every != "auto" and sample_every < 1:

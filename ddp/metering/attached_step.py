@@ -98,7 +98,7 @@ class AttachedSteps:
         if not cadence.is_due(step, hurry=hurry):
             return False
         self._sampled_every = cadence.interval(hurry=hurry)
-        cadence.took(step)
+        cadence.took(step, hurry=hurry)
         return True
 
     def send_parts(self, step: StepBehind) -> None:

@@ -77,6 +77,8 @@ class GradientMeter:
         self._steps = AttachedSteps(
             self._exchange, tracker, self._look.parts, math.inf if population is None else population
         )
+        if layers and next(model.parameters()).device.type == "cpu":
+            transport.prepare({torch.float64})  # what their squares travel in: not to be compiled inside a deadline
         self._step_count = 0  # averaged backwards
         self._timer = StepTimer()
         self._kept, self._unscaled = KeptGradients(), UnscaledGradients()

@@ -64,6 +64,7 @@ class _Sample:
     halves: bool  # the units are the halves of one rank's batch
     hooked: bool  # own squared norms come from leaf hooks
     denominators: Mapping[Tensor, Denominator] | None  # Adam's, once they have settled
+    hurry: bool = False  # sampled because windows were too empty
     own: UnitSums | None = None
 
 
@@ -109,7 +110,7 @@ class NoiseMeasurement:
         self._previous_seconds, self._seconds = self._seconds, 0.0
         self._sample = self._sample_of(step, accumulates=accumulates, halves=halves)
         if self._sample is not None:
-            self.tracker.cadence.took(step)
+            self.tracker.cadence.took(step, hurry=self._sample.hurry)
             if self._sample.hooked:
                 self._probe.start(self._sample.denominators)
             self._seconds = time.perf_counter() - began
@@ -161,7 +162,7 @@ class NoiseMeasurement:
             return None
         settled = preconditioner is not None and preconditioner.steps() >= SETTLED_STEPS
         denominators = preconditioner.denominators() if preconditioner is not None and settled else None
-        return _Sample(halves, hooked=accumulates or settled, denominators=denominators)
+        return _Sample(halves, accumulates or settled, denominators, hurry=hurry and not halves)
 
     @property
     def _split_every(self) -> int:

@@ -34,10 +34,11 @@ class AdamPreconditioner:
         }
 
     def steps(self) -> int:
-        """Steps that the second moments have seen; of the parameter that has the fewest, 0 before the first."""
-        steps = self._steps()
-        trained = [each for group in self._optimizer.param_groups for each in group["params"] if each.requires_grad]
-        return int(min((steps.get(parameter, 0.0) for parameter in trained), default=0.0))
+        """Steps that the second moments have seen; of the parameter that has the fewest, 0 before the first.
+
+        One that has none after the others' first was never given a gradient: it is not trained, and says nothing.
+        """
+        return int(min((steps for each, steps in self._steps().items() if each.requires_grad), default=0.0))
 
     def _steps(self) -> dict[Tensor, float]:
         """A capturable or fused optimizer counts on the device: all counts are fetched at once."""

@@ -110,13 +110,16 @@ class GradientProbe:
                 gradient_squares_(sums[index], parameter.grad, self._denominators.get(parameter))
         return sums.cpu().numpy()
 
-    def _measure(self, index: int, gradients: tuple[Tensor, ...]) -> None:
-        """Of a leaf's node in the graph: it runs on the way into `.grad` only, not for `torch.autograd.grad`."""
-        began = time.perf_counter()
-        if self._sums is not None:
+    def _measure(self, index: int, gradients: tuple[Tensor | None, ...]) -> None:
+        """Of a leaf's node in the graph: it runs on the way into `.grad` only, not for `torch.autograd.grad`.
+
+        A function of the user's own may give no gradient; a sparse one is refused where it would be averaged.
+        """
+        began, gradient = time.perf_counter(), gradients[0]
+        if self._sums is not None and gradient is not None and gradient.layout == torch.strided:
             self._times[index] += 1
             denominator = self._denominators.get(self.parameters[index])
-            gradient_squares_(self._sums[index], gradients[0], denominator)
+            gradient_squares_(self._sums[index], gradient, denominator)
         self.hook_seconds += time.perf_counter() - began
 
     def _fresh(self) -> Tensor:

@@ -16,6 +16,7 @@ from ddp.errors import CheckpointError
 
 AIM = 0.005  # of a step's time, on average
 LARGEST_INTERVAL = 100
+LONGEST_HURRY = 100  # steps sampled in a hurry in a whole run: windows that are empty then will not fill
 _COSTS, _STEPS = 5, 25  # newest sampled steps, and newest steps, whose medians decide
 
 
@@ -29,24 +30,25 @@ class SamplingCadence:
     def __init__(self, every: Literal["auto"] | int) -> None:
         self._fixed = None if every == "auto" else every
         self.every = self._fixed or 1
-        self._last = 0
+        self._last = self._hurried = 0
         self._costs: deque[float] = deque(maxlen=_COSTS)
         self._steps: deque[float] = deque(maxlen=_STEPS)
 
     def is_due(self, step: int, *, hurry: bool = False) -> bool:
         """Whether `step`, 1 for the first, is to be sampled. In a hurry (a window that is not filled yet) each step
-        is, unless K was given."""
+        is, unless K was given, or so many were that it would be filled if it could."""
         if self._fixed is not None:
             return step % self._fixed == 0
-        return hurry or step - self._last >= self.every
+        return step - self._last >= self.interval(hurry=hurry)
 
     def interval(self, *, hurry: bool = False) -> int:
         """K as of now."""
-        return 1 if hurry and self._fixed is None else self.every
+        return 1 if hurry and self._fixed is None and self._hurried < LONGEST_HURRY else self.every
 
-    def took(self, step: int) -> None:
+    def took(self, step: int, *, hurry: bool = False) -> None:
         """`step` was sampled."""
         self._last = step
+        self._hurried += hurry
 
     def observe(self, measuring_seconds: float, step_seconds: float) -> None:
         """What the slowest rank spent on measuring in a step, 0 where it was not sampled, and on all of that step."""
@@ -68,7 +70,7 @@ class SamplingCadence:
         """Plain values; empty where K is given, since the step's number then says all."""
         if self._fixed is not None:
             return {}
-        return {"last": self._last, "costs": list(self._costs), "steps": list(self._steps)}
+        return {"last": self._last, "hurried": self._hurried, "costs": list(self._costs), "steps": list(self._steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, unless K is given or was given then.
@@ -79,11 +81,11 @@ class SamplingCadence:
         if self._fixed is not None or not state:
             return
         try:
-            last = int(state["last"])
+            last, hurried = int(state["last"]), int(state.get("hurried", 0))
             costs, steps = [float(each) for each in state["costs"]], [float(each) for each in state["steps"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"state of the sampling cannot be read: {error!r}; start without it") from error
-        self._last = last
+        self._last, self._hurried = last, hurried
         self._costs.extend(costs)
         self._steps.extend(steps)
         self.every = self._affordable() if costs and steps else 1

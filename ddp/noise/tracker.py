@@ -75,7 +75,7 @@ class NoiseScaleTracker:
 
     def hurries(self, metric: Metric, *, parts: bool) -> bool:
         """Whether a window of that metric has fewer observations than it takes to read anything."""
-        windows = [window for (*_, of_part), window in self._parts.items() if of_part == metric]
+        windows = [window for (*_, of_part), window in self._parts.items() if parts and of_part == metric]
         whole = self._whole.get(metric)
         if whole is None or (parts and not windows):
             return True
