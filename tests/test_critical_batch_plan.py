@@ -212,7 +212,10 @@ def test_targets_come_from_the_best_of_the_pilots() -> None:
         result = answer(trials[0], ())
         done.append(TrialResult(**{**{name: getattr(result, name) for name in TrialResult.__slots__}, "curve": pilot_curve(trials[0].learning_rate)}))  # fmt: skip
     assert {round(trial.learning_rate, 6) for trial in done} >= {0.1, 0.2, 0.4}  # the best, 0.2 or 0.4, is inside
-    best = max(rate / (1 + (rate / 0.4) ** 4) for rate in (0.05, 0.1, 0.2, 0.4))
+    assert min(trial.learning_rate for trial in done) <= 0.2 and Grid(0.05).rate(5) in {
+        trial.learning_rate for trial in done
+    }  # half way beside the best too, as in the search
+    best = max(rate / (1 + (rate / 0.4) ** 4) for rate in (0.05, 0.1, 0.2, Grid(0.05).rate(5), 0.4))
     assert choose_targets(sweep, done) == pytest.approx([3 / (1 + steps * best) for steps in (38, 48, 64)], rel=0.01)
     with pytest.raises(UsageError, match="set optimizer.learning_rate"):
         choose_targets(sweep, [])

@@ -200,8 +200,12 @@ def test_what_cannot_be_run_is_said_once_and_leaves_no_process(tmp_path: Path) -
     ended = run(tmp_path)
     assert ended.code == 2 and ended.stderr.count("--allow-import") == 1 and "Traceback" not in ended.stderr
     write_sweep(tmp_path, options="dimension = 256")
-    ended = run(tmp_path, "--resume", "--set", "evaluation.metric=accuracy")
+    ended = run(tmp_path, "--set", "evaluation.metric=accuracy", "--set", "sweep.directory=new/out")
     assert ended.code == 2 and "metric" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "sleepy.py",
+        "sweep.toml",
+    ]  # a corrected file may follow
 
 
 def test_targets_and_learning_rates_are_found_by_themselves(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ddp.errors import UsageError
-from ddp.search.critical_batch import TARGETS, SearchLoop, alone_in, begin_or_go_on, write_results
+from ddp.search.critical_batch import TARGETS, SearchLoop, alone_in, begin_or_go_on, refuse_to_mix, write_results
 from ddp.search.curve import loss_after
 from ddp.search.progress import SearchProgress
 from ddp.search.request import Trial
@@ -59,15 +59,15 @@ def search_branches(
 
     point = read_branch_point(checkpoint, sweep)
     directory, path = sweep.directory, sweep.directory / FILE_NAME
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with alone_in(directory):
         begun = any(trial.origin == point.origin for trial in read_trials(path))
-        begin_or_go_on(path, sweep, resume=resume, begun=begun)
+        refuse_to_mix(path, sweep, resume=resume, begun=begun)
         with (
             Pool(sweep, workers or sweep.section.workers, allow_import=allow_import) as pool,
             stop_on_signals() as stop,
             SearchProgress(stream) as progress,
         ):
+            begin_or_go_on(path, sweep)
             largest = min(sweep.section.maximum_examples, pool.ready.training_examples // 2)
             plan = BranchPlan.of(sweep, point.origin, point.batch_size, point.learning_rate, largest)
             loop = SearchLoop(pool, path, stop, progress, read_trials(path), sweep.job.optimizer.name)

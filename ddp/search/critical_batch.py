@@ -53,14 +53,14 @@ def search(
     """
     directory = sweep.directory
     path = directory / FILE_NAME
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with alone_in(directory):
-        begin_or_go_on(path, sweep, resume=resume, begun=read_fact(path, DEFINITION) is not None)
+        refuse_to_mix(path, sweep, resume=resume, begun=read_fact(path, DEFINITION) is not None)
         with (
             Pool(sweep, workers or sweep.section.workers, allow_import=allow_import) as pool,
             stop_on_signals() as stop,
             SearchProgress(stream) as progress,
         ):
+            begin_or_go_on(path, sweep)
             loop = SearchLoop(pool, path, stop, progress, read_trials(path), sweep.job.optimizer.name)
             targets = _targets(loop, sweep, path)
             loop.complete(lambda done: wanted(sweep, targets, done), f"to {_list(targets)}", _expected(sweep))
@@ -165,8 +165,8 @@ def _failed(trial: Trial, optimizer: str, cause: str) -> TrialResult:
     )
 
 
-def begin_or_go_on(path: Path, sweep: Sweep, *, resume: bool, begun: bool) -> None:
-    """Refuse to mix two searches.
+def refuse_to_mix(path: Path, sweep: Sweep, *, resume: bool, begun: bool) -> None:
+    """Check that this search may use the database at `path`; changes nothing there.
 
     Args:
         begun: whether there are trials already of the kind that is to be run.
@@ -177,13 +177,17 @@ def begin_or_go_on(path: Path, sweep: Sweep, *, resume: bool, begun: bool) -> No
     here: dict[str, Any] | None = read_fact(path, DEFINITION)
     if begun and not resume:
         raise UsageError(f"{path}: there is a search already; give --resume to go on, or another sweep.directory")
-    if here is None:
-        write_fact(path, DEFINITION, sweep.definition())
-    elif here != sweep.definition():
+    if here is not None and here != sweep.definition():
         raise UsageError(
             f"{path}: was begun with another {_difference(here, sweep.definition())}; results of two searches do not "
             "mix: restore that, or give another sweep.directory"
         )
+
+
+def begin_or_go_on(path: Path, sweep: Sweep) -> None:
+    """Write down what is searched, once it is known that it can be; trials that failed before are tried again."""
+    if read_fact(path, DEFINITION) is None:
+        write_fact(path, DEFINITION, sweep.definition())
     remove_failed(path)
 
 
@@ -202,7 +206,12 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, which goes with the process; where locks are not to be had, trust the user."""
+    """Hold the directory's lock, which goes with the process; where locks are not to be had, trust the user.
+
+    The directory is made where it is missing, and goes again if nothing came of the search.
+    """
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(directory / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,7 +219,19 @@ def alone_in(directory: Path) -> Iterator[None]:
             raise UsageError(f"{directory}: a search is running here already") from None
         except OSError:
             pass
-        yield
+        try:
+            yield
+        finally:
+            if not (directory / FILE_NAME).exists():
+                _remove_empty(directory, missing)
+
+
+def _remove_empty(directory: Path, made: Sequence[Path]) -> None:
+    """The lock and those of the directories `made`, innermost first, that hold nothing else."""
+    with contextlib.suppress(OSError):
+        (directory / "lock").unlink()
+        for each in made:
+            each.rmdir()
 
 
 def _expected(sweep: Sweep) -> int:
