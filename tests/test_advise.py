@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ UNRESOLVED = reading("unresolved", NAN, NAN, NAN)
 
 
 def recorded(folder: Path, readings: Sequence[Reading | None], info: RunInfo | None = None, job: str = JOB) -> Path:
-    """A run directory whose step k has the k-th reading; the last one holds on until step 60."""
+    """A run directory whose step k observes the k-th reading; the last one holds on until step 60."""
     info = info or replace(run_info(), gradient_bytes=400_000)
     recorder = Recorder(folder / "run.db", info)
+    observed = [None if each is None else replace(each) for each in readings]
     for index, record in enumerate(step_records(info, 60)):
-        recorder.step(replace(record, noise=_noise(readings[min(index, len(readings) - 1)])))
+        recorder.step(replace(record, noise=_noise(observed[min(index, len(observed) - 1)])))
     recorder.close()
     if job:
         (folder / "job.toml").write_text(job, encoding="utf-8")
@@ -101,6 +103,17 @@ def test_an_older_resolved_reading_counts_and_its_age_is_told(tmp_path: Path) ->
     assert "A larger batch is not what is missing." in text
     assert "the latest resolved reading, 40 steps (1.7 epochs) before the end" in text
     assert "More ranks stop paying" in text
+
+
+def test_a_held_reading_is_told_by_the_step_that_observed_it(tmp_path: Path) -> None:
+    info = replace(run_info(), world_size=1)
+    seen = NoiseReadings(plain=replace(RESOLVED), method="micro_batches")
+    with closing(Recorder(tmp_path / "run.db", info)) as recorder:
+        for record in step_records(info, 60):
+            recorder.step(replace(record, noise=seen if record.step <= 23 else replace(seen, method="none")))
+    told = json.loads(command.answer(tmp_path, Question(), as_json=True))["reading"]
+    assert (told["step"], told["steps_old"], told["method"]) == (1, 59, "micro_batches")
+    assert "(56-92, from micro-batches)" in said(tmp_path)
 
 
 def test_a_lower_bound_says_at_least_and_nothing_finite_above(tmp_path: Path) -> None:

@@ -145,9 +145,11 @@ def test_rate_and_time_left_go_by_steps_and_clock() -> None:
 
 OPEN_STEPS = replace(INFO, steps=0, steps_per_epoch=0)  # run.epochs with a batch that adapts itself
 OPEN_EPOCHS = replace(INFO, steps=200, steps_per_epoch=0, epochs=0.0)  # run.steps with one
+OPEN = replace(OPEN_STEPS, epochs=0.0)  # adascale with one: the end is neither known in steps nor in epochs
 
 
 def test_an_end_that_is_open_in_steps_or_in_epochs() -> None:
+    assert render_line(OPEN, RECORD, None, NAN, NAN).startswith("epoch 3.2  loss")
     assert render_line(OPEN_STEPS, RECORD, None, NAN, NAN).startswith("epoch 3.2/8  loss")
     assert render_line(OPEN_EPOCHS, RECORD, None, NAN, NAN).startswith("step 74/200  loss")
     assert moment_text(OPEN_STEPS, 74, 3.2) == "epoch 3.2"

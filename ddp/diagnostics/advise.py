@@ -57,7 +57,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A reading, when it was taken, and at which global batch size."""
+    """A reading, the step that observed it and how, and the global batch size of that step."""
 
     step: int
     epoch: float
@@ -157,8 +157,10 @@ def read_record(path: Path) -> Record:
             latest = resolved = None
             for record in recording.read_steps(database):
                 steps.append(record)
-                latest = record if record.noise is not None else latest
-                resolved = record if record.reading is not None and record.reading.state == "resolved" else resolved
+                if record.reading is None or (latest is not None and record.reading is latest.reading):
+                    continue  # held since the step that observed it
+                latest = record
+                resolved = record if record.reading.state == "resolved" else resolved
         except sqlite3.Error as error:
             raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
     if not parts or not steps:

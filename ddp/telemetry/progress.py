@@ -65,9 +65,9 @@ def in_epochs(info: RunInfo) -> bool:
 
 
 def position_text(info: RunInfo, record: StepRecord) -> str:
-    """Where in the run: "epoch 3.2/8", or "step 150/1,500"."""
+    """Where in the run: "epoch 3.2/8", or "step 150/1,500"; without an end, "epoch 3.2", where that is open."""
     if in_epochs(info):
-        return f"epoch {record.epoch:.1f}/{epochs_text(info.epochs)}"
+        return f"epoch {record.epoch:.1f}" + (f"/{epochs_text(info.epochs)}" if info.epochs else "")
     return f"step {record.step:,}/{info.steps:,}"
 
 

@@ -129,7 +129,7 @@ def _note(recorded: Recorded) -> str:
         return "No step is recorded yet."
     last = recorded.steps[-1]
     of_steps = f" of {info.steps:,}" if info.steps else ""
-    of_epochs = f" of {epochs_text(info.epochs)}" if not info.steps else ""
+    of_epochs = f" of {epochs_text(info.epochs)}" if info.epochs and not info.steps else ""
     words = [f"Step {last.step:,}{of_steps}, epoch {epochs_text(last.epoch)}{of_epochs}."]
     if done_share(info, last) < 1.0 - 1e-9:
         words[0] += " The run goes on or was stopped."
