@@ -176,6 +176,15 @@ def test_one_rank_without_accumulation_splits_its_batch(
     assert last.method == ("split" if observations else "none")
 
 
+def test_where_the_learning_rate_follows_the_noise_scale_no_clock_chooses_what_is_sampled(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    more = {"optimizer__learning_rate_rule": "noise_scale", "optimizer__tuned_batch_size": 2 * BATCH}
+    train_ranks(rank_pool, 2, job(tmp_path, **settings("sgd", run__steps=60, noise_scale__sample_every="auto", **more)))
+    noise = [record.noise for record in steps_of(tmp_path / "run")]
+    assert {each.sampled_every for each in noise if each} == {1, 16}
+
+
 def test_halves_are_units_of_the_same_gradient(rank_pool: RankPool, tmp_path: Path) -> None:
     alone = settings("sgd", run__steps=3, micro_batch_size=BATCH, noise_scale__split=True)
     train_ranks(rank_pool, 1, job(tmp_path, **alone))

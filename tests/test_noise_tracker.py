@@ -13,7 +13,7 @@ from ddp.errors import CheckpointError
 from ddp.metering.observation import step_units
 from ddp.noise.moments import Moments, unbiased_moments
 from ddp.noise.noise_scale import NoiseScaleWindow
-from ddp.noise.sampling import LARGEST_INTERVAL, LONGEST_HURRY, SamplingCadence
+from ddp.noise.sampling import LARGEST_INTERVAL, LONGEST_HURRY, STEADY_INTERVAL, SamplingCadence
 from ddp.noise.tracker import NoiseScaleTracker, PartMoments, StepMoments
 from ddp.transport.row import StepRow
 
@@ -167,6 +167,16 @@ def test_in_a_hurry_every_step_is_sampled_unless_k_is_given() -> None:
     assert [number for number in range(1, 21) if given.is_due(number, hurry=True)] == [5, 10, 15, 20]
     run_step(given, 21, cost=9.0, rest=0.1)
     assert given.every == given.interval(hurry=True) == 5 and given.state_dict() == {}
+
+
+def test_a_steady_cadence_is_the_same_whatever_steps_cost() -> None:
+    cadence, other = SamplingCadence("steady"), SamplingCadence("steady")
+    for number in range(1, 100):
+        run_step(cadence, number, cost=9.0, rest=0.1)
+        if number == 50:
+            other.load_state_dict(cadence.state_dict())
+    assert cadence.every == other.every == STEADY_INTERVAL
+    assert cadence.is_due(100, hurry=True) and not cadence.is_due(100)
 
 
 def test_a_window_that_never_fills_does_not_have_every_step_sampled_for_ever() -> None:

@@ -87,6 +87,7 @@ class GradientMeter:
             self._kept.watch(optimizer)  # else from the first that updates the model
         self._unscaled_asked = grad_scaler is not None
         self._counting: Any = model.register_forward_pre_hook(self._before_forward)
+        self._own = {id(parameter) for parameter in model.parameters()}
         self._model = weakref.ref(model)
         weakref.finalize(model, register_optimizer_step_pre_hook(self._before_optimizer).remove)
         atexit.register(self.close)
@@ -210,7 +211,7 @@ class GradientMeter:
         if not self._closed:
             self._steps.take_in(wait=False)
         model = self._model()
-        updates = model is not None and _updates(optimizer, model)
+        updates = model is not None and _updates(optimizer, self._own)
         if not self._closed or updates:
             self._exchange.raise_error()
         if updates and not self._closed:
@@ -233,8 +234,7 @@ def _averaged_parameters(model: DistributedDataParallel) -> list[Tensor]:
     return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
 
 
-def _updates(optimizer: Optimizer, model: nn.Module) -> bool:
-    own = {id(parameter) for parameter in model.parameters()}
+def _updates(optimizer: Optimizer, own: set[int]) -> bool:
     return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
 
 

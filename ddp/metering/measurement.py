@@ -29,12 +29,13 @@ from ddp.metering.preconditioner import preconditioner_of
 from ddp.metering.probe import GradientProbe, UnitSums
 from ddp.noise.moments import Units
 from ddp.noise.readings import Method, Metric, NoiseReadings
+from ddp.noise.sampling import STEADY_INTERVAL, SampleEvery
 from ddp.noise.tracker import SETTLED_STEPS, NoiseScaleTracker, PartMoments, StepMoments
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.gradient_squares import Denominator
 from ddp.transport.row import StepRow
 
-SPLIT_EVERY = 16  # fixed: two halves round otherwise than one whole, and a run must not depend on a clock
+SPLIT_EVERY = STEADY_INTERVAL  # two halves round otherwise than one whole, and a run must not depend on a clock
 METRICS: tuple[Metric, Metric] = ("plain", "preconditioned")
 
 
@@ -44,7 +45,7 @@ class Settings:
 
     Attributes:
         population: examples that a step's are drawn from without replacement; infinite where they are not.
-        sample_every: K, or "auto": so that it costs half a percent of a step.
+        sample_every: K, or "auto": so that it costs half a percent of a step, or "steady", whatever that is.
         split: one rank without accumulation: take sampled steps in two halves ("auto": unless the model has batch
             statistics), every step (True), or none.
         layers: one noise scale a layer, and a parameter group where there are several.
@@ -52,7 +53,7 @@ class Settings:
 
     training_examples: int | None
     population: float = math.inf
-    sample_every: Literal["auto"] | int = "auto"
+    sample_every: SampleEvery = "auto"
     split: Literal["auto"] | bool = "auto"
     layers: bool = True
 
@@ -168,7 +169,7 @@ class NoiseMeasurement:
     def _split_every(self) -> int:
         if self.settings.split is True:
             return 1
-        return SPLIT_EVERY if self.settings.sample_every == "auto" else self.settings.sample_every
+        return SPLIT_EVERY if isinstance(self.settings.sample_every, str) else self.settings.sample_every
 
     def _moments(
         self, units: StepUnits, sample: _Sample | None, rows: Sequence[StepRow], sums: GradientSums

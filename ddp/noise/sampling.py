@@ -16,20 +16,29 @@ from ddp.errors import CheckpointError
 
 AIM = 0.005  # of a step's time, on average
 LARGEST_INTERVAL = 100
+STEADY_INTERVAL = 16  # where training depends on what is sampled
 LONGEST_HURRY = 100  # steps sampled in a hurry in a whole run: windows that are empty then will not fill
 _COSTS, _STEPS = 5, 25  # newest sampled steps, and newest steps, whose medians decide
+
+
+SampleEvery = Literal["auto", "steady"] | int
 
 
 class SamplingCadence:
     """Says which steps are sampled; the same on all ranks that have seen the same rows.
 
+    Args:
+        every: K; "auto": from what looking has cost; "steady": `STEADY_INTERVAL`, whatever it costs, so that what
+            follows from the readings (a learning rate) is the same in every run.
+
     Attributes:
         every: K, steps from one sampled step to the next.
     """
 
-    def __init__(self, every: Literal["auto"] | int) -> None:
-        self._fixed = None if every == "auto" else every
-        self.every = self._fixed or 1
+    def __init__(self, every: SampleEvery) -> None:
+        self._fixed = None if isinstance(every, str) else every
+        self._by_clock = every == "auto"
+        self.every = self._fixed or (1 if self._by_clock else STEADY_INTERVAL)
         self._last = self._hurried = 0
         self._costs: deque[float] = deque(maxlen=_COSTS)
         self._steps: deque[float] = deque(maxlen=_STEPS)
@@ -52,7 +61,7 @@ class SamplingCadence:
 
     def observe(self, measuring_seconds: float, step_seconds: float) -> None:
         """What the slowest rank spent on measuring in a step, 0 where it was not sampled, and on all of that step."""
-        if self._fixed is not None or not (math.isfinite(step_seconds) and step_seconds > 0):
+        if not self._by_clock or not (math.isfinite(step_seconds) and step_seconds > 0):
             return
         self._steps.append(max(step_seconds - measuring_seconds, 0.0))
         if measuring_seconds > 0:
@@ -86,6 +95,7 @@ class SamplingCadence:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"state of the sampling cannot be read: {error!r}; start without it") from error
         self._last, self._hurried = last, hurried
-        self._costs.extend(costs)
-        self._steps.extend(steps)
-        self.every = self._affordable() if costs and steps else 1
+        if self._by_clock:
+            self._costs.extend(costs)
+            self._steps.extend(steps)
+            self.every = self._affordable() if costs and steps else 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ddp.errors import CheckpointError
 from ddp.noise.moments import Moments
 from ddp.noise.noise_scale import SMALLEST_WINDOW, NoiseScaleWindow
 from ddp.noise.readings import Method, Metric, NoiseReadings, Part, PartReading
-from ddp.noise.sampling import SamplingCadence
+from ddp.noise.sampling import SampleEvery, SamplingCadence
 
 SETTLED_STEPS = 50  # of an adaptive optimizer's second moments, from which they count as a preconditioner
 
@@ -48,7 +48,7 @@ class NoiseScaleTracker:
 
     Args:
         training_examples: size of the training set; None for a stream.
-        sample_every: K, or "auto" for one that follows from measured cost.
+        sample_every: K, or how it is chosen, see `SamplingCadence`.
 
     Attributes:
         cadence: which steps are sampled.
@@ -58,7 +58,7 @@ class NoiseScaleTracker:
         self,
         training_examples: int | None,
         *,
-        sample_every: Literal["auto"] | int = "auto",
+        sample_every: SampleEvery = "auto",
         confidence: float = 0.95,
     ) -> None:
         self.cadence = SamplingCadence(sample_every)

@@ -58,6 +58,11 @@ class Course:
         steps = run.steps or (run.epochs or 0) * per_epoch
         return Length(steps, per_epoch, float(run.epochs or 0) or (steps / per_epoch if per_epoch else 0.0))
 
+    @property
+    def follows_readings(self) -> bool:
+        """Whether the rates depend on the noise scale and on nothing that a clock has a say in, as the size may."""
+        return self.controller is None and self.rate.follows_readings
+
     def is_over(self, step_count: int) -> bool:
         """Whether the run ends after so many steps, where it stands now."""
         return self.rate.is_over(step_count, self.epoch)

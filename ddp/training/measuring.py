@@ -22,7 +22,10 @@ logger = logging.getLogger("ddp.training")
 
 
 class GradientWatch:
-    """One rank's; where the noise scale is switched off it watches the shards alone."""
+    """One rank's; where the noise scale is switched off it watches the shards alone.
+
+    `steady`: training follows the readings, so that which steps are sampled must not be left to a clock.
+    """
 
     def __init__(
         self,
@@ -31,6 +34,8 @@ class GradientWatch:
         optimizer: Optimizer,
         exchange: GradientExchange,
         training_examples: int,
+        *,
+        steady: bool = False,
     ) -> None:
         self._rank, self._world_size = exchange.transport.rank, exchange.transport.world_size
         self._shards = ShardWatch()
@@ -39,7 +44,7 @@ class GradientWatch:
             settings = Settings(
                 training_examples=training_examples,
                 population=population(module, training_examples),
-                sample_every=section.sample_every,
+                sample_every="steady" if steady and section.sample_every == "auto" else section.sample_every,
                 split=section.split,
                 layers=section.layers,
             )

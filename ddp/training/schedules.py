@@ -63,6 +63,11 @@ class LearningRate:
         return steps * self.first_batch_size / self.tuned_batch_size if self.counts_gains else steps
 
     @property
+    def follows_readings(self) -> bool:
+        """Whether the noise scale moves the rate: not at the tuned batch size, where every factor is 1."""
+        return self.job.optimizer.rule in ("noise_scale", "adascale") and self.tuned_batch_size != self.first_batch_size
+
+    @property
     def counts_gains(self) -> bool:
         """Whether a step counts as what it is worth at the tuned batch size, which leaves open how many there will be."""
         return self.job.optimizer.rule == "adascale"

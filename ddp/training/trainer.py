@@ -74,7 +74,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
         self.watch = GradientWatch(
-            self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples
+            *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
+            steady=self.course.follows_readings,
         )
 
     def run(self) -> None:
