@@ -116,6 +116,34 @@ def test_a_held_reading_is_told_by_the_step_that_observed_it(tmp_path: Path) -> 
     assert "(56-92, from micro-batches)" in said(tmp_path)
 
 
+def test_open_micro_batches_follow_a_batch_that_adapts_itself(tmp_path: Path) -> None:
+    job = JOB.replace("global_batch_size = 64\nmicro_batch_size = 32", 'global_batch_size = "auto"')
+    (tmp_path / "job.toml").write_text(job, encoding="utf-8")
+    with closing(Recorder(tmp_path / "run.db", replace(run_info(), micro_batch_size=16))) as recorder:
+        for record in step_records(run_info(), 60):
+            larger = replace(record, examples=128, global_batch_size=128, examples_total=record.examples_total + 64)
+            recorder.step(larger)
+    told = json.loads(command.answer(tmp_path, Question(), as_json=True))
+    assert (told["run"]["micro_batch_size"], told["step"]["micro_batch_size"]) == (32, 32)
+    assert "in 60 steps (as many examples as 30 of 128), if the model holds:" in said(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--price-per-rank-hour", "--memory-per-rank", "--link-latency-us"])
+def test_an_infinite_number_ends_with_a_message(tmp_path: Path, option: str) -> None:
+    arguments = [
+        sys.executable,
+        "-m",
+        "ddp",
+        "advise",
+        str(recorded(tmp_path, [RESOLVED])),
+        "--no-memory",
+        option,
+        "inf",
+    ]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "") and f"'{option}'" in ended.stderr
+
+
 def test_a_lower_bound_says_at_least_and_nothing_finite_above(tmp_path: Path) -> None:
     folder = recorded(tmp_path, [UNRESOLVED] * 30 + [BOUND])
     text = said(folder, ranks=(2, 4))

@@ -96,7 +96,9 @@ def table_text(advice: Advice) -> str:
         own = base.global_batch_size / base.world_size
         split = sum(widths[:3]) + 4
         lines.insert(0, f"{f'the batch stays at {base.global_batch_size:,}':>{split}}  | {own:g} examples a rank:")
-    title = f"To the loss that this run reached in {base.steps:,.0f} steps, if the model holds:"
+    taken, alike = f"{advice.record.last.step:,}", f"{base.steps:,.0f}"
+    alike = "" if alike == taken else f" (as many examples as {alike} of {base.global_batch_size:,})"
+    title = f"To the loss that this run reached in {taken} steps{alike}, if the model holds:"
     return "\n".join([title, *lines])
 
 

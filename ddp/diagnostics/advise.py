@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ddp.diagnostics import communication, step_time
 from ddp.diagnostics.batch_size_finder import BatchTrials, LargestBatch, TrialError, largest_batch
 from ddp.diagnostics.communication import Links, Measured
 from ddp.diagnostics.scaling import Baseline, Row, Scaling, StopsPaying
-from ddp.diagnostics.step_time import StepCost
+from ddp.diagnostics.step_time import StepCost, StepSeconds
 from ddp.errors import UsageError
 from ddp.job import OptimizerSection, load_job
 from ddp.noise.advice import advise as sentence
@@ -119,10 +120,13 @@ def advise(run_directory: Path, question: Question) -> Advice:
     Raises:
         UsageError: no record of a run there, no step in it, or a job file that cannot be read.
     """
-    record = read_record(run_directory / "run.db")
-    job_file = run_directory / "job.toml"
+    record, job_file = read_record(run_directory / "run.db"), run_directory / "job.toml"
+    held = _held(record.info, job_file)
+    if held is not None:
+        record = replace(record, info=replace(record.info, micro_batch_size=held(record.last.global_batch_size)))
     largest, not_tried = _largest(record.info, job_file, question.memory)
-    scaling = _scaling(record, _optimizer(record.info, job_file), question, largest)
+    steps = step_time.observe(record.info, record.steps, held)
+    scaling = _scaling(record, steps, _optimizer(record.info, job_file), question, largest)
     ranks = question.ranks or default_ranks(record.info.world_size)
     return Advice(
         record=record,
@@ -197,6 +201,14 @@ def _largest(info: RunInfo, job_file: Path, question: MemoryQuestion | None) -> 
         return None, f"Batches were not tried: {error}."
 
 
+def _held(info: RunInfo, job_file: Path) -> Callable[[int], int] | None:
+    """The micro-batch size by the global batch size, where the first is left open and the second adapts itself."""
+    batch = load_job(job_file).batch if job_file.is_file() else None
+    if batch is None or not batch.adapts or batch.micro_batch_size is not None:
+        return None
+    return lambda size: batch.examples_at_once(info.world_size, size)
+
+
 def _optimizer(info: RunInfo, job_file: Path) -> OptimizerSection:
     if job_file.is_file():
         return load_job(job_file).optimizer
@@ -204,10 +216,14 @@ def _optimizer(info: RunInfo, job_file: Path) -> OptimizerSection:
 
 
 def _scaling(
-    record: Record, optimizer: OptimizerSection, question: Question, largest: LargestBatch | None
+    record: Record,
+    steps: Sequence[StepSeconds],
+    optimizer: OptimizerSection,
+    question: Question,
+    largest: LargestBatch | None,
 ) -> Scaling | None:
     info, last = record.info, record.last
-    cost = step_time.fit(info, step_time.observe(info, record.steps), _trials(info, largest))
+    cost = step_time.fit(info, steps, _trials(info, largest))
     if cost is None:
         return None
 

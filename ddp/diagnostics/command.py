@@ -25,7 +25,7 @@ MOST_RANKS = 1 << 20
 def advise(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")],
     price: Annotated[
-        float | None, typer.Option("--price-per-rank-hour", min=0.0, metavar="X", help="Costs in money.")
+        float | None, typer.Option("--price-per-rank-hour", min=0.0, max=1e9, metavar="X", help="Costs in money.")
     ] = None,
     ranks: Annotated[
         str, typer.Option(metavar="1,2,4,...", help="Numbers of ranks to tell of; powers of two where left out.")
@@ -34,16 +34,18 @@ def advise(
         int | None, typer.Option(min=1, metavar="N", help="The run's own where it had several nodes, else 8.")
     ] = None,
     link_gbits: Annotated[
-        float, typer.Option(min=1e-3, metavar="G", help="Assumed of a node's link, unless the run measured it.")
+        float,
+        typer.Option(min=1e-3, max=1e9, metavar="G", help="Assumed of a node's link, unless the run measured it."),
     ] = 25.0,
     link_latency_us: Annotated[
-        float, typer.Option(min=0.0, metavar="US", help="Assumed of a message between nodes.")
+        float, typer.Option(min=0.0, max=1e9, metavar="US", help="Assumed of a message between nodes.")
     ] = 20.0,
     no_memory: Annotated[
         bool, typer.Option("--no-memory", help="Do not try how large a batch fits, nor count classes.")
     ] = False,
     memory_per_rank: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GIB", help="Of a rank; a part of what is free where left out.")
+        float | None,
+        typer.Option(min=0.1, max=1e9, metavar="GIB", help="Of a rank; a part of what is free where left out."),
     ] = None,
     memory_seconds: Annotated[float, typer.Option(min=1.0, metavar="S", help="Trying batches ends then.")] = 60.0,
     allow_import: Annotated[

@@ -12,7 +12,7 @@ much of many ranks at a small batch.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -84,11 +84,16 @@ class StepCost:
         return self.step_seconds + communication.seconds(ranks), example * waiting / ranks
 
 
-def observe(info: RunInfo, records: Iterable[StepRecord]) -> list[StepSeconds]:
-    """The steps of the run's last part whose times are known: a record's phases are those of the step before it."""
+def observe(
+    info: RunInfo, records: Iterable[StepRecord], held: Callable[[int], int] | None = None
+) -> list[StepSeconds]:
+    """The steps of the run's last part whose times are known: a record's phases are those of the step before it.
+
+    `held`: the micro-batch size at a global batch size, where it is not the same in all steps.
+    """
     own = (record for record in records if record.step > info.start_step)
     return [
-        _step(info, before, after)
+        _step(info, before, after, held(before.global_batch_size) if held else info.micro_batch_size)
         for before, after in pairwise(own)
         if after.step == before.step + 1
         and len(after.phase_seconds) == info.world_size
@@ -128,12 +133,12 @@ def fit(info: RunInfo, steps: Sequence[StepSeconds], trials: Sequence[tuple[int,
     )
 
 
-def _step(info: RunInfo, before: StepRecord, after: StepRecord) -> StepSeconds:
+def _step(info: RunInfo, before: StepRecord, after: StepRecord, held: int) -> StepSeconds:
     computing = [sum(rank[phase] for phase in COMPUTING) for rank in after.phase_seconds]
     mean = statistics.fmean(computing)
     return StepSeconds(
         examples=before.examples / info.world_size,
-        micro_batches=-(-before.examples // (info.world_size * info.micro_batch_size)),
+        micro_batches=-(-before.examples // (info.world_size * held)),
         computing=mean,
         all_reduce=statistics.fmean(rank["all_reduce"] for rank in after.phase_seconds),
         imbalance=max(computing) - mean,
