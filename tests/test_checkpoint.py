@@ -174,6 +174,12 @@ def _manifest_of_another_version(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(table | {"version": 99}))
 
 
+def _manifest_of_the_version_before(path: Path) -> None:
+    """Its state had the same files, and other things in them."""
+    table = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(table | {"version": 1}))
+
+
 def _manifest_that_points_out(path: Path) -> None:
     table = json.loads((path / "manifest.json").read_text())
     table["files"]["../step-00000001/shared.pt"] = table["files"].pop("shared.pt")
@@ -188,6 +194,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: (path / "manifest.json").write_text("{}"), "not a checkpoint's manifest"),
     (lambda path: (path / "manifest.json").write_text("{"), "not a checkpoint's manifest"),
     (_manifest_of_another_version, "version 99"),
+    (_manifest_of_the_version_before, "version 1, .* reads version 2; start a new run"),
     (_manifest_that_points_out, "outside the checkpoint"),
     (_link, "shared.pt: cannot be opened: Too many levels of symbolic links"),
     (lambda path: (path / "shared.pt").chmod(0o666), "shared.pt: every user may write to it"),

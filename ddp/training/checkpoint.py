@@ -34,7 +34,7 @@ import torch
 
 from ddp.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2  # of the manifest and of what `state` keeps: 1 knew no course
 SHARED = "shared.pt"
 MANIFEST = "manifest.json"
 # A directory that gave way to a new one of the same step keeps a readable name until the new one has its own.
@@ -283,7 +283,10 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{path / MANIFEST}: not a checkpoint's manifest") from None
     if manifest.version != VERSION:
-        raise CheckpointError(f"{path}: format version {manifest.version}, this program reads version {VERSION}")
+        raise CheckpointError(
+            f"{path}: format version {manifest.version}, this program reads version {VERSION}; start a new run, or go "
+            "on with the ddp that wrote it"
+        )
     if unsafe := [name for name in files if Path(name).name != name]:
         raise CheckpointError(f"{path / MANIFEST}: names a file outside the checkpoint: {unsafe[0]}")
     return manifest
