@@ -1,0 +1,57 @@
+"""The job file: TOML in, a validated and frozen `Job` out. Loads no torch.
+
+Everything a run depends on is a field here, with its unit in its name and its bounds in its type, so
+that a bad job is refused on a login node in a fraction of a second. Names of tasks, optimizers,
+schedules and transports are listed here for the same reason; the code behind them is elsewhere.
+"""
+
+from ddp.job.batch import UNITS, BatchSection
+from ddp.job.fields import Positive, PositiveFloat, Section
+from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
+from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.run_id import (
+    RUN_ID,
+    RUN_ID_VARIABLE,
+    check_run_id,
+    generate_run_id,
+    resolve_run_id,
+    run_id_is_given,
+)
+from ddp.job.sections import MetricsSection, NoiseScaleSection, TransportSection
+from ddp.job.tasks import (
+    TASKS,
+    CustomSection,
+    DigitsSection,
+    QuadraticSection,
+    TaskSection,
+    TextSection,
+)
+
+__all__ = [
+    "RUN_ID",
+    "RUN_ID_VARIABLE",
+    "TASKS",
+    "UNITS",
+    "BatchSection",
+    "CustomSection",
+    "DigitsSection",
+    "Job",
+    "MetricsSection",
+    "NoiseScaleSection",
+    "OptimizerSection",
+    "Positive",
+    "PositiveFloat",
+    "QuadraticSection",
+    "ScheduleSection",
+    "Section",
+    "TaskSection",
+    "TextSection",
+    "TransportSection",
+    "apply_overrides",
+    "check_run_id",
+    "generate_run_id",
+    "load_job",
+    "parse_job",
+    "resolve_run_id",
+    "run_id_is_given",
+]

@@ -1,0 +1,112 @@
+"""The other tables: the run itself, the transport, what is measured, evaluated, saved and served."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ddp.job.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from ddp.job.run_id import check_run_id
+
+
+class RunSection(Section):
+    """What the run is called, where it goes, how long it lasts."""
+
+    id: str | None = None
+    directory: str = "runs"
+    seed: NonNegative = 0
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_rank: Positive | None = Field(default=None, description="cores / local ranks where left out")
+
+    @field_validator("id")
+    @classmethod
+    def _id_is_a_file_name(cls, value: str | None) -> str | None:
+        return None if value is None else check_run_id(value)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
+
+
+class TransportSection(Section):
+    """How gradients are averaged over ranks."""
+
+    name: Literal["auto", "shared_memory", "c10d", "mpi", "hierarchical"] = "auto"
+    timeout_seconds: PositiveFloat = Field(default=300.0, description="for a rank to come before the others give it up")
+    wire: Literal["gradient", "bfloat16", "float16", "int8"] = Field(
+        default="gradient", description="what gradients travel as: as they are, or narrower; sums are always wider"
+    )
+    overlap: Literal["auto", True, False] = Field(
+        default="auto", description="a thread averages while backward goes on; auto: where a rank has a core for it"
+    )
+    pin: Literal["auto", True, False] = Field(
+        default="auto", description="ranks keep to cores of their own; auto: where ranks <= cores and nobody bound them"
+    )
+
+    @model_validator(mode="after")
+    def _c10d_sends_gradients_as_they_are(self) -> Self:
+        if self.name == "c10d" and self.wire != "gradient":
+            raise ValueError(
+                f'wire "{self.wire}" does not go with c10d, which would round the sums again on every hop: '
+                'use another transport, or wire = "gradient"'
+            )
+        return self
+
+
+class NoiseScaleSection(Section):
+    """What is measured while training."""
+
+    enabled: bool = True
+    sample_every: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="steps between those whose micro-batches, layers and preconditioned norms are measured too; "
+        "auto: so that it costs half a percent, or every 16 where the learning rate follows the noise scale",
+    )
+    split: Literal["auto", True, False] = Field(
+        default="auto",
+        description="one rank without accumulation: take sampled steps in two halves; auto: unless the model has "
+        "batch statistics, which halves would change; true: every step",
+    )
+    layers: bool = Field(default=True, description="one noise scale a layer and a parameter group, in sampled steps")
+    critical_batch_result: str | None = Field(
+        default=None, description="result.json of `ddp critical-batch`, to be shown beside the noise scale"
+    )
+
+
+class EvaluationSection(Section):
+    """When to evaluate, and the metric that the summary watches for its target."""
+
+    every_epochs: Positive | None = None
+    every_steps: Positive | None = None
+    metric: str = "accuracy"
+    target: float | None = Field(default=None, description="reported when `metric` first reaches it")
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError("give either every_epochs or every_steps")
+        return self
+
+
+class CheckpointSection(Section):
+    every_steps: Positive | None = Field(default=None, description="besides the one at the end")
+    keep: Positive = 2
+
+
+class MetricsSection(Section):
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=0, description="0 takes a free one")
+    hold_seconds: NonNegativeFloat = Field(default=0.0, description="keep serving after the end, for a last scrape")
+
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, value: str) -> str:
+        if value not in {"127.0.0.1", "::1", "localhost"}:
+            raise ValueError("metrics are served on loopback only: 127.0.0.1, ::1 or localhost")
+        return value
