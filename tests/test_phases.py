@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from ddp.job import Job
+from ddp.metering.measurement import NoiseMeasurement
+from ddp.noise.sampling import SamplingCadence
 from ddp.telemetry.records import PHASES, StepRecord
 from ddp.training.phases import PhaseClock
 from ranks import RankPool
-from training_runs import job, steps_of, train_ranks
+from training_runs import job, steps_of, train_one, train_ranks
 
 
 def test_laps_add_up_to_the_elapsed_time() -> None:
@@ -86,3 +89,29 @@ def own_and_others(records: list[StepRecord], rank: int) -> tuple[float, float]:
     phases = [record.phase_seconds[rank] for record in records[2:]]
     own = sum(each["data"] + each["forward"] + each["backward"] for each in phases)
     return own, sum(each["all_reduce"] + each["wait"] for each in phases)
+
+
+def test_a_step_takes_at_least_what_was_measured_in_it(rank_pool: RankPool, tmp_path: Path) -> None:
+    here = job(tmp_path, run__steps=12, micro_batch_size=2, noise_scale__sample_every="auto")
+    for measuring, whole in rank_pool.run(2, train_slow_to_measure, here)[0]:
+        assert measuring == 0 or measuring > 0.03
+        assert whole > measuring + 0.001, "the step's own time"
+
+
+def train_slow_to_measure(rank: int, world_size: int, store_address: str, here: Job) -> list[tuple[float, float]]:
+    """What the cadence was told: seconds of measuring, and of the step, from the second on."""
+    observe, moments, told = SamplingCadence.observe, NoiseMeasurement._moments, []
+
+    def listening(cadence: SamplingCadence, measuring: float, whole: float) -> None:
+        told.append((measuring, whole))
+        observe(cadence, measuring, whole)
+
+    def slow(measurement: NoiseMeasurement, *arguments: Any) -> Any:
+        time.sleep(0.03)
+        return moments(measurement, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplingCadence, "observe", listening)
+        patch.setattr(NoiseMeasurement, "_moments", slow)
+        train_one(rank, world_size, store_address, [here] * world_size, None)
+    return told[1:]

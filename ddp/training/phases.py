@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PhaseSeconds:
-    """One step of one rank. `all_reduce` and `wait` split what the averaging and the row took."""
+    """One step of one rank. `all_reduce` and `wait` split what the averaging and the row took.
+
+    `measure` is from the row to the optimizer: what is made of the gradients. It is none of the phases of a record.
+    """
 
     data: float = 0.0
     forward: float = 0.0
@@ -16,6 +19,7 @@ class PhaseSeconds:
     all_reduce: float = 0.0
     wait: float = 0.0
     optimizer: float = 0.0
+    measure: float = 0.0
 
 
 class PhaseClock:
@@ -47,4 +51,5 @@ class PhaseClock:
             all_reduce=max(0.0, communication - wait_seconds),
             wait=min(wait_seconds, communication),
             optimizer=lap("optimizer", 0.0),
+            measure=lap("measure", 0.0),
         )

@@ -186,6 +186,7 @@ class Trainer:
             finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
             stop=float(self.stop.asked),
             **self.watch.row_fields(sums),
+            measure_seconds=phases.measure,
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
         )
         return self.exchange.exchange_row(row)

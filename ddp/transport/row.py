@@ -38,13 +38,14 @@ class StepRow:
     weighted_squared_norms: float = 0.0
     weighted_preconditioned_norms: float = 0.0
     projection: float = 0.0  # of the own gradient on a fixed direction: tells shards apart that are not exchangeable
-    measuring_seconds: float = 0.0  # spent on sampling in the previous step
+    measuring_seconds: float = 0.0  # spent on sampling in the previous step, in whichever phases; 0: it was not sampled
+    measure_seconds: float = 0.0  # from the row to the optimizer, where the sampled and all other steps are entered
 
     @property
     def step_seconds(self) -> float:
-        """What the previous step took on this rank."""
+        """What the previous step took on this rank, `measuring_seconds` and all."""
         own = self.data_seconds + self.forward_seconds + self.backward_seconds + self.optimizer_seconds
-        return own + self.all_reduce_seconds + self.wait_seconds
+        return own + self.all_reduce_seconds + self.wait_seconds + self.measure_seconds
 
     def pack(self) -> NDArray[np.float64]:
         """Shape (ROW_LENGTH,), unused places zero."""
