@@ -249,3 +249,21 @@ def test_the_fastest_batch_is_the_least_of_all_batches_tried_out() -> None:
         best = min(batches, key=lambda b: (1 + 71 / b) * costly.seconds(ranks, b, found.communication))
         assert row.fastest_batch.point == pytest.approx(max(best, ranks), abs=ranks)
         assert row.fastest_batch.low < row.fastest_batch.point < row.fastest_batch.high
+
+
+@pytest.mark.parametrize(("micro_batch_seconds", "noise_scale"), [(5e-3, 85.0), (5e-3, 4000.0), (2e-4, 4000.0)])
+def test_the_fastest_batch_fills_micro_batches_before_it_takes_more(
+    micro_batch_seconds: float, noise_scale: float
+) -> None:
+    """Where a forward and a backward cost much whatever their size, as on a GPU, tiny batches waste them."""
+    costly = replace(COST, step_seconds=1e-4, micro_batch_seconds=micro_batch_seconds, micro_batch_size=32)
+    found = scaling(Estimate.exactly(noise_scale), costly)
+    for ranks in (1, 4):
+        (row,) = found.rows([ranks])
+        assert row.fastest_batch is not None
+
+        def seconds(b: float) -> float:
+            return (1 + noise_scale / b) * costly.seconds(ranks, round(b), found.communication)  # noqa: B023
+
+        chosen = ranks * round(row.fastest_batch.point / ranks)
+        assert seconds(chosen) <= 1.1 * min(map(seconds, range(ranks, 6000, ranks)))

@@ -85,6 +85,13 @@ def test_the_best_size_is_the_one_that_a_search_finds() -> None:
         assert best_batch_size(noise_scale, cost, limits) == pytest.approx(sizes[seconds.argmin()], rel=2e-3)
 
 
+def test_beyond_one_micro_batch_a_rank_takes_full_ones() -> None:
+    """196 examples at 32 a micro-batch are 4 for each of two ranks, and 192 are 3: the last one for nothing."""
+    controller = BatchSizeController(Limits(smallest=2, largest=4096, world_size=2, micro_batch_size=32), 128)
+    sizes = [controller._rounded(size) for size in (40.0, 64.0, 70.0, 196.0, 225.0)]
+    assert sizes == [40, 64, 64, 192, 256]
+
+
 def test_without_a_limit_it_is_the_square_root() -> None:
     assert best_batch_size(50.0, StepCost(2e-3, 1e-3, 3e-5), OPEN) == pytest.approx(math.sqrt(50 * 3e-3 / 3e-5))
 

@@ -166,7 +166,7 @@ def stops_at(stops: StopsPaying) -> str:
         return f"{stops.low:,} ranks or more ({stops.limit:,} are as many as this way admits)"
     if stops.low == stops.high:
         return f"{stops.low:,} rank{'s' if stops.low > 1 else ''}"
-    return f"{stops.ranks:,} ranks ({stops.low:,}-{stops.high:,})"
+    return f"{stops.ranks:,} rank{'s' if stops.ranks != 1 else ''} ({stops.low:,}-{stops.high:,})"
 
 
 def cost_there(stops: StopsPaying) -> str:

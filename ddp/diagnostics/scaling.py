@@ -58,7 +58,8 @@ class Projected:
 class Row:
     """So many ranks, both ways. None where there is none: fewer examples than ranks, or more than the training set.
 
-    `fastest_batch` is the global batch that reaches the loss soonest on so many ranks: sqrt(B a / c).
+    `fastest_batch` is the global batch that reaches the loss soonest on so many ranks: sqrt(B a / c), where a micro-batch's
+    own cost goes to a while each rank holds its share at once, and to c beyond.
     """
 
     ranks: int
@@ -148,11 +149,15 @@ class Scaling:
     def _fastest_batch(self, ranks: int) -> Estimate | None:
         if self.noise_scale is None:
             return None
-        step_seconds, example_seconds = self.cost.affine(ranks, self.communication)
-        limits = ranks, self.baseline.training_examples
-        return between(
-            lambda b: min(max(fastest_batch(b, step_seconds, example_seconds), limits[0]), limits[1]), self.noise_scale
-        )
+        held, most = ranks * self.cost.micro_batch_size, self.baseline.training_examples
+        at_once = self.cost.affine(ranks, self.communication, accumulates=False)
+        accumulating = self.cost.affine(ranks, self.communication, accumulates=True)
+
+        def fastest(b: float) -> float:
+            full = held * round(min(fastest_batch(b, *accumulating), most) / held)  # a part of one costs a whole one
+            return min(max(min(fastest_batch(b, *at_once), held), full, ranks), most)
+
+        return between(fastest, self.noise_scale)
 
     def _stops(self, batch: Callable[[int], int], noise_scale: Estimate, limit: int) -> StopsPaying:
         """Where the noise scale is larger, more ranks pay: so its ends are the ends of this."""

@@ -77,11 +77,17 @@ class StepCost:
         share = -(-global_batch_size // ranks)
         return self.computing(share) * waiting + self.step_seconds + communication.seconds(ranks)
 
-    def affine(self, ranks: int, communication: Communication) -> tuple[float, float]:
-        """(a, c) of a step of a + c b seconds at a global batch of b, micro-batches full."""
+    def affine(self, ranks: int, communication: Communication, *, accumulates: bool) -> tuple[float, float]:
+        """(a, c) of a step of a + c b seconds at a global batch of b.
+
+        Args:
+            accumulates: whether b grows by more full micro-batches; else a rank holds its share at once, and what a
+                micro-batch costs by itself is part of a.
+        """
         waiting = 1.0 + self.waiting_share * (ranks > 1)
-        example = self.example_seconds + self.micro_batch_seconds / self.micro_batch_size
-        return self.step_seconds + communication.seconds(ranks), example * waiting / ranks
+        each = self.micro_batch_seconds / self.micro_batch_size if accumulates else 0.0
+        once = 0.0 if accumulates else self.micro_batch_seconds * waiting
+        return self.step_seconds + communication.seconds(ranks) + once, (self.example_seconds + each) * waiting / ranks
 
 
 def observe(

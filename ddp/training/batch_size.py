@@ -179,15 +179,18 @@ class BatchSizeController:
         if cost is None:
             return None
         best = best_batch_size(reading.noise_scale, cost, self.limits)
-        after = self._rounded(min(max(best, self.size / LARGEST_CHANGE), self.size * LARGEST_CHANGE))
-        if max(after / self.size, self.size / after) < SMALLEST_CHANGE:
+        wished = min(max(best, self.size / LARGEST_CHANGE), self.size * LARGEST_CHANGE)
+        after = self._rounded(wished)
+        changes = (max(each / self.size, self.size / each) for each in (wished, after))  # rounding alone is no reason
+        if min(changes) < SMALLEST_CHANGE:
             return None
         return Change(self.size, after, _reason(reading, cost, best, self.limits))
 
     def _rounded(self, size: float) -> int:
-        """Inside the limits, and where they allow it the same share for each rank."""
-        ranks = self.limits.world_size
-        even = ranks * max(round(size / ranks), 1)
+        """Inside the limits; where they allow it the same share for each rank, and beyond one micro-batch full ones."""
+        ranks, held = self.limits.world_size, self.limits.micro_batch_size
+        part = ranks * held if held is not None and size > ranks * held else ranks
+        even = part * max(round(size / part), 1)
         return min(max(even, self.limits.smallest), self.limits.largest)
 
 
