@@ -21,6 +21,7 @@ from ddp.search.sweep_file import Sweep, SweepSection
 from ddp.search.training_step import TrainingStep, stream
 from ddp.search.trial import run_trial
 from ddp.search.workload import SubsetLoss, Workload, load_workload
+from ddp.tasks.synthetic import start
 from ddp.training.data import BatchPlan
 from ddp.training.optimizers import build_optimizer
 
@@ -61,7 +62,7 @@ def run(load: Workload, batch_size: int, rate: float, *targets: float, seed: int
 def exact_losses(rate: float, batch_size: int, steps: int, condition: float = 1.0) -> np.ndarray[Any, Any]:
     """E L after 0, 1, ... steps of SGD on the bowl above: each axis by itself, in float64."""
     curvature = condition ** -np.linspace(0, 1, 1024)
-    square = np.full(1024, 16.0**2 / 1024)
+    square = start(1024, 16.0).double().numpy() ** 2
     losses: list[float] = []
     for _ in range(steps + 1):
         losses.append(0.5 * float((curvature * square).sum()))
@@ -83,6 +84,14 @@ def test_a_quadratic_is_run_down_in_the_steps_it_must_take(batch_size: int, rate
     for metric, loss in zip(result.validation_metric_at_target, result.validation_loss_at_target, strict=True):
         assert condition > 1 or metric == pytest.approx(math.sqrt(2 * loss), rel=1e-3)
     assert result.validation_loss_at_target == pytest.approx(targets, rel=0.03)
+
+
+@pytest.mark.parametrize("rate", [0.06, 0.12, 0.24])
+def test_adam_does_not_swing_through_the_bottom_of_the_bowl(rate: float) -> None:
+    """A target that is passed on the way to the other side is not reached: nothing that a batch size could be judged by."""
+    task = {"name": "quadratic", "dimension": 64, "noise": 0.0, "distance": 8.0, "condition_number": 100.0}
+    result = run(workload(task, {"name": "adam", "learning_rate": rate}), 64, rate, 0.05)
+    assert result.steps_to_target[0] > 20
 
 
 def test_the_noise_scale_on_the_way_is_the_average_by_the_weights_of_the_design() -> None:

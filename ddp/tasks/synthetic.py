@@ -48,8 +48,17 @@ def curvatures(section: QuadraticSection) -> Tensor:
     return torch.pow(section.condition_number, -shares).float()
 
 
+def start(dimension: int, distance: float) -> Tensor:
+    """(dimension,) float32 of the norm `distance`, in one direction for good: whatever the seed of a run."""
+    direction = torch.randn(dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return (distance * direction / direction.norm()).float()
+
+
 class Bowl(nn.Module):
-    """The quadratic at its present position, which starts equally far from the bottom along every axis.
+    """The quadratic at its present position, which starts unequally far from the bottom along its axes.
+
+    Adam goes at one pace along all of them: from equal distances it would swing through the bottom after a few steps, and
+    be there long before it settles.
 
     Takes (n,) of anything and returns the losses of n examples, (n,): with noise in training mode, without in
     evaluation mode, since its mean is 0.
@@ -60,7 +69,7 @@ class Bowl(nn.Module):
     def __init__(self, curvatures: Tensor, noise: float, distance: float) -> None:
         super().__init__()
         self.register_buffer("curvatures", curvatures, persistent=False)
-        self.position = nn.Parameter(torch.full_like(curvatures, distance / len(curvatures) ** 0.5))
+        self.position = nn.Parameter(start(len(curvatures), distance))
         self.noise = noise
 
     def forward(self, examples: Tensor) -> Tensor:
