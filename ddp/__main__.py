@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -62,6 +63,7 @@ def train(
         _stop_cleanly_outside_training()
         here = topology.from_environment(os.environ)
         _show_errors_to_the_user(here)
+        _show_log_to_the_user(here)
         job = load_job(job_file, overrides or ())
         if print_config or dry_run:
             _print_on_rank_0(job.to_toml() if print_config else plan(job, here), here)
@@ -195,6 +197,13 @@ def _show_errors_to_the_user(here: Topology) -> None:
             user = os.open(path, os.O_WRONLY | os.O_APPEND)
             os.dup2(user, sys.stderr.fileno())
             os.close(user)
+
+
+def _show_log_to_the_user(here: Topology) -> None:
+    """Rank 0 says on standard error what it chose for the run; the others speak up only where something is wrong."""
+    log = logging.getLogger("ddp")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO if here.rank == 0 else logging.WARNING)
 
 
 def _leave(error: BaseException, here: Topology) -> NoReturn:

@@ -141,7 +141,7 @@ def test_cards_and_tables_name_metric_method_and_batch(adam_page: Path) -> None:
     root = parse(adam_page)
     text = words(root)
     assert "Step 253, epoch 11 of 12. The run goes on or was stopped." in text
-    assert "Noise scale as of epoch 10.9, Adam's metric" in text and "Noise scale at the end, plain" in text
+    assert "Noise scale as of epoch 10.9, Adam's metric" in text and "Plain noise scale, latest" in text
     assert "256examples over 2 ranks; adapted itself 2 times, from 64" in text
     assert "Critical batch size, measured147[120, 180] examples, by sweep with adam to loss 0.3" in text
     assert text.count("normalised 32 at a time") == 1

@@ -19,7 +19,9 @@ class OptimizerSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     gradient_clip_norm: PositiveFloat | None = Field(default=None, description="norm of the mean gradient")
     learning_rate_rule: Literal["auto", "none", "linear", "sqrt", "noise_scale", "adascale"] = Field(
-        default="auto", description="how the learning rate follows the batch size; auto: noise_scale"
+        default="auto",
+        description="how the learning rate follows the batch size; auto: noise_scale. With adascale run.epochs and run.steps "
+        "count steps at tuned_batch_size, each step of the run as its gain",
     )
     learning_rate_exponent: NonNegativeFloat | None = Field(
         default=None, description="of noise_scale's and adascale's factors: 1 for sgd, 1/2 for Adam where left out"

@@ -12,6 +12,7 @@ import atexit
 import logging
 import math
 import weakref
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -123,8 +124,8 @@ class GradientMeter:
         self._steps.take_in(wait=True)
         self._exchange.raise_error()
         for name, value in (("examples", examples), ("weight", weight)):
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UsageError(f"meter.step({name}={value}): a number of {name} cannot be negative, nor infinite")
+            if value is not None and not (isinstance(value, Real) and 0 <= value < math.inf):
+                raise UsageError(f"meter.step({name}={value!r}): give a finite number of {name}, at least 0")
         if self._last is not None:
             if examples is not None:
                 self._last.examples = float(examples)

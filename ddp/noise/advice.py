@@ -116,7 +116,8 @@ def _outlook(reading: Reading) -> str:
     needed = reading.steps_needed
     if needed == math.inf:
         return " More steps of this kind would hardly resolve it; more ranks or micro-batches a step would help."
-    return f" About {needed:.0f} more observations would resolve it at the present rate." if needed > 0 else ""
+    more = "one more observation" if needed == 1 else f"{needed:.0f} more observations"
+    return f" About {more} would resolve it at the present rate." if needed > 0 else ""
 
 
 def _number(examples: float) -> str:

@@ -54,7 +54,7 @@ def _noise_cards(info: RunInfo, history: History, latest: TimedReading) -> list[
         return [_noise_card(title, latest.reading)]
     cards = [_noise_card(f"{title}, {METRIC_NAMES[latest.metric]}", latest.reading)]
     if history.last is not None and history.last.noise is not None:
-        cards.append(_noise_card("Noise scale at the end, plain", history.last.noise.plain))
+        cards.append(_noise_card("Plain noise scale, latest", history.last.noise.plain))
     return cards
 
 
@@ -69,7 +69,11 @@ def _noise_card(title: str, reading: Reading) -> Card:
         case "unresolved":
             value, detail = "unresolved", STATES_IN_WORDS["unresolved"]
     needed = needed_text(reading)
-    return Card(title, value, f"{detail}; {needed} observations to resolve it" if needed else detail)
+    return Card(title, value, f"{detail}; {needed} {_observations(needed)} to resolve it" if needed else detail)
+
+
+def _observations(needed: str) -> str:
+    return "observation" if needed == "1 more" else "observations"
 
 
 def _batch_detail(info: RunInfo, history: History) -> str:

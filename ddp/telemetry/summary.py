@@ -173,6 +173,8 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
 
 def as_of_text(info: RunInfo, timed: TimedReading) -> str:
     """Either "at the end", or since when the reading has stood where later steps did not observe it."""
+    if not timed.reading.observations:
+        return "because nothing was measured"
     moved = moment_text(info, timed.moved_step, timed.moved_epoch)
     return "at the end" if moved == moment_text(info, timed.step, timed.epoch) else f"as of {moved}"
 

@@ -50,7 +50,7 @@ class GradientWatch:
             )
             self._measurement = NoiseMeasurement(module, optimizer, exchange, settings)
             if self._rank == 0 and has_batch_statistics(module):
-                logger.warning(
+                logger.info(
                     "the model normalises by batch statistics: the gradients of a micro-batch's examples depend on each "
                     "other, so the noise scale is that of micro-batches of this size"
                 )

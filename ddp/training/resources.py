@@ -53,7 +53,7 @@ def pinned(choice: Choice) -> Iterator[None]:
     """Keep this rank on cores of its own where that is wanted. Collective at its beginning."""
     binding = pin(choice, None)
     if binding.cores is not None and dist.get_rank() == 0:
-        logger.info("ranks are pinned, rank 0 to cores %s", ", ".join(map(str, sorted(binding.cores))))
+        logger.debug("ranks are pinned, rank 0 to cores %s", ", ".join(map(str, sorted(binding.cores))))
     try:
         yield
     finally:

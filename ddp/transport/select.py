@@ -124,7 +124,7 @@ def select_transport(
     if not _overlaps(SERVERS[transport.name], request):
         return transport
     if transport.rank == 0:
-        logger.info("%s averages on a thread of its own, while backward goes on", transport.name)
+        logger.debug("%s averages on a thread of its own, while backward goes on", transport.name)
     return OverlappedTransport(transport)
 
 
