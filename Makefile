@@ -15,7 +15,7 @@ mpich_python := .venv-mpich/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text test check bench clean
+.PHONY: help demo demo-text test check bench sweeps clean
 
 help:
 	@echo 'make demo        train on handwritten digits with two ranks; ends with a report'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test        the whole test suite (PYTEST_ARGS="tests/test_job.py -k name" for a part)'
 	@echo 'make check       formatting, lint, types and import layers'
 	@echo 'make bench       the tables of the README, measured here'
+	@echo 'make sweeps      critical batch sizes measured by running, beside what the noise scale predicts; 45 minutes'
 	@echo 'make clean       remove .venv, .venv-mpich and everything that was built; runs/ stays'
 
 demo: .venv/.demo
@@ -47,6 +48,23 @@ bench: .venv/.test .venv-mpich/.made
 	@$(python) benchmarks/train_step.py
 	@$(python) benchmarks/nodes.py
 	@$(python) benchmarks/scaling_model.py
+	@$(python) benchmarks/noise_scale_coverage.py
+	@$(python) benchmarks/adaptive_batch.py
+
+# A search that was interrupted goes on where it stood.
+sweeps: .venv/.test
+	@$(call sweep,digits,adam,8e-3)
+	@$(call sweep,digits,sgd,0.1)
+	@$(call sweep,text,adam,8e-3)
+	@$(call sweep,text,sgd,0.5)
+	@$(call sweep,quadratic,adam,0.03)
+	@$(call sweep,quadratic,sgd,0.5)
+	@$(python) benchmarks/critical_batches.py sweeps/*
+
+define sweep
+$(python) -m ddp critical-batch examples/critical_batch_$(1).toml --resume --set sweep.directory=sweeps/$(1)-$(2) \
+    --set optimizer.name=$(2) --set optimizer.learning_rate=$(3)
+endef
 
 clean:
 	rm -rf .venv .venv-mpich build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
