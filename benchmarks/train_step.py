@@ -27,7 +27,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp.metering.measurement import NoiseMeasurement, Settings
-from ddp.metering.observation import observe_step
+from ddp.metering.observation import step_units
 from ddp.noise.noise_scale import NoiseScaleWindow
 from ddp.noise.sampling import SamplingCadence
 from ddp.noise.tracker import SETTLED_STEPS
@@ -116,7 +116,8 @@ def _ours(
         if measure:
             row = StepRow(examples=examples, own_squared_norm=sums.own_squared_norm, loss_sum=loss.item())
             rows = [StepRow.unpack(each) for each in exchange.transport.exchange_row(row.pack())]
-            observe_step(window, rows, sums.mean_squared_norm)
+            units = step_units(rows)
+            window.observe(units.units.moments(units.weighted_squared_norms, sums.mean_squared_norm))
         update()
 
     return step
@@ -149,7 +150,8 @@ class MeasuredStep:
         loss_sum = sum(map(self._backward, range(len(self.inputs))))
         sums = self.exchange.take()
         fields = {} if self.measurement is None else self.measurement.row_fields()
-        row = StepRow(self.examples, sums.own_squared_norm, loss_sum, backward_seconds=self.seconds, **fields)
+        fields |= {"mean_squared_norm": sums.mean_squared_norm, "backward_seconds": self.seconds}
+        row = StepRow(self.examples, sums.own_squared_norm, loss_sum, **fields)
         rows = self.exchange.exchange_row(row)
         if self.measurement is not None:
             self.measurement.observe(rows, sums)

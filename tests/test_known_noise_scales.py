@@ -145,7 +145,8 @@ def sample_by_the_clock(rank: int, world_size: int, store_address: str, transpor
             time.sleep(0.002 * rank)
             sums = exchange.take()
             seconds, before = time.perf_counter() - before, time.perf_counter()
-            row = StepRow(2 * parts, sums.own_squared_norm, backward_seconds=seconds, **measurement.row_fields())
+            fields = measurement.row_fields() | {"mean_squared_norm": sums.mean_squared_norm}
+            row = StepRow(2 * parts, sums.own_squared_norm, backward_seconds=seconds, **fields)
             seen = measurement.observe(exchange.exchange_row(row), sums)
             if seen.parts:
                 sampled.append(step)

@@ -16,16 +16,15 @@ from torch import Tensor
 
 from ddp.metering.closer_look import Look
 from ddp.metering.parts import Parts
-from ddp.metering.rank_average import RankAverage, own_squares_of_parts, rank_average, unit_fields
-from ddp.noise.readings import Metric
+from ddp.metering.rank_average import rank_average, sampled_squares, unit_fields
+from ddp.metering.sampled_squares import SampledSquares
 from ddp.noise.shards import ShardWatch
-from ddp.noise.tracker import NoiseScaleTracker, PartMoments, StepMoments
+from ddp.noise.tracker import NoiseScaleTracker, StepMoments
 from ddp.transport.base import Reduction
 from ddp.transport.comm_hook import GradientExchange, add_up
 from ddp.transport.row import StepRow
 
 logger = logging.getLogger("ddp.metering")
-_METRICS: tuple[Metric, Metric] = ("plain", "preconditioned")
 
 
 @dataclass(slots=True)
@@ -64,11 +63,8 @@ class _OnTheWay:
     """The rows of a step, which a communication thread may still be exchanging; and what they will be read with."""
 
     answer: Answer[NDArray[np.float64]]
-    mean_squared_norm: float
-    look: Look | None
-    scale: float
     sampled: bool
-    parts: Reduction | None
+    squares: Reduction | None
 
 
 class AttachedSteps:
@@ -88,7 +84,7 @@ class AttachedSteps:
         self._population = population
         self._shards = ShardWatch()
         self._rows: deque[_OnTheWay] = deque()
-        self._parts_on_the_way: Reduction | None = None
+        self._squares_on_the_way: Reduction | None = None
         self._sampled_every = 0
         self._lonely_said = False
 
@@ -101,18 +97,18 @@ class AttachedSteps:
         cadence.took(step, hurry=hurry)
         return True
 
-    def send_parts(self, step: StepBehind) -> None:
-        """Own squares of the layers and groups of a sampled step, into the ranks' average.
+    def send_squares(self, step: StepBehind) -> None:
+        """What ranks average of a sampled step, beside its row.
 
         Before the last bucket of the step after, so that one call to `Transport.complete` serves them all.
         """
-        self._parts_on_the_way = None
-        if self._parts is None or not step.sampled:
+        self._squares_on_the_way = None
+        if not step.sampled:
             return
-        own = own_squares_of_parts(self._parts, step.look, step.examples, step.weight, float(step.scale))
+        squares = sampled_squares(self._parts, step.look, step.examples, step.weight, float(step.scale))
         device = step.reductions[0].bucket.device if step.reductions else torch.device("cpu")
-        vector = torch.from_numpy(own.ravel()).to(device)
-        self._parts_on_the_way = self._transport.all_reduce_mean_(vector, 1.0 / self._transport.world_size)
+        vector = squares.pack().to(device)
+        self._squares_on_the_way = self._transport.all_reduce_mean_(vector, 1.0 / self._transport.world_size)
 
     def send_row(self, step: StepBehind) -> None:
         """Of the backward before the one under way: its numbers are there without waiting."""
@@ -123,12 +119,12 @@ class AttachedSteps:
             own_squared_norm=own,
             projection=sums.projection / scale,
             backward_seconds=0.0 if math.isnan(step.seconds) else step.seconds,  # the whole step's: see step_seconds
+            mean_squared_norm=sums.mean_squared_norm / scale**2,
             measuring_seconds=step.look.seconds if step.look is not None else 0.0,
             **unit_fields(step.look, step.examples, step.weight, scale),
         )
         answer = self._transport.start_row(row.pack())
-        mean = sums.mean_squared_norm / scale**2
-        self._rows.append(_OnTheWay(answer, mean, step.look, scale, step.sampled, self._parts_on_the_way))
+        self._rows.append(_OnTheWay(answer, step.sampled, self._squares_on_the_way))
 
     def take_in(self, *, wait: bool) -> None:
         """Enter into the windows the rows that have come, or all that are on their way."""
@@ -150,34 +146,30 @@ class AttachedSteps:
         self._say(sentence or self._lonely(ready, rows))
 
     def _moments(self, ready: _OnTheWay, rows: Sequence[StepRow]) -> StepMoments:
-        average = rank_average(rows)
+        """Of numbers that are the same bits on all ranks, which decide by them: from the rows, or averaged."""
+        average, population = rank_average(rows), self._population
         finite = all(math.isfinite(row.own_squared_norm) for row in rows)
         if not finite:
             return StepMoments("none", None)
-        plain = average.moments(average.weighted_squared_norms, ready.mean_squared_norm, self._population)
-        look, preconditioned = ready.look, None
-        if look is not None and look.preconditioned:
-            mean = float(look.mean_squares[:, 1].sum()) / ready.scale**2
-            preconditioned = average.moments(average.weighted_preconditioned_norms, mean, self._population)
-        return StepMoments(average.method, plain, preconditioned, self._parts_of(ready, average))
+        plain = average.moments(average.weighted_squared_norms, rows[0].mean_squared_norm, population)
+        squares = self._averaged(ready)
+        if squares is None:
+            return StepMoments(average.method, plain)
+        own = average.weighted_preconditioned_norms
+        parts = squares.moments(
+            *(self._parts, average.units, population), own_factor=average.parts_factor, mean_factor=average.mean_factor
+        )
+        return StepMoments(average.method, plain, average.moments(own, squares.preconditioned, population), parts)
 
-    def _parts_of(self, ready: _OnTheWay, average: RankAverage) -> tuple[PartMoments, ...]:
-        reduction, look = ready.parts, ready.look
-        if reduction is None or look is None or self._parts is None:
-            return ()
+    def _averaged(self, ready: _OnTheWay) -> SampledSquares | None:
+        reduction = ready.squares
+        if reduction is None:
+            return None
         if reduction.future is not None:
             reduction.future.wait()  # it went out before the rows that have come: on a device the stream waits
         if reduction.error is not None:
             raise reduction.error
-        own = reduction.bucket.cpu().numpy().reshape(-1, 2) * average.parts_factor
-        mean = self._parts.sums(look.mean_squares) / ready.scale**2
-        return tuple(
-            PartMoments(
-                *name, metric, average.moments(float(own[row, column]), float(mean[row, column]), self._population)
-            )
-            for column, metric in enumerate(_METRICS[: 1 + look.preconditioned])
-            for row, name in enumerate(self._parts.names)
-        )
+        return SampledSquares.unpack(reduction.bucket)
 
     def _lonely(self, ready: _OnTheWay, rows: Sequence[StepRow]) -> str | None:
         """Once: one rank whose sampled step had one backward."""

@@ -78,7 +78,7 @@ class GradientMeter:
         self._steps = AttachedSteps(
             self._exchange, tracker, self._look.parts, math.inf if population is None else population
         )
-        if layers and next(model.parameters()).device.type == "cpu":
+        if next(model.parameters()).device.type == "cpu":
             transport.prepare({torch.float64})  # what their squares travel in: not to be compiled inside a deadline
         self._step_count = 0  # averaged backwards
         self._timer = StepTimer()
@@ -171,7 +171,7 @@ class GradientMeter:
         self._exchange.attempt(self._decide)  # a backward whose forward was not counted
         last, behind = bucket.is_last(), self._last
         if last and behind is not None:
-            self._exchange.attempt(lambda: self._steps.send_parts(behind))
+            self._exchange.attempt(lambda: self._steps.send_squares(behind))
         future = self._exchange.reduce(bucket)
         if last:
             if behind is not None:

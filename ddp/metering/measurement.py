@@ -24,19 +24,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddp.metering.observation import StepUnits, step_units
-from ddp.metering.parts import Parts, parts_of
+from ddp.metering.parts import parts_of
 from ddp.metering.preconditioner import preconditioner_of
 from ddp.metering.probe import GradientProbe, UnitSums
-from ddp.noise.moments import Units
+from ddp.metering.sampled_squares import SampledSquares
 from ddp.noise.readings import Method, Metric, NoiseReadings
 from ddp.noise.sampling import STEADY_INTERVAL, SampleEvery
-from ddp.noise.tracker import SETTLED_STEPS, NoiseScaleTracker, PartMoments, StepMoments
+from ddp.noise.tracker import SETTLED_STEPS, NoiseScaleTracker, StepMoments
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.gradient_squares import Denominator
 from ddp.transport.row import StepRow
 
 SPLIT_EVERY = STEADY_INTERVAL  # two halves round otherwise than one whole, and a run must not depend on a clock
-METRICS: tuple[Metric, Metric] = ("plain", "preconditioned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,10 @@ class NoiseMeasurement:
         }
 
     def observe(self, rows: Sequence[StepRow], sums: GradientSums) -> NoiseReadings:
-        """Take the step in. Collective in a sampled step; to be called before clipping and the optimizer's step."""
+        """Take the step in. Collective in a sampled step; to be called before clipping and the optimizer's step.
+
+        The rows' `mean_squared_norm` counts, rank 0's; of `sums` those of single parameters, in sampled steps.
+        """
         began = time.perf_counter()
         sample, self._sample = self._sample, None
         cadence, units = self.tracker.cadence, step_units(rows)
@@ -174,18 +176,26 @@ class NoiseMeasurement:
     def _moments(
         self, units: StepUnits, sample: _Sample | None, rows: Sequence[StepRow], sums: GradientSums
     ) -> StepMoments:
+        """Of numbers that are the same bits on all ranks, which decide by them: from the rows, or averaged."""
         population = self.settings.population
-        plain = units.units.moments(units.weighted_squared_norms, sums.mean_squared_norm, population)
+        plain = units.units.moments(units.weighted_squared_norms, rows[0].mean_squared_norm, population)
         if sample is None:
             return StepMoments(units.method, plain)
         method: Method = "split" if sample.halves and units.method == "micro_batches" else units.method
-        mean = self._mean_squares(sample, sums)
-        preconditioned = None
+        if self._parts is None and sample.denominators is None:
+            return StepMoments(method, plain)
+        squares, preconditioned = self._squares(sample, sums), None
         if sample.denominators is not None:
             own = units.weighted_preconditioned_norms
-            preconditioned = units.units.moments(own, float(mean[:, 1].sum()), population)
-        parts = () if self._parts is None else self._part_moments(self._parts, units.units, sample, mean, sums)
+            preconditioned = units.units.moments(own, squares.preconditioned, population)
+        parts = squares.moments(self._parts, units.units, population, own_factor=units.units.weight)
         return StepMoments(method, plain, preconditioned, parts)
+
+    def _squares(self, sample: _Sample, sums: GradientSums) -> SampledSquares:
+        """They meet in one small average over ranks, own squares with the weights that their gradients had."""
+        own, mean = self._own_squares(sample, sums), self._mean_squares(sample, sums)
+        squares = SampledSquares.of(self._parts, own, mean, preconditioned=sample.denominators is not None)
+        return SampledSquares.unpack(self._averaged(squares.pack()))
 
     def _mean_squares(self, sample: _Sample, sums: GradientSums) -> NDArray[np.float64]:
         """Squared norms of the averaged gradient by parameter, shape (parameters, 2)."""
@@ -201,36 +211,18 @@ class NoiseMeasurement:
         by_parameter = sums.by_parameter()
         return np.array([(by_parameter[parameter][0], 0.0) for parameter in self._parameters])
 
-    def _part_moments(
-        self, parts: Parts, units: Units, sample: _Sample, mean: NDArray[np.float64], sums: GradientSums
-    ) -> tuple[PartMoments, ...]:
-        """Own squares meet in one small average over ranks, with the weights that their gradients had."""
-        own = self._averaged(parts.sums(self._own_squares(sample, sums)))
-        of_mean, metrics = parts.sums(mean), METRICS if sample.denominators is not None else METRICS[:1]
-        return tuple(
-            PartMoments(
-                *name,
-                metric,
-                units.moments(
-                    units.weight * float(own[row, column]), float(of_mean[row, column]), self.settings.population
-                ),
-            )
-            for column, metric in enumerate(metrics)
-            for row, name in enumerate(parts.names)
-        )
-
-    def _averaged(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _averaged(self, values: Tensor) -> Tensor:
         transport = self._exchange.transport
         if transport.world_size == 1:
             return values
-        vector = torch.from_numpy(values.ravel().copy()).to(self._parameters[0].device)
+        vector = values.to(self._parameters[0].device)
         reduction = transport.all_reduce_mean_(vector, self._exchange.weight)
         transport.complete()
         if reduction.future is not None:
             reduction.future.wait()
         if reduction.error is not None:
             raise reduction.error
-        return vector.cpu().numpy().reshape(values.shape)
+        return vector
 
 
 def has_batch_statistics(module: nn.Module) -> bool:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddp.noise.moments import Units, unbiased_moments
-from ddp.noise.noise_scale import NoiseScaleWindow, Reading
+from ddp.noise.moments import Units
 from ddp.noise.readings import Method
 from ddp.transport.row import StepRow
 
@@ -45,22 +44,3 @@ def step_units(rows: Sequence[StepRow]) -> StepUnits:
             plain += row.examples * row.own_squared_norm
             preconditioned = math.nan
     return StepUnits(units, plain, preconditioned, ranks)
-
-
-def observe_step(
-    window: NoiseScaleWindow,
-    rows: list[StepRow],
-    mean_squared_norm: float,
-    *,
-    weights: list[float] | None = None,
-    population: float = math.inf,
-) -> Reading:
-    """Enter one step's rows, a unit each, into the window; a step that gives no observation leaves it as it was."""
-    moments = unbiased_moments(
-        [row.own_squared_norm for row in rows],
-        [row.examples for row in rows],
-        mean_squared_norm,
-        weights=weights,
-        population=population,
-    )
-    return window.reading if moments is None else window.observe(moments)

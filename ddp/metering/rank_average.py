@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddp.metering.closer_look import Look
 from ddp.metering.parts import Parts
+from ddp.metering.sampled_squares import SampledSquares
 from ddp.noise.moments import Moments, Units
 from ddp.noise.readings import Method
 from ddp.transport.row import StepRow
@@ -31,7 +31,7 @@ class RankAverage:
         weighted_preconditioned_norms: the same of sqrt(P) g; NaN where some rank has none.
         mean_factor: from the squared norm of DDP's average to that of the mean over the units: a rank without
             examples holds a share of the average, and its gradient is zero.
-        parts_factor: from the ranks' average of `own_squares_of_parts` to sum v_u |g_u|^2.
+        parts_factor: from the ranks' average of own squares, see `sampled_squares`, to sum v_u |g_u|^2.
     """
 
     units: Units
@@ -93,12 +93,19 @@ def unit_fields(look: Look | None, examples: float, weight: float, scale: float)
     }
 
 
-def own_squares_of_parts(
-    parts: Parts, look: Look | None, examples: float, weight: float, scale: float
-) -> NDArray[np.float64]:
-    """k sum |h_u|^2 / t_r by part, shape (parts, 2): what ranks average; NaN where this rank cannot tell."""
+def sampled_squares(
+    parts: Parts | None, look: Look | None, examples: float, weight: float, scale: float
+) -> SampledSquares:
+    """What ranks average: as `own` k sum |h_u|^2 / t_r by part; NaN where this rank cannot tell."""
+    rows = 0 if parts is None else len(parts.names)
+    unknown = np.full((rows, 2), math.nan)
+    if look is None:
+        return SampledSquares(unknown, unknown)
+    mean = look.mean_squares / scale**2
     if examples <= 0 or weight <= 0:
-        return np.zeros((len(parts.names), 2))
-    if look is None or look.own is None:
-        return np.full((len(parts.names), 2), math.nan)
-    return parts.sums(look.own.weighted) * (look.own.units.count / (weight * scale**2))
+        own = np.zeros_like(mean)
+    elif look.own is None:
+        own = np.full_like(mean, math.nan)
+    else:
+        own = look.own.weighted * (look.own.units.count / (weight * scale**2))
+    return SampledSquares.of(parts, own, mean, preconditioned=look.preconditioned)

@@ -120,7 +120,8 @@ class Trainer:
         clock.lap("measure")
         reading = None if noise is None else noise.reading
         rate = self.course.learning_rate(data, reading)
-        self._update(rate, sums)
+        norm = math.sqrt(rows[0].mean_squared_norm)  # one rank's for all, whose sums may round otherwise
+        self._update(rate, norm)
         clock.lap("optimizer")
 
         record = StepRecord(
@@ -131,7 +132,7 @@ class Trainer:
             examples_total=self.examples_total,
             loss=sum(row.loss_sum for row in rows) / data.global_examples,
             learning_rate=rate,
-            gradient_norm=math.sqrt(sums.mean_squared_norm),
+            gradient_norm=norm,
             duration_seconds=clock.elapsed_seconds,
             phase_seconds=tuple(_phases(row) for row in rows),
             all_reduce_bytes=self.exchange.bytes_total - bytes_before,
@@ -185,6 +186,7 @@ class Trainer:
             loss_sum=loss_sum,
             finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
             stop=float(self.stop.asked),
+            mean_squared_norm=sums.mean_squared_norm,
             **self.watch.row_fields(sums),
             measure_seconds=phases.measure,
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
@@ -200,13 +202,12 @@ class Trainer:
                 "optimizer.gradient_clip_norm, or look for bad values in the data"
             )
 
-    def _update(self, rate: float, sums: GradientSums) -> None:
-        """Clip and step."""
+    def _update(self, rate: float, norm: float) -> None:
+        """Clip the gradient of this norm, and step."""
         section = self.job.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if section.gradient_clip_norm is not None:
-            norm = math.sqrt(sums.mean_squared_norm)
             clip_(self.optimizer, self.model.parameters(), norm, section.gradient_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

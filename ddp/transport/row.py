@@ -39,6 +39,7 @@ class StepRow:
     weighted_preconditioned_norms: float = 0.0
     projection: float = 0.0  # of the own gradient on a fixed direction: tells shards apart that are not exchangeable
     measuring_seconds: float = 0.0  # spent on sampling in the previous step, in whichever phases; 0: it was not sampled
+    mean_squared_norm: float = 0.0  # of the averaged gradient; all ranks go by rank 0's, which may round otherwise
     measure_seconds: float = 0.0  # from the row to the optimizer, where the sampled and all other steps are entered
 
     @property
