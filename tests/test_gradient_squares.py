@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from ddp.transport.gradient_squares import Denominator, gradient_squares_
+from ddp.metering.preconditioner import preconditioner_of
+from ddp.search.gradient_noise import adam_preconditioner, squared_norm
+from ddp.transport.gradient_squares import Denominator, as_real, gradient_squares_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -41,7 +45,9 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("of_gradient", [lambda each: each, channels_last, lambda each: each.mT.contiguous().mT])
 @pytest.mark.parametrize("of_moment", [lambda each: each, channels_last])
-def test_elements_meet_whatever_their_order_in_memory(of_gradient, of_moment) -> None:  # type: ignore[no-untyped-def]
+def test_elements_meet_whatever_their_order_in_memory(
+    of_gradient: Callable[[Tensor], Tensor], of_moment: Callable[[Tensor], Tensor]
+) -> None:
     gradient, moment = torch.randn(3, 4, 5, 6), torch.rand(3, 4, 5, 6)
     denominator = Denominator(of_moment(moment), 1.0, 1e-8)
     wanted = expected(gradient, Denominator(moment, 1.0, 1e-8))
@@ -66,3 +72,28 @@ def test_extremes_neither_overflow_nor_underflow() -> None:
 
 def denominator_of(size: int) -> Denominator:
     return Denominator(torch.ones(size), 1.0, 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_the_preconditioner_is_the_adam_of_each_group(dtype: torch.dtype) -> None:
+    """With SGD's steps of the reciprocal denominators the same weights: amsgrad, betas and eps of each group."""
+    parameters = [torch.nn.Parameter(torch.randn(3, dtype=dtype)) for _ in range(2)]
+    groups = [
+        {"params": parameters[:1], "betas": (0.0, 0.9), "eps": 1e-2, "amsgrad": True},
+        {"params": parameters[1:], "betas": (0.0, 0.6), "eps": 1e-1},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=0.1)
+    for size in (5.0, 0.1):
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = size * torch.randn(3, dtype=dtype)
+        optimizer.step()
+    found = adam_preconditioner(optimizer, parameters)
+    known = preconditioner_of(optimizer)
+    assert found is not None and known is not None
+    for parameter, old, weight in zip(parameters, before, found, strict=True):
+        assert parameter.grad is not None
+        step = as_real((old - parameter).detach())
+        torch.testing.assert_close(step, 0.1 * weight * as_real(parameter.grad), rtol=1e-4, atol=1e-6)
+        wanted = [squared_norm([parameter.grad], None), squared_norm([parameter.grad], [weight])]
+        assert measured(parameter.grad, known.denominators()[parameter]) == pytest.approx(wanted, rel=1e-5)

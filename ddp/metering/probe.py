@@ -63,7 +63,7 @@ class GradientProbe:
 
     def prepare(self) -> None:
         """Compile what the gradients need, outside any step."""
-        prepare({parameter.dtype for parameter in self.parameters if parameter.device.type == "cpu"})
+        prepare({each.dtype.to_real() for each in self.parameters if each.device.type == "cpu"})
 
     def start(self, denominators: Mapping[Tensor, Denominator] | None = None) -> None:
         """From the next backward on; with Adam's denominators preconditioned norms are taken too."""

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
+from ddp.metering.preconditioner import preconditioner_of
 from ddp.noise.moments import Moments, Units
+from ddp.transport.gradient_squares import as_real
 
 LARGEST_WINDOW = 25  # samples
 WINDOWS = 8  # at least so many on the way, where there are samples enough
@@ -24,7 +26,7 @@ WINDOWS = 8  # at least so many on the way, where there are samples enough
 class GradientSums:
     """Mean gradients of several sets of examples, added up with the sums that the moments need.
 
-    `preconditioner` has the shapes of the parameters, or is None; it must not depend on these examples.
+    `preconditioner` has the shapes of the parameters as real numbers, or is None; it must not depend on these examples.
     """
 
     preconditioner: list[Tensor] | None
@@ -56,24 +58,21 @@ class GradientSums:
 
 def squared_norm(gradients: Sequence[Tensor], preconditioner: Sequence[Tensor] | None) -> float:
     """|g|^2, or g'Pg with a diagonal P; squares summed in float64."""
-    squares = torch._foreach_mul(list(gradients), list(gradients))
+    real = [as_real(gradient) for gradient in gradients]
+    squares = torch._foreach_mul(real, real)
     if preconditioner is not None:
         torch._foreach_mul_(squares, list(preconditioner))
     return float(torch.stack([square.sum(dtype=torch.float64) for square in squares]).sum())
 
 
 def adam_preconditioner(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor] | None:
-    """1/(sqrt(v_hat) + eps) of each parameter, as the last step left it; None for SGD and before the first step."""
-    if not isinstance(optimizer, Adam | AdamW):
-        return None
-    result: list[Tensor] = []
-    for parameter in parameters:
-        state, group = optimizer.state.get(parameter), optimizer.param_groups[0]
-        if not state:
-            return None
-        corrected = state["exp_avg_sq"] / (1.0 - group["betas"][1] ** float(state["step"]))
-        result.append(1.0 / (corrected.sqrt_() + group["eps"]))
-    return result
+    """P of each parameter, as the last step left it; None for SGD and before the first step."""
+    known = preconditioner_of(optimizer)
+    denominators = {} if known is None else known.denominators()
+    wanted = list(parameters)
+    return (
+        [denominators[each].reciprocal() for each in wanted] if all(each in denominators for each in wanted) else None
+    )
 
 
 def average_noise_scale(samples: Sequence[tuple[int, Moments]], steps: float, batch_size: int) -> float:

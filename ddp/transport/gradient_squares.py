@@ -33,11 +33,24 @@ from ddp.transport.jit import (
 
 @dataclass(frozen=True, slots=True)
 class Denominator:
-    """Adam's: sqrt(second_moment) * root_correction + epsilon, elementwise."""
+    """Adam's: sqrt(second_moment) * root_correction + epsilon, elementwise.
+
+    A complex parameter is two real ones to Adam: its second moment has theirs in its real and imaginary parts.
+    """
 
     second_moment: Tensor  # of the parameter's shape and dtype
     root_correction: float  # 1 / sqrt(1 - beta_2^steps)
     epsilon: float
+
+    def reciprocal(self) -> Tensor:
+        """P, of the shape that `as_real` gives the parameter."""
+        root = as_real(self.second_moment).sqrt()
+        return root.mul_(self.root_correction).add_(self.epsilon).reciprocal_()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor of shape (...) as real numbers of shape (..., 2); any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @inlined
@@ -120,9 +133,10 @@ def gradient_squares_(sums: Tensor, gradient: Tensor, denominator: Denominator |
         gradient: any floating-point or complex gradient, of any shape and strides.
         denominator: with a second moment of the gradient's shape.
     """
-    moment = None if denominator is None else denominator.second_moment
+    moment = None if denominator is None else as_real(denominator.second_moment)
+    gradient = as_real(gradient)
     if gradient.device.type != "cpu" or gradient.dtype not in _KERNELS or not _streams(gradient, moment):
-        _by_torch(sums, gradient, denominator)
+        _by_torch(sums, gradient, moment, denominator)
         return
     moment_address, moments = (0, 0) if moment is None else (moment.data_ptr(), moment.numel())
     correction, epsilon = (1.0, 0.0) if denominator is None else (denominator.root_correction, denominator.epsilon)
@@ -142,14 +156,14 @@ def _streams(gradient: Tensor, moment: Tensor | None) -> bool:
     return same and dense and moment.stride() == gradient.stride()
 
 
-def _by_torch(sums: Tensor, gradient: Tensor, denominator: Denominator | None) -> None:
+def _by_torch(sums: Tensor, gradient: Tensor, moment: Tensor | None, denominator: Denominator | None) -> None:
     """Norms in float32, or float64 for float64, whose partial sums torch makes in a tree; squared in float64."""
-    wide = torch.float64 if gradient.dtype in (torch.float64, torch.complex128) else torch.float32
-    magnitude = (gradient.abs() if gradient.is_complex() else gradient).to(wide)
+    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    magnitude = gradient.to(wide)
     sums[0] = torch.linalg.vector_norm(magnitude).double().square()
-    if denominator is None:
+    if denominator is None or moment is None:
         sums[1] = 0.0
         return
-    root = denominator.second_moment.abs().to(wide).sqrt()
+    root = moment.to(wide).sqrt()
     divisor = root.mul_(denominator.root_correction).add_(denominator.epsilon).sqrt_()
     sums[1] = torch.linalg.vector_norm(magnitude / divisor).double().square()
