@@ -114,7 +114,7 @@ class NoiseScaleWindow:
             observations = int(state["observations"])
             pairs = np.array([state["variance_trace"], state["squared_norm"]], dtype=np.float64)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"noise scale state cannot be read: {error!r}; start without it") from error
+            raise CheckpointError(f"noise scale state cannot be read: {error!r}") from error
         if pairs.ndim != 2 or pairs.shape[1] != min(observations, LARGEST_WINDOW) or not np.isfinite(pairs).all():
             raise CheckpointError(f"noise scale state of {observations} observations does not hold them all")
         self._history = _History()

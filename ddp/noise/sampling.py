@@ -93,7 +93,7 @@ class SamplingCadence:
             last, hurried = int(state["last"]), int(state.get("hurried", 0))
             costs, steps = [float(each) for each in state["costs"]], [float(each) for each in state["steps"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"state of the sampling cannot be read: {error!r}; start without it") from error
+            raise CheckpointError(f"state of the sampling cannot be read: {error!r}") from error
         self._last, self._hurried = last, hurried
         if self._by_clock:
             self._costs.extend(costs)

@@ -128,9 +128,9 @@ class NoiseScaleTracker:
             parts = {(part, name, metric): self._loaded(of_window) for part, name, metric, of_window in state["parts"]}
             sampling = state["sampling"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"state of the noise scales cannot be read: {error!r}; start without it") from error
+            raise CheckpointError(f"state of the noise scales cannot be read: {error!r}") from error
         if "plain" not in whole or not set(whole) <= {"plain", "preconditioned"}:
-            raise CheckpointError(f"state of the noise scales is of the metrics {sorted(whole)}: start without it")
+            raise CheckpointError(f"state of the noise scales is of the metrics {sorted(whole)}")
         self.cadence.load_state_dict(sampling)
         self._whole, self._parts = whole, parts
         preconditioned = whole.get("preconditioned")

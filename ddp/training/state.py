@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ddp.errors import CheckpointError
+from ddp.noise.tracker import NoiseScaleTracker
 from ddp.training import checkpoint
 from ddp.training.agreement import together
+from ddp.training.course import Course
 from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.trainer import Trainer
 
 logger = logging.getLogger("ddp.training")
+_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def save_state(trainer: Trainer, directory: Path) -> Path:
@@ -66,18 +71,19 @@ def restore_state(trainer: Trainer, path: Path) -> None:
                 f"{path}: written while training on {shared['training_examples']:,} examples, the training set now has "
                 f"{trainer.plan.examples:,}; start a new run, or bring the data back"
             )
+        _load_readings(path, deepcopy(trainer.watch.tracker), shared["noise_scale"])
+        _load_course(path, deepcopy(trainer.course), shared["course"])
         return shared, own
 
     shared, own = together(load)
+    _load_optimizer(path, trainer.optimizer, shared["optimizer"])  # changes nothing where it fails, which all ranks do
     with torch.no_grad():
         for name, tensor in parameters.items():
             tensor.copy_(shared["parameters"][name])
         for name, tensor in buffers.items():
             tensor.copy_(own["buffers"][name])
-    trainer.optimizer.load_state_dict(shared["optimizer"])
-    if trainer.watch.tracker is not None and shared["noise_scale"] is not None:
-        trainer.watch.tracker.load_state_dict(shared["noise_scale"])
-    trainer.course.load_state_dict(shared["course"])
+    _load_readings(path, trainer.watch.tracker, shared["noise_scale"])
+    _load_course(path, trainer.course, shared["course"])
     trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
     written_by = checkpoint.read_manifest(path).world_size
     if trainer.rank < written_by:
@@ -90,6 +96,36 @@ def restore_state(trainer: Trainer, path: Path) -> None:
             written_by,
             trainer.world_size,
         )
+
+
+def _load_readings(path: Path, tracker: NoiseScaleTracker | None, state: Mapping[str, Any] | None) -> None:
+    """Nothing where the noise scale is off now, or was then."""
+    if tracker is None or state is None:
+        return
+    try:
+        tracker.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: {error}; start a new run, or resume without it, --set noise_scale.enabled=false"
+        ) from error
+
+
+def _load_course(path: Path, course: Course, state: Mapping[str, Any]) -> None:
+    try:
+        course.load_state_dict(state)
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{path}: where the run stood cannot be read: {error!r}; start a new run, or resume an earlier checkpoint"
+        ) from error
+
+
+def _load_optimizer(path: Path, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    try:
+        optimizer.load_state_dict(state)
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{path}: belongs to another optimizer: {error}; start a new run, or bring the optimizer back"
+        ) from error
 
 
 def _check_same(path: Path, kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
