@@ -7,20 +7,23 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ddp.errors import UsageError
+from ddp.errors import DdpError, UsageError
 from ddp.search.critical_batch_charts import pareto_front
-from ddp.search.critical_batch_report import in_words, write_critical_batch_report
-from ddp.search.findings import Finding, findings, mean_over_seeds, read_findings, write_result
+from ddp.search.critical_batch_report import in_words, render, write_critical_batch_report
+from ddp.search.findings import Finding, as_json, findings, mean_over_seeds, read_findings, write_result
+from ddp.search.store import FILE_NAME, read_trials
 from ddp.telemetry.critical_batches import read_critical_batches
 from search_trials import SIZES, simulated_trials, store
 
@@ -98,9 +101,48 @@ def test_words(found: dict[tuple[str, str, float], Finding]) -> None:
 
 def test_few_steps_are_said() -> None:
     trials = list(simulated_trials(critical=(20.0,), targets=(1.0,)))
-    assert "fewer than 30 steps" not in in_words(findings(trials)[0])
+    assert "fewer than 30" not in in_words(findings(trials)[0])
     quick = [replace(each, steps_to_target=(0.3 * each.steps_to_target[0],)) for each in trials]
-    assert "fewer than 30 steps" in in_words(findings(quick)[0])
+    (finding,) = findings(quick)
+    assert finding.fit.critical_batch_size is None
+    assert as_json(finding)["critical_batch_size"] is None
+    reason = "a huge batch would get there in 24.2 steps, fewer than 30: a lower target is needed"
+    assert f"no critical batch size, because {reason}." in in_words(finding)
+    page = render([finding], [], "name", 0.0)
+    assert re.search(rf"no value\W.*{reason}", page, re.DOTALL)
+    branches = [replace(each, method="branched", origin="/run") for each in quick]
+    assert findings(branches)[0].fit.critical_batch_size is not None
+
+
+def test_one_seed_gives_no_value() -> None:
+    """No interval can be had from it: the words say so, and the table does not show one of zero width."""
+    alone = [each for each in simulated_trials(critical=(20.0,), targets=(1.0,)) if each.seed == 0]
+    (finding,) = findings(alone)
+    assert finding.fit.critical_batch_size is None
+    assert "was run with one seed only at batch sizes 4, 8" in finding.fit.reason
+    assert all(math.isnan(row.best.steps.low) and math.isnan(row.best.steps.high) for row in finding.rows)
+    assert finding.harmless is not None
+    assert {each.verdict for each in finding.harmless.comparisons} == {"undecided"}
+    assert "? to ?" in render([finding], [], "name", 0.0)
+
+
+def test_a_full_disk_is_not_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = simulated_trials()
+    path = store(tmp_path, iter([first])) / FILE_NAME
+    connect = sqlite3.connect
+
+    def on_a_full_disk(*args: Any, **keywords: Any) -> sqlite3.Connection:
+        database = connect(*args, **keywords)
+        database.execute("PRAGMA max_page_count = 1")  # at most as many as there are
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", on_a_full_disk)
+    with pytest.raises(DdpError, match="database or disk is full; the trials that finished before are kept") as raised:
+        store(tmp_path, iter(others))
+    assert raised.value.exit_code == 1
+    kept = read_trials(path)
+    assert (kept[0].batch_size, kept[0].steps_to_target) == (first.batch_size, first.steps_to_target)
+    assert len(kept) < 1 + len(others)
 
 
 def test_the_result_is_what_the_metrics_read(search: Path, found: dict[tuple[str, str, float], Finding]) -> None:
@@ -164,7 +206,7 @@ def test_the_page_says_what_was_found(page: Path, found: dict[tuple[str, str, fl
     assert len(cards) == len(found)
     for finding in found.values():
         assert " ".join(in_words(finding).split()) in paragraphs
-    assert sum("not bracketed" in card for card in cards) == 1
+    assert sum("no value" in card for card in cards) == 1
     rows = [[words(cell) for cell in row.iter("td")] for row in root.iter("tr") if row.find("td") is not None]
     assert len(rows) == len(SIZES) * len(found)
     assert root.find("head/title").text == "a <b> & c"  # type: ignore[union-attr]

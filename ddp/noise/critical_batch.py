@@ -18,6 +18,7 @@ from ddp.noise.best_rate import DRAWS, Cell, DrawnBest, Estimate, bootstrap_best
 from ddp.noise.hyperbola import Array, CurveFit, fit_curve
 
 FEWEST_BATCH_SIZES = 5
+FEWEST_SEEDS = 2  # at the best learning rate of a batch size: one says nothing of chance
 BRACKET = 2.0  # the grid has to go on by this factor on both sides of the value
 
 
@@ -29,7 +30,8 @@ class BestRate:
         batch_size: examples a step.
         learning_rate: at the minimum of a parabola in log learning rate, where that helps; else the grid's best.
         grid_learning_rate: the best of those that were run.
-        steps: at the minimum, as a geometric mean over seeds, with the bootstrap's interval.
+        steps: at the minimum, as a geometric mean over seeds, with the bootstrap's interval; NaN where all learning
+            rates have one seed.
         interior: a higher and a lower learning rate were tried and are worse (or failed).
         seeds: runs at the grid's best.
     """
@@ -78,6 +80,7 @@ def critical_batch(
     draws: int = DRAWS,
     bracket: float = BRACKET,
     need_interior: bool = True,
+    fewest_steps: float = 0.0,
     seed: int = 0,
 ) -> CriticalBatch:
     """Fit all runs to one target.
@@ -89,6 +92,7 @@ def critical_batch(
         bracket: the factor by which the batch sizes must go on beyond the value on both sides.
         need_interior: whether only batch sizes count whose best learning rate lies inside those tried; False where
             rates follow a rule and are no grid.
+        fewest_steps: the smallest S_min that is a value: what is reached in fewer measures the start.
         seed: of the bootstrap's generator.
     """
     drawn = bootstrap_best(cells, draws, seed)
@@ -100,15 +104,17 @@ def critical_batch(
     log_steps = np.stack([each.log_steps for each in used], axis=1)  # (1 + draws, batch sizes): row 0 is the estimate
     fit = _fit_with_misfit(log_sizes, log_steps)
     critical = estimate(fit.log_critical_batch_size, confidence)
-    reason = _not_bracketed(critical, used, bracket)
+    steps = estimate(fit.log_smallest_steps, confidence)
+    reason = _not_bracketed(critical, used, bracket) or _too_few_steps(steps.value, fewest_steps)
     free = _fit_with_misfit(log_sizes, log_steps, free_exponent=True)
     exponent = estimate(np.log(free.exponent), confidence)
-    return _result(fit, critical, exponent, best, reason, confidence)
+    return _result(fit, critical, steps, exponent, best, reason, confidence)
 
 
 def _result(
     fit: CurveFit,
     critical: Estimate,
+    steps: Estimate,
     exponent: Estimate,
     best: tuple[BestRate, ...],
     reason: str,
@@ -117,17 +123,19 @@ def _result(
     misfit = float(np.sqrt((fit.residuals[0] ** 2).mean()))
     if reason:
         return CriticalBatch(None, None, None, exponent, misfit, best, reason, confidence)
-    steps = estimate(fit.log_smallest_steps, confidence)
     examples = estimate(fit.log_smallest_steps + fit.log_critical_batch_size, confidence)
     return CriticalBatch(critical, steps, examples, exponent, misfit, best, "", confidence)
 
 
 def _best_rate(drawn: DrawnBest, confidence: float) -> BestRate:
+    steps = estimate(drawn.log_steps, confidence)
+    if drawn.seeds < FEWEST_SEEDS and steps.low == steps.high:
+        steps = Estimate(steps.value, math.nan, math.nan)
     return BestRate(
         drawn.batch_size,
         math.exp(drawn.log_rate[0]),
         drawn.grid_rate,
-        estimate(drawn.log_steps, confidence),
+        steps,
         drawn.interior,
         drawn.seeds,
     )
@@ -158,7 +166,16 @@ def _too_little(drawn: Sequence[DrawnBest], used: Sequence[DrawnBest]) -> str:
             f"the best learning rate lies on the edge of those tried at batch sizes {edge}; "
             f"it takes {FEWEST_BATCH_SIZES} batch sizes at which it lies inside"
         )
+    if alone := [f"{each.batch_size:g}" for each in used if each.seeds < FEWEST_SEEDS]:
+        sizes = f"batch size{'s' * (len(alone) != 1)} {', '.join(alone)}"
+        return f"the best learning rate was run with one seed only at {sizes}; an interval takes {FEWEST_SEEDS}"
     return ""
+
+
+def _too_few_steps(smallest: float, fewest: float) -> str:
+    if smallest >= fewest:
+        return ""
+    return f"a huge batch would get there in {smallest:.3g} steps, fewer than {fewest:g}: a lower target is needed"
 
 
 def _not_bracketed(critical: Estimate, used: Sequence[DrawnBest], bracket: float) -> str:

@@ -93,7 +93,8 @@ def _compare(base: DrawnBest, other: DrawnBest, margin: float, significance: flo
     logs = other.log_steps - base.log_steps + math.log(other.batch_size / base.batch_size)
     degrees = base.seeds + other.seeds - 2
     deviation = float(logs[1:].std())
-    half = t_quantile(1 - 2 * significance, degrees) * deviation if degrees > 0 else math.inf
+    known = min(base.seeds, other.seeds) > 1
+    half = t_quantile(1 - 2 * significance, degrees) * deviation if known else math.inf
     low, high = float(logs[0]) - half, float(logs[0]) + half
     verdict = _verdict(low, high, math.log(margin))
     return Comparison(other.batch_size, math.exp(logs[0]), math.exp(low), math.exp(high), verdict)

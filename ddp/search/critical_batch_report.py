@@ -93,15 +93,13 @@ def _where(finding: Finding) -> str:
 
 
 def _check(finding: Finding) -> str:
-    """Whether the model behind the value holds, and whether the target lies far enough on."""
-    exponent, words = finding.fit.exponent, ""
-    if exponent is not None and finding.fit.critical_batch_size is not None:
-        value = f"{exponent.value:.2f} [{exponent.low:.2f}, {exponent.high:.2f}]"
-        verdict = "the hyperbola holds" if finding.fit.hyperbola_holds else "the hyperbola does not quite hold"
-        words = f"With a free exponent it is {value} where the model has 1: {verdict}."
-    if finding.coarse:
-        words += " The largest batches took fewer than 30 steps: a lower target would tell more."
-    return words.strip()
+    """Whether the model behind the value holds."""
+    exponent = finding.fit.exponent
+    if exponent is None or finding.fit.critical_batch_size is None:
+        return ""
+    value = f"{exponent.value:.2f} [{exponent.low:.2f}, {exponent.high:.2f}]"
+    verdict = "the hyperbola holds" if finding.fit.hyperbola_holds else "the hyperbola does not quite hold"
+    return f"With a free exponent it is {value} where the model has 1: {verdict}."
 
 
 def _compared(finding: Finding) -> str:
@@ -135,8 +133,9 @@ def _cards(found: Sequence[Finding]) -> list[Card]:
     cards: list[Card] = []
     for each in found:
         value = each.fit.critical_batch_size
-        shown = number_text(value.value) if value else "not bracketed"
-        detail = f"95 % interval {number_text(value.low)} to {number_text(value.high)} examples" if value else ""
+        shown = number_text(value.value) if value else "no value"
+        interval = f"95 % interval {number_text(value.low)} to {number_text(value.high)} examples" if value else ""
+        detail = interval or each.fit.reason
         method = "" if each.method == "sweep" else f", {each.method}"
         cards.append(Card(f"{each.name}{method}", shown, detail))
     return cards

@@ -22,7 +22,8 @@ from ddp.noise.interval import t_quantile
 from ddp.search.store import FILE_NAME, TrialMethod, TrialResult, read_trials
 
 RESULT = "result.json"
-FEWEST_STEPS = 30.0  # S_min below this is coarse: a target reached in fewer steps measures the start
+FEWEST_STEPS = 30.0  # of S_min: a target reached in fewer steps measures the start,
+FEWEST_BRANCH_STEPS = 10.0  # which branches have behind them
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
@@ -91,11 +92,6 @@ class Finding:
         """What the value belongs to, in words."""
         return f"{self.optimizer.upper() if self.optimizer == 'sgd' else self.optimizer.capitalize()} to training loss {self.target:g}"
 
-    @property
-    def coarse(self) -> bool:
-        """The largest batches reach the target in too few steps to mean much."""
-        return bool(self.rows) and min(row.best.steps.value for row in self.rows) < FEWEST_STEPS
-
 
 def read_findings(directory: Path) -> list[Finding]:
     """Those of a search's directory; an empty list where no trial has finished.
@@ -150,7 +146,8 @@ def _group(trial: TrialResult) -> tuple[str, str, str, tuple[float, ...]]:
 def _finding(trials: Sequence[TrialResult], index: int) -> Finding:
     first = trials[0]
     cells = cells_of(trials, [trial.steps_to_target[index] for trial in trials])
-    fit = critical_batch(cells)
+    fewest = FEWEST_BRANCH_STEPS if first.method == "branched" else FEWEST_STEPS
+    fit = critical_batch(cells, fewest_steps=fewest)
     rows = tuple(_row(best, trials, index) for best in fit.best)
     return Finding(
         optimizer=first.optimizer,

@@ -13,7 +13,7 @@ from ddp.errors import UsageError
 from ddp.noise.best_rate import Estimate
 from ddp.noise.critical_batch import CriticalBatch, critical_batch
 from ddp.search.curve import steps_to_targets
-from ddp.search.findings import cells_of
+from ddp.search.findings import FEWEST_BRANCH_STEPS, cells_of
 from ddp.search.store import TrialResult
 from ddp.telemetry.progress import number_text
 
@@ -77,11 +77,16 @@ def compare_on_segment(
     return SegmentComparison(
         start_loss=start,
         end_loss=end,
-        sweep=critical_batch(cells_of(whole, [steps_between(trial, start, end) for trial in whole])),
-        branched=critical_batch(cells_of(branches, [steps_between(trial, start, end) for trial in branches])),
+        sweep=_fit(whole, start, end),
+        branched=_fit(branches, start, end),
         sweep_examples=_examples([trial for trial in sweep if trial.method != "branched"]),
         branched_examples=_examples([trial for trial in branched if trial.method == "branched"]),
     )
+
+
+def _fit(trials: Sequence[TrialResult], start: float, end: float) -> CriticalBatch:
+    cells = cells_of(trials, [steps_between(trial, start, end) for trial in trials])
+    return critical_batch(cells, fewest_steps=FEWEST_BRANCH_STEPS)
 
 
 def steps_between(trial: TrialResult, start_loss: float, end_loss: float) -> float:

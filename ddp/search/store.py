@@ -15,10 +15,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ddp.errors import UsageError
+from ddp.errors import DdpError, UsageError
 
 FILE_NAME = "sweep.db"
 VERSION = 1
+MACHINE_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 TrialMethod = Literal["sweep", "pilot", "branched"]
 StoppedBecause = Literal["targets", "diverged", "budget", "hopeless", "failed"]
@@ -137,8 +138,20 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
                 with database:
                     database.executescript(f"{_SCHEMA} PRAGMA user_version = {VERSION};")
             yield database
+    except sqlite3.OperationalError as error:
+        raise _unwritten(path, error) from None
     except sqlite3.DatabaseError as error:
         raise UsageError(f"{path}: cannot be used as a search's record: {error}") from None
+
+
+def _unwritten(path: Path, error: sqlite3.OperationalError) -> DdpError:
+    """A full disk and the like are not the user's request; what SQLite committed before is whole."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in MACHINE_ERRORS:
+        return UsageError(f"{path}: cannot be used as a search's record: {error}")
+    return DdpError(
+        f"{path}: cannot be written or read: {error}; the trials that finished before are kept: go on with --resume "
+        "once the cause is gone"
+    )
 
 
 def _to_sql(value: object) -> object:

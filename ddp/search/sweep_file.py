@@ -152,15 +152,21 @@ def _parse_section(table: object, source: str) -> SweepSection:
     try:
         return SweepSection.model_validate(table)
     except ValidationError as error:
-        faults = [_describe(fault["type"], fault["loc"], fault["msg"]) for fault in error.errors(include_url=False)]
+        faults = [
+            _describe(fault["type"], fault["loc"], fault["msg"], fault["input"])
+            for fault in error.errors(include_url=False)
+            if not (fault["type"] == "literal_error" and isinstance(fault["input"], tuple))
+        ]
         raise JobFileError("\n".join(f"{source}: {fault}" for fault in dict.fromkeys(faults))) from None
 
 
-def _describe(kind: str, loc: tuple[int | str, ...], message: str) -> str:
+def _describe(kind: str, loc: tuple[int | str, ...], message: str, given: object) -> str:
+    """One fault; of a list that could also be "auto", only what is wrong in the list."""
     valid = list(SweepSection.model_fields)
     where = ".".join(["sweep", *(str(part) for part in loc[:1])])
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(str(loc[0]), valid, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{where}: unknown key{hint}; valid: {', '.join(valid)}"
-    return f"{where}: {message.removeprefix('Value error, ')}"
+    what = f"{given}: " if isinstance(given, int | float) else ""
+    return f"{where}: {what}{message.removeprefix('Value error, ')}"
