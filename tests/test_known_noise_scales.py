@@ -148,7 +148,7 @@ def sample_by_the_clock(rank: int, world_size: int, store_address: str, transpor
             fields = measurement.row_fields() | {"mean_squared_norm": sums.mean_squared_norm}
             row = StepRow(2 * parts, sums.own_squared_norm, backward_seconds=seconds, **fields)
             seen = measurement.observe(exchange.exchange_row(row), sums)
-            if seen.parts:
+            if seen.method == "micro_batches":
                 sampled.append(step)
             intervals.append(seen.sampled_every)
             readings.append(repr(seen))

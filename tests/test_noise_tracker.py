@@ -63,6 +63,43 @@ def test_it_hurries_until_every_window_of_the_metric_can_be_read() -> None:
     assert not tracker.hurries("plain", parts=False), "layers that an earlier part of the run had do not count"
 
 
+def test_the_windows_that_are_still_to_fill_are_counted_on_after_a_resume() -> None:
+    tracker, again = NoiseScaleTracker(None), NoiseScaleTracker(None)
+    for number in range(40):
+        tracker.observe(step(parts=("a", "b") if number >= 20 else ("a",)), sampled_every=1)
+    again.load_state_dict(tracker.state_dict())
+    for _ in range(5):
+        assert tracker.hurries("plain", parts=True) and again.hurries("plain", parts=True)
+        taken = step(parts=("a", "b"))
+        tracker.observe(taken, sampled_every=1)
+        again.observe(taken, sampled_every=1)
+    assert not tracker.hurries("plain", parts=True) and not again.hurries("plain", parts=True)
+
+
+def test_parts_are_read_at_first_and_then_in_every_fourth_step_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read = [], NoiseScaleWindow._read
+    monkeypatch.setattr(NoiseScaleWindow, "_read", lambda window: reads.append(window) or read(window))
+    tracker, layer, costs = NoiseScaleTracker(None), NoiseScaleWindow(None), []
+    for number in range(1, 101):
+        before, taken = len(reads), step(parts=("a", "b"))
+        readings = tracker.observe(taken, sampled_every=1)
+        tracker.hurries("plain", parts=True)
+        costs.append(len(reads) - before)
+        layer.take(taken.parts[0].moments)
+        if number <= 50 or number % 4 == 0:
+            assert repr(readings.parts[0].reading) == repr(layer.reading)
+        else:
+            assert readings.parts == ()
+    assert costs == [3] * 50 + [1, 3, 1, 1] * 12 + [1, 3]
+
+
+def test_the_cadence_counts_a_cost_that_comes_in_one_sampled_step_of_four() -> None:
+    cadence = SamplingCadence("auto")
+    for number in range(1, 100):
+        cadence.observe(0.009 if number % 4 == 0 else 0.001, 0.1 + (0.009 if number % 4 == 0 else 0.001))
+    assert cadence.every == 6  # 3 ms of 100 ms, on average
+
+
 def test_a_step_that_is_not_finite_on_any_rank_leaves_all_windows_as_they_were() -> None:
     tracker = NoiseScaleTracker(None)
     for _ in range(26):

@@ -80,20 +80,31 @@ class NoiseScaleWindow:
         self._z = NormalDist().inv_cdf((1 + confidence) / 2)
         self._history = _History()
         self._observations = 0
-        self._reading = self._read()
+        self._reading: Reading | None = None  # of the history as it is; None until somebody asks
+
+    @property
+    def observations(self) -> int:
+        """Since the start."""
+        return self._observations
 
     @property
     def reading(self) -> Reading:
-        """The reading after the last observation."""
+        """The reading after the last observation; made when it is first asked for, then the same object."""
+        if self._reading is None:
+            self._reading = self._read()
         return self._reading
 
-    def observe(self, moments: Moments | None) -> Reading:
-        """Take one step's moments; None, or moments that are not finite, are no observation."""
+    def take(self, moments: Moments | None) -> None:
+        """One step's moments; None, or moments that are not finite, are no observation. Makes no reading."""
         if moments is not None and math.isfinite(moments.variance_trace + moments.squared_norm):
             self._history.append(moments.variance_trace, moments.squared_norm)
             self._observations += 1
-            self._reading = self._read()
-        return self._reading
+            self._reading = None
+
+    def observe(self, moments: Moments | None) -> Reading:
+        """`take` and `reading` in one."""
+        self.take(moments)
+        return self.reading
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; loaded into another window, it goes on bit for bit."""
@@ -121,7 +132,7 @@ class NoiseScaleWindow:
         for variance_trace, squared_norm in pairs.T.tolist():
             self._history.append(variance_trace, squared_norm)
         self._observations = observations
-        self._reading = self._read()
+        self._reading = None
 
     def _read(self) -> Reading:
         window, cut_short = self._history.widest_agreeing()

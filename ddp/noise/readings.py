@@ -36,7 +36,8 @@ class NoiseReadings:
         headline: the metric that fits the optimizer, once there is one.
         method: what the step's units were: its ranks, ranks x micro-batches, or two halves of one rank's batch;
             "none" where the step gave no observation.
-        parts: of the layers and groups, in the model's order; only after a step that observed them.
+        parts: of the layers and groups, in the model's order. Only after a step that observed them: after each of the
+            first 50 and then after every fourth, since reading them all takes most of such a step's measuring.
         sampled_every: steps from one sampled step to the next, as of now; 0 where nothing is sampled.
     """
 

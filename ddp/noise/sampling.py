@@ -18,7 +18,8 @@ AIM = 0.005  # of a step's time, on average
 LARGEST_INTERVAL = 100
 STEADY_INTERVAL = 16  # where training depends on what is sampled
 LONGEST_HURRY = 100  # steps sampled in a hurry in a whole run: windows that are empty then will not fill
-_COSTS, _STEPS = 5, 25  # newest sampled steps, and newest steps, whose medians decide
+COST_CYCLE = 4  # sampled steps after which what they cost repeats: the tracker reads the parts in one of them
+_COSTS, _STEPS = 3 * COST_CYCLE, 25  # newest sampled steps, and newest steps, which decide
 
 
 SampleEvery = Literal["auto", "steady"] | int
@@ -73,7 +74,16 @@ class SamplingCadence:
         allowed = AIM * median(self._steps)
         if not allowed > 0:
             return LARGEST_INTERVAL
-        return min(max(math.ceil(median(self._costs) / allowed), 1), LARGEST_INTERVAL)
+        return min(max(math.ceil(self._typical_cost() / allowed), 1), LARGEST_INTERVAL)
+
+    def _typical_cost(self) -> float:
+        """The median of means over whole cycles; over single steps while there are fewer."""
+        costs = list(self._costs)
+        if len(costs) < _COSTS:
+            return median(costs)
+        return median(
+            math.fsum(costs[start : start + COST_CYCLE]) / COST_CYCLE for start in range(0, _COSTS, COST_CYCLE)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; empty where K is given, since the step's number then says all."""

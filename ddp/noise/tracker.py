@@ -15,8 +15,9 @@ from ddp.errors import CheckpointError
 from ddp.noise.moments import Moments
 from ddp.noise.noise_scale import SMALLEST_WINDOW, NoiseScaleWindow
 from ddp.noise.readings import Method, Metric, NoiseReadings, Part, PartReading
-from ddp.noise.sampling import SampleEvery, SamplingCadence
+from ddp.noise.sampling import COST_CYCLE, SampleEvery, SamplingCadence
 
+PARTS_ALWAYS_READ = 50  # steps with parts, from which one in `COST_CYCLE` has them read
 SETTLED_STEPS = 50  # of an adaptive optimizer's second moments, from which they count as a preconditioner
 
 
@@ -66,6 +67,8 @@ class NoiseScaleTracker:
         self._confidence = confidence
         self._whole: dict[Metric, NoiseScaleWindow] = {"plain": self._window()}
         self._parts: dict[tuple[Part, str, Metric], NoiseScaleWindow] = {}
+        self._unfilled: dict[Metric, int] = {}  # windows of parts with too few observations, by metric
+        self._with_parts = 0  # steps
         self._readings = NoiseReadings(plain=self._whole["plain"].reading, method="none")
 
     @property
@@ -75,11 +78,10 @@ class NoiseScaleTracker:
 
     def hurries(self, metric: Metric, *, parts: bool) -> bool:
         """Whether a window of that metric has fewer observations than it takes to read anything."""
-        windows = [window for (*_, of_part), window in self._parts.items() if parts and of_part == metric]
         whole = self._whole.get(metric)
-        if whole is None or (parts and not windows):
+        if whole is None or whole.observations < SMALLEST_WINDOW:
             return True
-        return any(window.reading.observations < SMALLEST_WINDOW for window in (whole, *windows))
+        return parts and self._unfilled.get(metric) != 0
 
     def observe(self, step: StepMoments, *, sampled_every: int) -> NoiseReadings:
         """Take one step; what it does not show leaves its window as it was."""
@@ -92,17 +94,35 @@ class NoiseScaleTracker:
             preconditioned=None if preconditioned is None else preconditioned.reading,
             headline="plain" if preconditioned is None else "preconditioned",
             method=step.method if step.plain is not None else "none",
-            parts=tuple(self._observe_part(each) for each in step.parts),
+            parts=self._observe_parts(step.parts),
             sampled_every=sampled_every,
         )
         return self._readings
 
-    def _observe_part(self, part: PartMoments) -> PartReading:
+    def _observe_parts(self, parts: Sequence[PartMoments]) -> tuple[PartReading, ...]:
+        """Their readings, or none where they are not due: to read a window takes ten times as long as to fill it."""
+        windows = [self._take_part(part) for part in parts]
+        if all(part.moments is None for part in parts):
+            return ()
+        self._with_parts += 1
+        if self._with_parts > PARTS_ALWAYS_READ and self._with_parts % COST_CYCLE:
+            return ()
+        return tuple(
+            PartReading(part.part, part.name, part.metric, window.reading)
+            for part, window in zip(parts, windows, strict=True)
+        )
+
+    def _take_part(self, part: PartMoments) -> NoiseScaleWindow:
         key = part.part, part.name, part.metric
         window = self._parts.get(key)
         if window is None:
             window = self._parts[key] = self._window()
-        return PartReading(*key, reading=window.observe(part.moments))
+            self._unfilled[part.metric] = self._unfilled.get(part.metric, 0) + 1
+        before = window.observations
+        window.take(part.moments)
+        if before < SMALLEST_WINDOW <= window.observations:
+            self._unfilled[part.metric] -= 1
+        return window
 
     def _window(self) -> NoiseScaleWindow:
         return NoiseScaleWindow(self._training_examples, self._confidence)
@@ -112,6 +132,7 @@ class NoiseScaleTracker:
         return {
             "whole": {metric: _packed(window.state_dict()) for metric, window in self._whole.items()},
             "parts": [[*key, _packed(window.state_dict())] for key, window in self._parts.items()],
+            "with_parts": self._with_parts,
             "sampling": self.cadence.state_dict(),
         }
 
@@ -121,18 +142,22 @@ class NoiseScaleTracker:
         Raises:
             CheckpointError: the state is not one that `state_dict` made; nothing is changed then.
         """
+        parts: dict[tuple[Part, str, Metric], NoiseScaleWindow]
         try:
             whole: dict[Metric, NoiseScaleWindow] = {
                 metric: self._loaded(of_window) for metric, of_window in state["whole"].items()
             }
             parts = {(part, name, metric): self._loaded(of_window) for part, name, metric, of_window in state["parts"]}
-            sampling = state["sampling"]
+            with_parts, sampling = int(state.get("with_parts", 0)), state["sampling"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"state of the noise scales cannot be read: {error!r}") from error
         if "plain" not in whole or not set(whole) <= {"plain", "preconditioned"}:
             raise CheckpointError(f"state of the noise scales is of the metrics {sorted(whole)}")
         self.cadence.load_state_dict(sampling)
-        self._whole, self._parts = whole, parts
+        self._whole, self._parts, self._with_parts = whole, parts, with_parts
+        self._unfilled = {metric: 0 for *_, metric in parts}
+        for (*_, metric), window in parts.items():
+            self._unfilled[metric] += window.observations < SMALLEST_WINDOW
         preconditioned = whole.get("preconditioned")
         self._readings = NoiseReadings(
             plain=whole["plain"].reading,
