@@ -95,7 +95,7 @@ class GradientMeter:
 
     @property
     def readings(self) -> NoiseReadings:
-        """Everything known of the noise scale, one step behind; `parts` only after a sampled step."""
+        """Everything known of the noise scale, one step behind; `parts` after sampled steps, later one in four."""
         self._steps.take_in(wait=True)
         return self._steps.tracker.readings
 
