@@ -316,7 +316,7 @@ def _refusals(rank: int, world_size: int, store_address: str) -> dict[str, str]:
                 attempt()
             messages[name] = str(caught.value)
             if meter is not None:
-                with pytest.raises(UsageError, match="negative"):
+                with pytest.raises(UsageError, match="at least 0"):
                     loss_of(model, batch(rank, 0, 4)).backward()
                     meter.step(examples=-1)
                 meter.close()

@@ -226,11 +226,14 @@ def train_one_listening(
     """`train_one`, and what was logged meanwhile."""
     logged = io.StringIO()
     handler = logging.StreamHandler(logged)
-    logging.getLogger("ddp").addHandler(handler)
+    log = logging.getLogger("ddp")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         return train_one(rank, world_size, store_address, jobs, resume), logged.getvalue()
     finally:
-        logging.getLogger("ddp").removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+        log.removeHandler(handler)
 
 
 def overwrite(record: Path) -> None:

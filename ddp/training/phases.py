@@ -43,11 +43,12 @@ class PhaseClock:
     def seconds(self, *, hook_seconds: float, wait_seconds: float) -> PhaseSeconds:
         """The phases so far; the hook's time is taken out of backward, in which it ran."""
         lap = self._seconds.get
-        communication = hook_seconds + lap("exchange", 0.0)
+        in_backward = min(hook_seconds, lap("backward", 0.0))  # a thread's clock may count a moment twice
+        communication = in_backward + lap("exchange", 0.0)
         return PhaseSeconds(
             data=lap("data", 0.0),
             forward=lap("forward", 0.0),
-            backward=max(0.0, lap("backward", 0.0) - hook_seconds),
+            backward=lap("backward", 0.0) - in_backward,
             all_reduce=max(0.0, communication - wait_seconds),
             wait=min(wait_seconds, communication),
             optimizer=lap("optimizer", 0.0),

@@ -111,6 +111,8 @@ class Trainer:
         sums = self.exchange.take()
         rows = self._exchange_rows(data, loss_sum, sums)
         clock.lap("exchange")
+        blocked = self.exchange.blocked_seconds - blocked_before
+        waited = self.exchange.transport.wait_seconds - wait_before  # later waiting belongs to measuring
 
         self.step_count += 1
         self.examples_total += data.global_examples
@@ -146,10 +148,7 @@ class Trainer:
         if change is not None:
             for sink in self.sinks:
                 sink.batch_change(change)
-        self._previous_phases = clock.seconds(
-            hook_seconds=self.exchange.blocked_seconds - blocked_before,
-            wait_seconds=self.exchange.transport.wait_seconds - wait_before,
-        )
+        self._previous_phases = clock.seconds(hook_seconds=blocked, wait_seconds=waited)
         return rows
 
     def _forward_backward(self, data: StepData, clock: PhaseClock) -> float:
