@@ -105,6 +105,12 @@ def critical_batch(
     checkpoint: Annotated[
         Path | None, typer.Option("--from", metavar="CHECKPOINT", help="branched: where its runs begin.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SWEEP_DIR", help="branched: compare with the sweep here; else with one in its directory."
+        ),
+    ] = None,
     allow_import: Annotated[
         bool, typer.Option("--allow-import", help="Admit a task named module:attr, which runs that module's code.")
     ] = False,
@@ -112,16 +118,22 @@ def critical_batch(
     """Measure the critical batch size by running: steps to a training loss over batch sizes and learning rates."""
     from ddp.search.branched import search_branches
     from ddp.search.critical_batch import search
+    from ddp.search.segment import check_comparable, compare_in
     from ddp.search.sweep_file import load_sweep
 
     _stop_cleanly_outside_training()
     if (method == "branched") != (checkpoint is not None):
         raise UsageError("--method branched and --from CHECKPOINT go together")
+    if against is not None and checkpoint is None:
+        raise UsageError("--against SWEEP_DIR goes with --method branched")
     sweep = load_sweep(sweep_file, overrides or ())
     if checkpoint is None:
-        print(search(sweep, resume=resume, workers=workers, allow_import=allow_import))
+        directory = search(sweep, resume=resume, workers=workers, allow_import=allow_import)
     else:
-        print(search_branches(sweep, checkpoint, resume=resume, workers=workers, allow_import=allow_import))
+        if against is not None:
+            check_comparable(sweep, against)
+        directory = search_branches(sweep, checkpoint, resume=resume, workers=workers, allow_import=allow_import)
+    print(directory, *(each.in_words() for each in compare_in(directory, against)), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -22,10 +22,10 @@ from ddp.search import branched
 from ddp.search.branch_point import read_branch_point
 from ddp.search.branched import BranchPlan, search_branches
 from ddp.search.critical_batch_report import in_words
-from ddp.search.findings import cells_of, findings, read_findings
+from ddp.search.findings import cells_of, findings, fit_of, read_findings
 from ddp.search.request import Trial
-from ddp.search.segment import compare_on_segment, comparisons, steps_between
-from ddp.search.store import TrialResult, read_trials
+from ddp.search.segment import check_comparable, compare_in, compare_on_segment, comparisons, steps_between
+from ddp.search.store import TrialResult, read_trials, write_fact, write_trial
 from ddp.search.sweep_file import Sweep, load_sweep
 from ddp.search.trial import run_trial
 from ddp.search.workload import load_workload
@@ -196,7 +196,7 @@ def simulate(trial: Trial, critical: float, best_rate: Callable[[float], float],
 
 
 def plan_from(batch_size: int, learning_rate: float, exponents: Sequence[float]) -> BranchPlan:
-    sizes = tuple(int(multiple * batch_size) for multiple in branched.MULTIPLES)
+    sizes = tuple(int(multiple * batch_size) for multiple in branched.MULTIPLES if multiple * batch_size >= 1)
     return BranchPlan("/run", batch_size, learning_rate, sizes, tuple(exponents), 3, 1_000_000)
 
 
@@ -215,19 +215,33 @@ def test_the_plan_finds_the_critical_batch_size(exponents: tuple[float, ...], of
     best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
     done = complete(plan_from(32, off * best(32), exponents), lambda trial: simulate(trial, 50.0, best))
     keys = [(trial.batch_size, trial.learning_rate, trial.seed) for trial in done]
-    assert len(set(keys)) == len(keys) < 170
+    assert len(set(keys)) == len(keys) < 70
     rates = {(size, rate) for size, rate, _ in keys}
     assert all(a != c or abs(math.log(b / d)) > 0.01 for a, b in rates for c, d in rates if (a, b) < (c, d))
     found = critical_batch(cells_of(done, [trial.steps_to_target[-1] for trial in done]))
     assert found.critical_batch_size is not None, found.reason
     assert found.critical_batch_size.value == pytest.approx(50, rel=0.12)
     assert all(each.interior and each.seeds == 3 for each in found.best)
+    tried = sorted({size for size, _, _ in keys})
+    assert (tried[0], tried[-1]) == (16, 256)  # the bend lies inside, and no batch size goes far beyond
 
 
 def test_the_rules_learning_rates() -> None:
-    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(512) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
+    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(512) == pytest.approx([0.1, 0.4, 1.6])
     assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(32) == [0.1]
     assert plan_from(32, 0.1, branched.ROOT).rates(8) == pytest.approx([0.05])
+    assert plan_from(32, 0.1, branched.ROOT).rates(128, 0.3) == pytest.approx([0.6])
+
+
+@pytest.mark.parametrize("critical", [4.0, 50.0, 800.0])
+def test_batch_sizes_go_out_to_the_bend(critical: float) -> None:
+    best = lambda size: 0.5 / (1 + critical / size)  # noqa: E731
+    done = complete(plan_from(32, best(32), branched.ROOT), lambda trial: simulate(trial, critical, best))
+    found = fit_of(cells_of(done, [trial.steps_to_target[-1] for trial in done]), "branched")
+    assert found.critical_batch_size is not None, found.reason
+    assert found.critical_batch_size.value == pytest.approx(critical, rel=0.2)
+    assert len(found.best) <= 10
+    assert len(done) <= 9 * len(found.best)
 
 
 def test_where_nothing_arrives_the_plan_ends() -> None:
@@ -269,6 +283,34 @@ def test_a_sweep_on_the_same_stretch() -> None:
     assert unrestricted is None or unrestricted.value < 0.8 * 50
     with pytest.raises(UsageError, match="no branched trials to compare"):
         compare_on_segment(whole, whole)
+
+
+def test_branches_against_a_sweep_elsewhere(origin: Path, sweep: Sweep, tmp_path: Path) -> None:
+    """Its losses must be those of the same task and subset; in one directory both are compared by themselves."""
+    best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    here.mkdir()
+    with pytest.raises(UsageError, match="there/sweep.db: no sweep to compare with"):
+        check_comparable(sweep, there)
+    write_fact(there / "sweep.db", "definition", load_sweep("sweep.toml", ["sweep.seeds=5"]).definition())
+    for size in (4, 16, 64, 256):
+        write_trial(there / "sweep.db", simulate(Trial("sweep", size, best(size), 0, (END,), 10**6), 50.0, best))
+        branch = Trial("branched", size, best(size), 0, (END,), 10**6, origin="/run", multiple=1.0)
+        write_trial(here / "sweep.db", simulate(branch, 50.0, best))
+    check_comparable(sweep, there)
+    with pytest.raises(UsageError, match="of another task or sweep.subset_examples"):
+        check_comparable(load_sweep("sweep.toml", ["sweep.subset_examples=65"]), there)
+    assert compare_in(here) == compare_in(there) == []
+    (compared,) = compare_in(here, there)
+    assert (compared.start_loss, compared.end_loss) == (START, END)
+    assert 0 < compared.share < 1
+
+
+def test_targets_further_down_than_needed_are_left_out() -> None:
+    assert branched._far_enough((3.0, 2.0, 1.0), (10.0, 60.0, 90.0)) == (3.0, 2.0)
+    assert branched._far_enough((3.0, 2.0, 1.0), (10.0, math.nan, math.nan)) == (3.0, 2.0)
+    assert branched._far_enough((3.0, 2.0), (10.0, 20.0)) == (3.0, 2.0)
 
 
 def early_part(trial: TrialResult) -> TrialResult:

@@ -8,14 +8,18 @@ this stretch: where the noise scale grows while training it is another than that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 from ddp.errors import UsageError
+from ddp.noise.critical_batch import FEWEST_BATCH_SIZES
+from ddp.noise.hyperbola import fit_curve
 from ddp.search.critical_batch import TARGETS, SearchLoop, alone_in, begin_or_go_on, refuse_to_mix, write_results
-from ddp.search.curve import loss_after
+from ddp.search.curve import loss_after, steps_to_targets
 from ddp.search.progress import SearchProgress
 from ddp.search.request import Trial
 from ddp.search.store import FILE_NAME, TrialResult, read_fact, read_trials, write_fact
@@ -23,16 +27,22 @@ from ddp.search.sweep_file import Sweep
 from ddp.search.workers import Pool
 from ddp.training.signals import stop_on_signals
 
-MULTIPLES = tuple(2.0**power for power in range(-2, 5))
-EXPONENTS = {"sgd": (0.0, 0.25, 0.5, 0.75, 1.0)}  # of k, in the learning rate; others take its root (arXiv:2205.10287)
+MULTIPLES = tuple(2.0**power for power in range(-6, 8))
+FIRST_MULTIPLES = 3  # around 1, before it is asked where the bend lies
+ABOVE, BELOW = 4.0, 2.0  # batch sizes go on to so many times the bend and down to so small a part of it
+EXPONENTS = {"sgd": (0.0, 0.5, 1.0)}  # of k, in the learning rate; others take its root (arXiv:2205.10287)
 ROOT = (0.5,)
 NEIGHBOUR = math.sqrt(2)  # from the best to the next learning rate on either side, at most
-FARTHEST = 16.0  # beyond the rule's learning rates
-ALIKE = 1.3  # learning rates that take at most so many times the best's steps get all seeds: others cannot matter
-HOPELESS = 1.5  # times the best known steps at this batch size, for a first seed
-HOPELESS_SEED = 4.0  # for the others
-PILOT_STEPS = 120  # at the run's own batch size and learning rate, where no target is given
+FARTHEST = 16.0  # beyond the run's learning rate, at its own batch size
+BEYOND_RULE = 2.0  # beyond the rule's learning rates elsewhere: further off a branch trains in another way than the run
+HOPELESS = 1.4  # times the best known steps at this batch size, for a first seed
+HOPELESS_ELSEWHERE = 2.0  # times what the best at another batch size allows
+HOPELESS_SEED = 4.0  # times the best known steps at this batch size, for the others
+PILOT_STEPS = 120  # at the run's own batch size and learning rate; to the target, where none is given
+ENOUGH_STEPS = 60.0  # of these to a target: lower ones are left out, S_min being 10 where the bend is at k = 5
 DIGITS = 3
+
+Runs = Mapping[float, Sequence[TrialResult]]  # those of one batch size, by learning rate
 
 
 def search_branches(
@@ -68,11 +78,12 @@ def search_branches(
             SearchProgress(stream) as progress,
         ):
             begin_or_go_on(path, sweep)
-            largest = min(sweep.section.maximum_examples, pool.ready.training_examples // 2)
+            largest = max(pool.ready.training_examples // 2, sweep.section.batch_sizes[-1])
+            largest = min(sweep.section.maximum_examples, largest)
             plan = BranchPlan.of(sweep, point.origin, point.batch_size, point.learning_rate, largest)
             loop = SearchLoop(pool, path, stop, progress, read_trials(path), sweep.job.optimizer.name)
             targets = _targets(loop, sweep, path, plan)
-            expected = len(plan.batch_sizes) * (len(plan.exponents) + 2 + 3 * (sweep.section.seeds - 1))
+            expected = FEWEST_BATCH_SIZES * (len(plan.exponents) + 2 + sweep.section.seeds - 1)
             loop.complete(lambda done: plan.wanted(targets, done), f"branches to {targets[-1]:g}", expected)
         write_results(directory)
     return directory
@@ -84,7 +95,7 @@ def _targets(loop: SearchLoop, sweep: Sweep, path: Path, plan: BranchPlan) -> tu
     if chosen := read_fact(path, fact):
         return tuple(chosen)
     given = read_fact(path, TARGETS) if sweep.section.targets == "auto" else sweep.section.targets
-    pilot = plan.pilot(1 if given else PILOT_STEPS)
+    pilot = plan.pilot(PILOT_STEPS)
     loop.complete(lambda done: [] if any(map(plan.is_pilot, done)) else [pilot], "a look at the checkpoint", 1)
     curve = next(trial.curve for trial in loop.done if plan.is_pilot(trial))
     if not curve:
@@ -97,16 +108,24 @@ def _targets(loop: SearchLoop, sweep: Sweep, path: Path, plan: BranchPlan) -> tu
             f"{plan.origin}: its training loss of {start:.4g} is at or below every target "
             f"({', '.join(f'{loss:g}' for loss in losses)}): give lower sweep.targets or an earlier checkpoint"
         )
+    targets = _far_enough(targets, steps_to_targets(curve, targets))
     write_fact(path, fact, targets)
     return targets
+
+
+def _far_enough(targets: tuple[float, ...], steps: Sequence[float]) -> tuple[float, ...]:
+    """Up to the first target that takes the run itself ENOUGH_STEPS; NaN where it takes longer than was looked at."""
+    last = next((index for index, each in enumerate(steps) if not each < ENOUGH_STEPS), len(targets) - 1)
+    return targets[: last + 1]
 
 
 @dataclass(frozen=True)
 class BranchPlan:
     """Which branches are still needed, from those that have finished.
 
-    At each batch size: one seed at each learning rate of the rule, more beside the best until it has neighbours, then
-    all seeds where steps are like the best's.
+    Batch sizes begin around the run's own and go out both ways until the bend of the curve lies among them. At each,
+    one seed at the learning rates that the rule gives from the best at the run's own, more beside the best until it has
+    neighbours or lies far from the rule, then all seeds at the best, which is another where these seeds say so.
     """
 
     origin: str
@@ -138,48 +157,64 @@ class BranchPlan:
     def is_pilot(self, trial: TrialResult) -> bool:
         return trial.origin == self.origin and not trial.targets
 
-    def rates(self, batch_size: int) -> list[float]:
-        """The rule's learning rates, ascending: k^exponent times the run's."""
-        k = batch_size / self.batch_size
-        return sorted({_rounded(self.learning_rate * k**exponent) for exponent in self.exponents})
+    def rates(self, batch_size: int, own: float | None = None) -> list[float]:
+        """The rule's learning rates, ascending: k^exponent times `own`, that at the run's batch size; else the run's."""
+        k, rate = batch_size / self.batch_size, own or self.learning_rate
+        return sorted({_rounded(rate * k**exponent) for exponent in self.exponents})
 
     def wanted(self, targets: tuple[float, ...], done: Iterable[TrialResult]) -> list[Trial]:
-        """Most urgent first: the run's own batch size, then those near it; empty when nothing is missing."""
+        """Most urgent first: first seeds, from the run's own batch size outwards; empty when nothing is missing."""
         mine = [trial for trial in done if trial.origin == self.origin and trial.targets == targets]
-        near_first = sorted(self.batch_sizes, key=lambda size: abs(math.log(size / self.batch_size)))
-        trials: list[Trial] = []
-        for size in near_first:
-            runs: dict[float, list[TrialResult]] = {}
-            for trial in mine:
-                if trial.batch_size == size:
-                    runs.setdefault(trial.learning_rate, []).append(trial)
-            for rate, seed in self._requests(size, runs):
-                trials.append(self._trial(size, rate, seed, targets, mine))
-        return sorted(trials, key=lambda trial: trial.seed > 0)
+        runs: dict[int, dict[float, list[TrialResult]]] = {}
+        for trial in mine:
+            runs.setdefault(trial.batch_size, {}).setdefault(trial.learning_rate, []).append(trial)
+        own = _best(runs[self.batch_size])[0] if self.batch_size in runs else None
+        chosen = {size: _best(tried) for size, tried in runs.items() if not self._missing_rates(size, tried, own)}
+        needed = self._needed({size: steps for size, (_, steps) in chosen.items()})
+        requests: list[tuple[int, float, int]] = []
+        for size in dict.fromkeys([*needed, *runs]):  # one that was begun is completed
+            if size not in chosen:
+                rates = self._missing_rates(size, runs[size], own) if size in runs else self.rates(size, own)
+                requests += [(size, rate, 0) for rate in rates]
+            elif math.isfinite(chosen[size][1]):
+                rate = chosen[size][0]
+                present = {trial.seed for trial in runs[size][rate]}
+                requests += [(size, rate, seed) for seed in range(self.seeds) if seed not in present]
+        requests.sort(key=lambda request: request[2] > 0)
+        return [self._trial(size, rate, seed, targets, mine) for size, rate, seed in requests]
 
-    def _requests(self, size: int, runs: dict[float, list[TrialResult]]) -> list[tuple[float, int]]:
-        """(learning rate, seed) of what has not been run yet at one batch size."""
-        rule = self.rates(size)
-        if missing := [rate for rate in rule if rate not in runs]:
-            return [(rate, 0) for rate in missing]
-        steps = {rate: _mean_steps(trials) for rate, trials in runs.items()}
-        best = min(steps, key=lambda rate: steps[rate])
-        if not math.isfinite(steps[best]):  # too high for all, or too low: try on both sides
-            sides = [min(runs) / NEIGHBOUR, max(runs) * NEIGHBOUR]
-        else:
+    def _needed(self, steps: Mapping[int, float]) -> list[int]:
+        """Batch sizes, nearest first; `steps` at those whose learning rate is chosen, infinite where none arrives."""
+        near_first = sorted(self.batch_sizes, key=lambda size: abs(math.log(size / self.batch_size)))
+        needed = near_first[:1]
+        while more := all(size in steps for size in needed) and (
+            near_first[len(needed) : FIRST_MULTIPLES] or self._further({size: steps[size] for size in needed})
+        ):
+            needed += more
+        return needed
+
+    def _further(self, steps: Mapping[int, float]) -> list[int]:
+        """The next batch sizes outwards, where the bend does not lie among those there are."""
+        known = sorted(size for size in steps if math.isfinite(steps[size]))
+        if len(known) < FIRST_MULTIPLES:
+            return []
+        fit = fit_curve(np.log(known), np.log([steps[size] for size in known]))
+        bend = math.exp(fit.log_critical_batch_size)
+        larger = [size for size in self.batch_sizes if size > max(steps) == known[-1]][:1]
+        smaller = [size for size in self.batch_sizes if size < min(steps) == known[0]][-1:]
+        out = larger * (known[-1] < ABOVE * bend) + smaller * (known[0] > bend / BELOW)
+        return out or (larger or smaller) * (len(known) < FEWEST_BATCH_SIZES)
+
+    def _missing_rates(self, size: int, runs: Runs, own: float | None) -> list[float]:
+        """Learning rates to try beside those that were, until the best lies inside or too far from the rule."""
+        best, steps = _best(runs)
+        if math.isfinite(steps):
             sides = _missing_neighbours(best, list(runs))
-        sides = [
-            _rounded(rate) for rate in sides if rule[0] / FARTHEST < 1.01 * rate and rate < 1.01 * FARTHEST * rule[-1]
-        ]
-        if sides or not math.isfinite(steps[best]):
-            return [(rate, 0) for rate in sides]
-        return [
-            (rate, seed)
-            for rate, trials in sorted(runs.items())
-            if steps[rate] <= ALIKE * steps[best]
-            for seed in range(self.seeds)
-            if seed not in {trial.seed for trial in trials}
-        ]
+        else:  # too high for all, or too low: try on both sides
+            sides = [min(runs) / NEIGHBOUR, max(runs) * NEIGHBOUR]
+        rule, far = (self.rates(size), FARTHEST) if size == self.batch_size else (self.rates(size, own), BEYOND_RULE)
+        low, high = rule[0] / far / 1.01, rule[-1] * far * 1.01
+        return [_rounded(rate) for rate in sides if low < rate < high]
 
     def _trial(
         self, size: int, rate: float, seed: int, targets: tuple[float, ...], mine: Sequence[TrialResult]
@@ -217,6 +252,13 @@ def _mean_steps(trials: Sequence[TrialResult]) -> float:
     return math.exp(sum(map(math.log, steps)) / len(steps))
 
 
+def _best(runs: Runs) -> tuple[float, float]:
+    """The best learning rate of one batch size and its steps to the last target; infinite where none arrives."""
+    steps = {rate: _mean_steps(trials) for rate, trials in runs.items()}
+    best = min(steps, key=lambda rate: steps[rate])
+    return best, steps[best]
+
+
 def _hopeless_steps(done: Sequence[TrialResult], size: int, seed: int) -> float:
     """Steps after which a branch cannot be among the best of its batch size any more.
 
@@ -227,4 +269,4 @@ def _hopeless_steps(done: Sequence[TrialResult], size: int, seed: int) -> float:
     if here:
         return (HOPELESS_SEED if seed else HOPELESS) * min(here)
     allowed = [trial.steps_to_target[-1] * max(1.0, trial.batch_size / size) for trial in reached]
-    return HOPELESS_SEED * min(allowed, default=math.inf)
+    return HOPELESS_ELSEWHERE * min(allowed, default=math.inf)

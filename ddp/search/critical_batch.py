@@ -19,14 +19,23 @@ from ddp.search.pilot import choose_targets, wanted_pilots
 from ddp.search.plan import hopeless_steps, wanted
 from ddp.search.progress import SearchProgress
 from ddp.search.request import Trial
-from ddp.search.store import FILE_NAME, TrialResult, read_fact, read_trials, remove_failed, write_fact, write_trial
+from ddp.search.store import (
+    DEFINITION,
+    FILE_NAME,
+    TrialResult,
+    read_fact,
+    read_trials,
+    remove_failed,
+    write_fact,
+    write_trial,
+)
 from ddp.search.sweep_file import Sweep
 from ddp.search.workers import Failed, Pool
 from ddp.training.signals import StopRequest, stop_on_signals
 
 POLL_SECONDS = 0.2  # between looks at whether a signal came
 HOPELESS_FAILURES = 3  # trials that failed before any did not: something is wrong with all of them
-DEFINITION, TARGETS = "definition", "targets"  # facts in the database
+TARGETS = "targets"  # a fact in the database
 
 Plan = Callable[[Sequence[TrialResult]], list[Trial]]
 

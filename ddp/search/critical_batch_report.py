@@ -80,7 +80,7 @@ def _value(finding: Finding) -> str:
     if fit.critical_batch_size is None:
         return f"{start} no critical batch size, because {fit.reason}."
     assert fit.smallest_steps is not None and fit.smallest_examples is not None
-    sizes = sum(best.interior for best in fit.best)
+    sizes = sum(best.interior or finding.method == "branched" for best in fit.best)
     return (
         f"{start} the critical batch size is {estimate_text(fit.critical_batch_size)} examples "
         f"({100 * fit.confidence:.0f} % interval; {sizes} batch sizes, {finding.runs} runs). A huge batch would take "

@@ -146,8 +146,7 @@ def _group(trial: TrialResult) -> tuple[str, str, str, tuple[float, ...]]:
 def _finding(trials: Sequence[TrialResult], index: int) -> Finding:
     first = trials[0]
     cells = cells_of(trials, [trial.steps_to_target[index] for trial in trials])
-    fewest = FEWEST_BRANCH_STEPS if first.method == "branched" else FEWEST_STEPS
-    fit = critical_batch(cells, fewest_steps=fewest)
+    fit = fit_of(cells, first.method)
     rows = tuple(_row(best, trials, index) for best in fit.best)
     return Finding(
         optimizer=first.optimizer,
@@ -165,6 +164,13 @@ def _finding(trials: Sequence[TrialResult], index: int) -> Finding:
         ),
         runs=len(trials),
     )
+
+
+def fit_of(cells: Iterable[Cell], method: TrialMethod) -> CriticalBatch:
+    """Branches have the start behind them, and learning rates of a rule, which are no grid."""
+    if method == "branched":
+        return critical_batch(cells, need_interior=False, fewest_steps=FEWEST_BRANCH_STEPS)
+    return critical_batch(cells, fewest_steps=FEWEST_STEPS)
 
 
 def cells_of(trials: Sequence[TrialResult], steps: Sequence[float]) -> list[Cell]:

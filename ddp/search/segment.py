@@ -6,15 +6,18 @@ The sweep's runs went all the way; of their curves only the steps between the br
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ddp.errors import UsageError
 from ddp.noise.best_rate import Estimate
 from ddp.noise.critical_batch import CriticalBatch, critical_batch
 from ddp.search.curve import steps_to_targets
 from ddp.search.findings import FEWEST_BRANCH_STEPS, cells_of
-from ddp.search.store import TrialResult
+from ddp.search.store import DEFINITION, FILE_NAME, TrialResult, read_fact, read_trials
+from ddp.search.sweep_file import Sweep
 from ddp.telemetry.progress import number_text
 
 
@@ -86,7 +89,8 @@ def compare_on_segment(
 
 def _fit(trials: Sequence[TrialResult], start: float, end: float) -> CriticalBatch:
     cells = cells_of(trials, [steps_between(trial, start, end) for trial in trials])
-    return critical_batch(cells, fewest_steps=FEWEST_BRANCH_STEPS)
+    on_a_grid = any(trial.method != "branched" for trial in trials)
+    return critical_batch(cells, need_interior=on_a_grid, fewest_steps=FEWEST_BRANCH_STEPS)
 
 
 def steps_between(trial: TrialResult, start_loss: float, end_loss: float) -> float:
@@ -111,6 +115,30 @@ def comparisons(trials: Iterable[TrialResult]) -> list[SegmentComparison]:
         if any(trial.method == "sweep" for trial in whole) and any(trial.targets for trial in branches):
             found.append(compare_on_segment(whole, branches))
     return found
+
+
+def check_comparable(sweep: Sweep, against: Path) -> None:
+    """Check that the directory `against` holds a sweep whose losses are those of `sweep`.
+
+    Raises:
+        UsageError: there is none, or it is of another task or subset of the training set.
+    """
+    path = against / FILE_NAME
+    if not any(trial.method == "sweep" for trial in read_trials(path)):
+        raise UsageError(f"{path}: no sweep to compare with")
+    if _losses_are_of(sweep.definition()) != _losses_are_of(read_fact(path, DEFINITION) or {}):
+        raise UsageError(f"{path}: a sweep of another task or sweep.subset_examples: its losses are not comparable")
+
+
+def _losses_are_of(definition: Mapping[str, Any]) -> tuple[Any, ...]:
+    return definition.get("task"), definition.get("seed"), definition.get("sweep", {}).get("subset_examples")
+
+
+def compare_in(directory: Path, against: Path | None = None) -> list[SegmentComparison]:
+    """`comparisons` of the branches in `directory` with the sweep there, or with that in `against`."""
+    branches = [trial for trial in read_trials(directory / FILE_NAME) if trial.method == "branched"]
+    whole = [trial for trial in read_trials((against or directory) / FILE_NAME) if trial.method != "branched"]
+    return comparisons([*whole, *branches])
 
 
 def _text(fit: CriticalBatch) -> str:

@@ -19,6 +19,7 @@ from ddp.errors import DdpError, UsageError
 
 FILE_NAME = "sweep.db"
 VERSION = 1
+DEFINITION = "definition"  # the fact of what is searched
 MACHINE_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 TrialMethod = Literal["sweep", "pilot", "branched"]
