@@ -95,7 +95,7 @@ def test_a_step_takes_at_least_what_was_measured_in_it(rank_pool: RankPool, tmp_
     here = job(tmp_path, run__steps=12, micro_batch_size=2, noise_scale__sample_every="auto")
     for measuring, whole in rank_pool.run(2, train_slow_to_measure, here)[0]:
         assert measuring == 0 or measuring > 0.03
-        assert whole > measuring + 0.001, "the step's own time"
+        assert whole > measuring
 
 
 def train_slow_to_measure(rank: int, world_size: int, store_address: str, here: Job) -> list[tuple[float, float]]:
