@@ -176,8 +176,12 @@ class _Worker:
 
     def stacks(self) -> str:
         """Where each thread of the process is, written by faulthandler in the process itself."""
+        known = self._stderr_bytes()
         self._process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._stderr_bytes() == known and self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)  # it writes line by line
         return self._stderr_text()
 
     def ask_to_end(self) -> None:
@@ -190,6 +194,9 @@ class _Worker:
             self._process.kill()
             self._process.wait()
         self._stderr.close()
+
+    def _stderr_bytes(self) -> int:
+        return os.fstat(self._stderr.fileno()).st_size
 
     def _stderr_text(self) -> str:
         self._stderr.seek(0)

@@ -14,6 +14,7 @@ from ddp.errors import TransportError
 from ddp.transport.base import BucketState
 from ddp.transport.mailbox import C10dMailbox
 from ddp.transport.mpi import MpiTransport
+from ddp.transport.row import ROW_LENGTH
 from ranks import RankPool, process_group
 from reductions import PIECE_BYTES, SIZES, Seen, check, reduce_all
 
@@ -160,7 +161,7 @@ def _twice(rank: int, world_size: int, store: str) -> list[list[float]]:
             bucket = torch.full((5000,), float(rank))
             first.all_reduce_mean_(bucket, 0.5)
             second.all_reduce_mean_(bucket, 1.0)
-            row = torch.arange(16.0, dtype=torch.float64).numpy() + rank
+            row = torch.arange(float(ROW_LENGTH), dtype=torch.float64).numpy() + rank
             rows.append([float(bucket[17]), *second.exchange_row(row)[:, 3], *first.exchange_row(row)[:, 0]])
         dist.barrier()
         first.close()

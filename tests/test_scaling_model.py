@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import scaling_model
+from ddp.transport.row import ROW_LENGTH
 from scaling_model import Between, Model, Point, Setting, fit, load, projection, relative_errors, split, traffic
 
 MEBIBYTE = 1 << 20
@@ -104,5 +105,5 @@ def test_the_whole_program_on_saved_points(
     printed = capsys.readouterr().out
     assert "| 16,384 |" in printed
     assert "held out" in printed
-    assert "128 bytes a rank and step" in printed
+    assert f"{8 * ROW_LENGTH} bytes a rank and step" in printed  # float64
     assert (tmp_path / name).stat().st_size > 1000

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ddp.errors import UsageError
-from ddp.job import CustomSection, DigitsSection, TextSection, load_job
+from ddp.job import CustomSection, DigitsSection, QuadraticSection, TextSection, load_job
 from ddp.tasks import METHODS, REGISTRY, load_task
 from ddp.tasks.base import Task, TensorExamples, metric_goal
 from ddp.tasks.digits import DigitsTask
+from ddp.tasks.synthetic import QuadraticTask
 from ddp.tasks.text import LanguageModel, TextTask, source_files, split_files, windows
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -32,7 +33,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_registered_tasks_come_by_name() -> None:
     assert type(load_task(DigitsSection(name="digits"), allow_import=False)) is DigitsTask
     assert type(load_task(TextSection(name="text"), allow_import=False)) is TextTask
-    assert set(REGISTRY) == {"digits", "text"}
+    assert type(load_task(QuadraticSection(name="quadratic"), allow_import=False)) is QuadraticTask
+    assert set(REGISTRY) == {"digits", "text", "quadratic"}
 
 
 def test_importing_the_registry_imports_no_torch() -> None:

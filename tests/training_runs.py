@@ -162,8 +162,9 @@ class Misbehaving:
     Args:
         action: none; nan_loss, nan_gradient (of that example); signal (to the rank that fetches it); random
             (every example is augmented from Python's, numpy's and torch's generators);
-            slow (the rank `rank` sleeps in its data set); refuse (the rank `rank` has a usage error);
-            extra_metric (from the third evaluation on there is one that `goals` does not name).
+            slow (the rank `rank` sleeps in its data set); overhead (a forward takes 5 ms, however few examples it has);
+            refuse (the rank `rank` has a usage error); extra_metric (from the third evaluation on there is one that
+            `goals` does not name).
     """
 
     goals: Mapping[str, Goal] = {"error": "min"}
@@ -191,6 +192,8 @@ class Misbehaving:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         numbers, inputs, targets = batch
+        if self.action == "overhead":
+            time.sleep(0.005)
         outputs = model(inputs)[:, 0]
         losses = (outputs - targets).square()
         chosen = numbers == self.example
