@@ -88,8 +88,22 @@ def test_the_best_size_is_the_one_that_a_search_finds() -> None:
 def test_beyond_one_micro_batch_a_rank_takes_full_ones() -> None:
     """196 examples at 32 a micro-batch are 4 for each of two ranks, and 192 are 3: the last one for nothing."""
     controller = BatchSizeController(Limits(smallest=2, largest=4096, world_size=2, micro_batch_size=32), 128)
-    sizes = [controller._rounded(size) for size in (40.0, 64.0, 70.0, 196.0, 225.0)]
-    assert sizes == [40, 64, 64, 192, 256]
+    sizes = [controller._rounded(size) for size in (64.0, 70.0, 196.0, 225.0)]
+    assert sizes == [64, 64, 192, 256]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("held", [None, 7, 60])
+def test_rounding_makes_no_change_of_more_than_a_doubling(ranks: int, held: int | None) -> None:
+    """The wish is at most a doubling; full micro-batches and equal shares are given up where they would make it more."""
+    for size in range(max(ranks, 4), 400):
+        limits = Limits(smallest=1, largest=10_000, world_size=ranks, micro_batch_size=held)
+        controller = BatchSizeController(limits, size)
+        for ratio in (0.5, 0.6, 2 / 3, 1.5, 1.7, 2.0):
+            if round(size * ratio) >= ranks:
+                after = controller._rounded(size * ratio)
+                assert size / 2 - 0.5 <= after <= 2 * size, (size, ratio)
+                assert after > 1.3 * size if ratio > 1 else after < 0.8 * size, (size, ratio)
 
 
 def test_without_a_limit_it_is_the_square_root() -> None:
@@ -202,3 +216,25 @@ def test_ranks_that_see_the_same_decide_the_same_and_a_resumed_one_too() -> None
     fewer = BatchSizeController(replace(OPEN, largest=100), 512)
     fewer.load_state_dict(one.state_dict(), same_ranks=False)
     assert fewer.size == 100 and fewer.state_dict()["times"] == []
+
+
+def test_a_machine_that_slows_down_is_timed_anew() -> None:
+    """Twice as slow after the first trial: with its old times the best would be 32 instead of 67."""
+    limits = replace(OPEN, micro_batch_size=10_000)
+    controller, machine = BatchSizeController(limits, 64), Machine(StepCost(1e-3, 2e-3, 4e-5))
+    run(controller, machine, 60.0, 20)
+    machine.cost = StepCost(2e-3, 4e-3, 8e-5)
+    run(controller, machine, 60.0, 500, first_observation=20)
+    cost = controller._times.cost()
+    assert cost is not None and cost.micro_batch == pytest.approx(4e-3) and cost.example == pytest.approx(8e-5)
+    assert 67 / 1.5 < controller.size < 67 * 1.5
+
+
+def test_the_hooks_of_sampled_steps_do_not_count_as_what_a_batch_costs() -> None:
+    times = StepTimes()
+    for hooks in (0.0, 5e-3):
+        row = StepRow(8.0, 1.0, backward_seconds=1e-2 + hooks, measuring_seconds=hooks + 1e-3, measure_seconds=1e-3)
+        for _ in range(3):
+            times.add((16, 1), [row])
+    cost = times.cost()
+    assert cost is not None and cost.example * 16 == pytest.approx(1e-2)

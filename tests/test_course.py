@@ -179,6 +179,19 @@ def test_real_ranks_change_their_batch_together_and_a_resumed_run_keeps_it(rank_
             assert record.learning_rate == pytest.approx(0.002 * factor)
 
 
+def test_with_adam_it_goes_on_changing_once_the_noise_scale_is_adams(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Adam's metric is seen in sampled steps only: they must come soon after each change."""
+    settings = {**ADAPTIVE, "optimizer__name": "adam", "run__steps": 200}
+    settings |= {"largest": 256, "micro_batch_size": 128, "noise_scale__sample_every": "auto"}
+    (ended, _) = train_ranks(rank_pool, 2, regression(tmp_path, **settings))
+    assert ended.kind == "", ended.message
+    records = steps_of(tmp_path / "run")
+    assert [record.noise.headline for record in records if record.noise is not None][-1] == "preconditioned"
+    sizes = [record.global_batch_size for record in records]
+    changes = [step for step, (one, other) in enumerate(pairwise(sizes), start=1) if one != other]
+    assert len([step for step in changes if step > 75]) >= 2, changes
+
+
 def test_adascale_ends_when_its_gains_make_the_steps(rank_pool: RankPool, tmp_path: Path) -> None:
     settings = {**ADAPTIVE, "optimizer__learning_rate_rule": "adascale", "run__steps": 100}
     (ended, _) = train_ranks(rank_pool, 2, regression(tmp_path, **settings))

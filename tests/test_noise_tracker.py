@@ -199,11 +199,11 @@ def test_in_a_hurry_every_step_is_sampled_unless_k_is_given() -> None:
     cadence, given = SamplingCadence("auto"), SamplingCadence(5)
     for number in range(1, 50):
         run_step(cadence, number, cost=0.01, rest=0.1)
-    assert cadence.every == 20 and cadence.interval(hurry=True) == 1
+    assert cadence.every == 20 and cadence.interval(50, hurry=True) == 1
     assert not cadence.is_due(50) and cadence.is_due(50, hurry=True)
     assert [number for number in range(1, 21) if given.is_due(number, hurry=True)] == [5, 10, 15, 20]
     run_step(given, 21, cost=9.0, rest=0.1)
-    assert given.every == given.interval(hurry=True) == 5 and given.state_dict() == {}
+    assert given.every == given.interval(22, hurry=True) == 5 and given.state_dict() == {}
 
 
 def test_a_steady_cadence_is_the_same_whatever_steps_cost() -> None:
@@ -214,6 +214,28 @@ def test_a_steady_cadence_is_the_same_whatever_steps_cost() -> None:
             other.load_state_dict(cadence.state_dict())
     assert cadence.every == other.every == STEADY_INTERVAL
     assert cadence.is_due(100, hurry=True) and not cadence.is_due(100)
+
+
+def test_a_relaxing_cadence_begins_with_every_step_again_when_it_is_told_to() -> None:
+    cadence, other, by_clock = (SamplingCadence(every) for every in ("relaxing", "relaxing", "auto"))
+    sampled: list[int] = []
+    for number in range(1, 2001):
+        if run_step(cadence, number, cost=9.0, rest=0.1):
+            sampled.append(number)
+        run_step(by_clock, number, cost=9.0, rest=0.1)
+        if number == 1000:
+            cadence.restart(1000)
+        if number == 1500:
+            other.load_state_dict(cadence.state_dict())
+            cadence = other
+    assert by_clock.every == 100
+    assert sampled[:99] == [*range(1, 100)]
+    assert [number for number in sampled if 1000 < number <= 1100] == [*range(1001, 1101)]
+    for start in (100, 200, 400, 1100, 1400):
+        since = start % 1000
+        assert 25 <= sum(start < number <= start + since for number in sampled) <= 50
+    cheap = SamplingCadence("relaxing")
+    assert all([run_step(cheap, number, cost=1e-6, rest=0.1) for number in range(1, 500)])
 
 
 def test_a_window_that_never_fills_does_not_have_every_step_sampled_for_ever() -> None:
@@ -230,7 +252,7 @@ def test_a_window_that_never_fills_does_not_have_every_step_sampled_for_ever() -
             sampled += 1
         cadence.observe(0.01 * due, 0.1 + 0.01 * due)
     assert sampled == LONGEST_HURRY + (1000 - LONGEST_HURRY) // 20
-    assert cadence.interval(hurry=True) == cadence.every == 20
+    assert cadence.interval(1001, hurry=True) == cadence.every == 20
 
 
 def run_step(cadence: SamplingCadence, number: int, *, cost: float, rest: float) -> bool:

@@ -93,7 +93,7 @@ class AttachedSteps:
         cadence = self.tracker.cadence
         if not cadence.is_due(step, hurry=hurry):
             return False
-        self._sampled_every = cadence.interval(hurry=hurry)
+        self._sampled_every = cadence.interval(step, hurry=hurry)
         cadence.took(step, hurry=hurry)
         return True
 

@@ -44,7 +44,7 @@ class Settings:
 
     Attributes:
         population: examples that a step's are drawn from without replacement; infinite where they are not.
-        sample_every: K, or "auto": so that it costs half a percent of a step, or "steady", whatever that is.
+        sample_every: K, or how it is chosen, see `SamplingCadence`.
         split: one rank without accumulation: take sampled steps in two halves ("auto": unless the model has batch
             statistics), every step (True), or none.
         layers: one noise scale a layer, and a parameter group where there are several.
@@ -94,9 +94,11 @@ class NoiseMeasurement:
             exchange.transport.prepare({torch.float64})
 
     def splits(self, step: int) -> bool:
-        """Whether the only rank takes its only micro-batch of this step in two halves; depends on nothing else."""
+        """Whether the only rank takes its only micro-batch of this step in two halves."""
         if self.settings.split != "auto":
             return self.settings.split
+        if self.settings.sample_every == "relaxing":  # the run goes by the clock anyway
+            return not self._batch_statistics and self.tracker.cadence.is_due(step)
         return not self._batch_statistics and step % self._split_every == 0
 
     def begin(self, step: int, *, accumulates: bool, halves: bool = False) -> None:
@@ -160,12 +162,17 @@ class NoiseMeasurement:
             return None  # nothing to compare, or nothing that is not known in every step
         metric: Metric = "preconditioned" if preconditioner and step > SETTLED_STEPS else "plain"
         hurry = self.tracker.hurries(metric, parts=self._parts is not None)
-        self._sampled_every = self._split_every if halves else self.tracker.cadence.interval(hurry=hurry)
+        self._sampled_every = self._interval(step, halves=halves, hurry=hurry)
         if not halves and not self.tracker.cadence.is_due(step, hurry=hurry):
             return None
         settled = preconditioner is not None and preconditioner.steps() >= SETTLED_STEPS
         denominators = preconditioner.denominators() if preconditioner is not None and settled else None
         return _Sample(halves, accumulates or settled, denominators, hurry=hurry and not halves)
+
+    def _interval(self, step: int, *, halves: bool, hurry: bool) -> int:
+        if halves and self.settings.sample_every != "relaxing":
+            return self._split_every
+        return self.tracker.cadence.interval(step, hurry=hurry and not halves)
 
     @property
     def _split_every(self) -> int:

@@ -17,12 +17,13 @@ from ddp.errors import CheckpointError
 AIM = 0.005  # of a step's time, on average
 LARGEST_INTERVAL = 100
 STEADY_INTERVAL = 16  # where training depends on what is sampled
+RELAXATION = 50  # steps since the start or `restart` for each step of K: 25 observations take a third of that way
 LONGEST_HURRY = 100  # steps sampled in a hurry in a whole run: windows that are empty then will not fill
 COST_CYCLE = 4  # sampled steps after which what they cost repeats: the tracker reads the parts in one of them
 _COSTS, _STEPS = 3 * COST_CYCLE, 25  # newest sampled steps, and newest steps, which decide
 
 
-SampleEvery = Literal["auto", "steady"] | int
+SampleEvery = Literal["auto", "steady", "relaxing"] | int
 
 
 class SamplingCadence:
@@ -30,17 +31,20 @@ class SamplingCadence:
 
     Args:
         every: K; "auto": from what looking has cost; "steady": `STEADY_INTERVAL`, whatever it costs, so that what
-            follows from the readings (a learning rate) is the same in every run.
+            follows from the readings (a learning rate) is the same in every run; "relaxing": every step after the
+            start and after each `restart`, then ever fewer, but no fewer than "auto" takes: for what acts on the
+            readings and has to see soon what came of it.
 
     Attributes:
-        every: K, steps from one sampled step to the next.
+        every: K, steps from one sampled step to the next, where nothing asks for more.
     """
 
     def __init__(self, every: SampleEvery) -> None:
         self._fixed = None if isinstance(every, str) else every
-        self._by_clock = every == "auto"
+        self._by_clock = every in ("auto", "relaxing")
+        self._relaxes = every == "relaxing"
         self.every = self._fixed or (1 if self._by_clock else STEADY_INTERVAL)
-        self._last = self._hurried = 0
+        self._last = self._hurried = self._restarted = 0
         self._costs: deque[float] = deque(maxlen=_COSTS)
         self._steps: deque[float] = deque(maxlen=_STEPS)
 
@@ -49,11 +53,17 @@ class SamplingCadence:
         is, unless K was given, or so many were that it would be filled if it could."""
         if self._fixed is not None:
             return step % self._fixed == 0
-        return step - self._last >= self.interval(hurry=hurry)
+        return step - self._last >= self.interval(step, hurry=hurry)
 
-    def interval(self, *, hurry: bool = False) -> int:
-        """K as of now."""
-        return 1 if hurry and self._fixed is None and self._hurried < LONGEST_HURRY else self.every
+    def interval(self, step: int, *, hurry: bool = False) -> int:
+        """K as of `step`."""
+        if hurry and self._fixed is None and self._hurried < LONGEST_HURRY:
+            return 1
+        return min(self.every, max(1, (step - self._restarted) // RELAXATION)) if self._relaxes else self.every
+
+    def restart(self, step: int) -> None:
+        """What is measured is another thing from after `step` on: where K relaxes, it begins at 1 again."""
+        self._restarted = step
 
     def took(self, step: int, *, hurry: bool = False) -> None:
         """`step` was sampled."""
@@ -89,7 +99,13 @@ class SamplingCadence:
         """Plain values; empty where K is given, since the step's number then says all."""
         if self._fixed is not None:
             return {}
-        return {"last": self._last, "hurried": self._hurried, "costs": list(self._costs), "steps": list(self._steps)}
+        return {
+            "last": self._last,
+            "hurried": self._hurried,
+            "restarted": self._restarted,
+            "costs": list(self._costs),
+            "steps": list(self._steps),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, unless K is given or was given then.
@@ -101,10 +117,11 @@ class SamplingCadence:
             return
         try:
             last, hurried = int(state["last"]), int(state.get("hurried", 0))
+            restarted = int(state.get("restarted", 0))
             costs, steps = [float(each) for each in state["costs"]], [float(each) for each in state["steps"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"state of the sampling cannot be read: {error!r}") from error
-        self._last, self._hurried = last, hurried
+        self._last, self._hurried, self._restarted = last, hurried, restarted
         if self._by_clock:
             self._costs.extend(costs)
             self._steps.extend(steps)

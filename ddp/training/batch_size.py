@@ -22,7 +22,8 @@ LARGEST_CHANGE = 2.0  # at once; the noise scale at the new size is not known ye
 KEPT_STEPS = 25  # of one layout
 KEPT_LAYOUTS = 4  # the newest
 FEWEST_STEPS = 3  # of a layout before its median counts
-TRIAL_STEPS = 6  # near the start with twice the micro-batches, to tell their overhead from what examples cost
+TRIAL_STEPS = 6  # with twice the micro-batches, to tell their overhead from what examples cost: after so many steps,
+TRIAL_GROWTH = 4  # and again after so many times as many, since machines change
 SMALLEST_SHARE = 0.01  # of a step's work that its examples cost at least: a fit may find none in noise
 
 
@@ -88,6 +89,10 @@ class StepTimes:
             micro_batch = (work - example * b) / m
         return StepCost(max(fixed, 0.0), micro_batch, example)
 
+    def keep_newest(self) -> None:
+        """Forget all layouts but the newest: what others took may have been on another machine, in effect."""
+        self._layouts = dict(list(self._layouts.items())[-1:])
+
     def state_dict(self) -> list[Any]:
         """JSON-able."""
         return [[list(layout), [list(step) for step in steps]] for layout, steps in self._layouts.items()]
@@ -127,13 +132,27 @@ class BatchSizeController:
     def micro_batch_size(self) -> int:
         """Examples a rank holds at once in the next step: of even micro-batches, as few as the limits allow.
 
-        Some steps near the start take twice as many: the same gradient, and a second point for the times.
+        A few steps now and then take twice as many: the same gradient, and a second point for the times.
         """
-        share = -(-self.size // self.limits.world_size)
-        held = self.limits.micro_batch_size or share
-        fewest = max(self.limits.micro_batches, -(-share // held))
-        on_trial = TRIAL_STEPS <= self._steps < 2 * TRIAL_STEPS and share >= 4 * fewest
-        return -(-share // (2 * fewest if on_trial else fewest))
+        share, fewest = self._share, self._fewest
+        return -(-share // (2 * fewest if self._on_trial else fewest))
+
+    @property
+    def _share(self) -> int:
+        return -(-self.size // self.limits.world_size)
+
+    @property
+    def _fewest(self) -> int:
+        """Micro-batches a rank has at least."""
+        held = self.limits.micro_batch_size or self._share
+        return max(self.limits.micro_batches, -(-self._share // held))
+
+    @property
+    def _on_trial(self) -> bool:
+        """Whether the next step takes twice the micro-batches."""
+        if self._steps < TRIAL_STEPS or self._share < 4 * self._fewest:
+            return False
+        return self._steps - _last_trial(self._steps) < TRIAL_STEPS
 
     def observe(
         self, examples: int, micro_batches: int, rows: Sequence[StepRow], reading: Reading | None
@@ -146,11 +165,14 @@ class BatchSizeController:
             self._times.add(self._timed, rows)
         self._timed = (examples, micro_batches) if examples == self.size else None
         self._steps += 1
+        if self._on_trial and _last_trial(self._steps) == self._steps:
+            self._times.keep_newest()
         if reading is None:
             return None
         self._fresh += reading.observations != self._observations
         self._observations = reading.observations
-        change = self._decide(reading) if self._fresh >= SMALLEST_WINDOW and reading.state == "resolved" else None
+        ready = self._fresh >= SMALLEST_WINDOW and reading.state == "resolved" and not self._on_trial
+        change = self._decide(reading) if ready else None
         if change is not None:
             self.size, self._fresh, self._timed = change.after, 0, None
         return change
@@ -181,21 +203,44 @@ class BatchSizeController:
         best = best_batch_size(reading.noise_scale, cost, self.limits)
         wished = min(max(best, self.size / LARGEST_CHANGE), self.size * LARGEST_CHANGE)
         after = self._rounded(wished)
-        changes = (max(each / self.size, self.size / each) for each in (wished, after))  # rounding alone is no reason
-        if min(changes) < SMALLEST_CHANGE:
+        if min(_ratio(wished, self.size), _ratio(after, self.size)) < SMALLEST_CHANGE:  # rounding alone is no reason
             return None
         return Change(self.size, after, _reason(reading, cost, best, self.limits))
 
     def _rounded(self, size: float) -> int:
-        """Inside the limits; where they allow it the same share for each rank, and beyond one micro-batch full ones."""
+        """Near `size`, which is at most a doubling from the present one, and so no farther; inside the limits.
+
+        The same share for each rank, and beyond one micro-batch full ones, where that is a change worth making.
+        """
         ranks, held = self.limits.world_size, self.limits.micro_batch_size
-        part = ranks * held if held is not None and size > ranks * held else ranks
-        even = part * max(round(size / part), 1)
-        return min(max(even, self.limits.smallest), self.limits.largest)
+        parts = [ranks] if held is None or size <= ranks * held else [ranks * held, ranks]
+        for part in parts:
+            nearest = part * max(round(size / part), 1)
+            for even in (nearest, nearest + part * (1 if nearest < size else -1)):
+                if even > 0 and SMALLEST_CHANGE <= _ratio(even, self.size) <= LARGEST_CHANGE:
+                    return self._limited(even)
+        return self._limited(round(size))
+
+    def _limited(self, size: int) -> int:
+        return min(max(size, self.limits.smallest), self.limits.largest)
+
+
+def _ratio(one: float, other: float) -> float:
+    return max(one / other, other / one)
+
+
+def _last_trial(steps: int) -> int:
+    """The step, TRIAL_STEPS or later, at which the last trial began."""
+    began = TRIAL_STEPS
+    while began * TRIAL_GROWTH <= steps:
+        began *= TRIAL_GROWTH
+    return began
 
 
 def _work(row: StepRow) -> float:
-    return row.data_seconds + row.forward_seconds + row.backward_seconds
+    """Without the hooks of a sampled step, which are not what a batch costs."""
+    hooks = max(row.measuring_seconds - row.measure_seconds, 0.0)
+    return max(row.data_seconds + row.forward_seconds + row.backward_seconds - hooks, 0.0)
 
 
 def _split_work(works: Sequence[tuple[int, int, float]]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -24,7 +25,8 @@ logger = logging.getLogger("ddp.training")
 class GradientWatch:
     """One rank's; where the noise scale is switched off it watches the shards alone.
 
-    `steady`: training follows the readings, so that which steps are sampled must not be left to a clock.
+    `sampling` says what training makes of the readings, where the job leaves open which steps are sampled: "steady"
+    where a clock must not choose them, "relaxing" where the batch follows the readings.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class GradientWatch:
         exchange: GradientExchange,
         training_examples: int,
         *,
-        steady: bool = False,
+        sampling: Literal["auto", "steady", "relaxing"] = "auto",
     ) -> None:
         self._rank, self._world_size = exchange.transport.rank, exchange.transport.world_size
         self._shards = ShardWatch()
@@ -44,7 +46,7 @@ class GradientWatch:
             settings = Settings(
                 training_examples=training_examples,
                 population=population(module, training_examples),
-                sample_every="steady" if steady and section.sample_every == "auto" else section.sample_every,
+                sample_every=sampling if section.sample_every == "auto" else section.sample_every,
                 split=section.split,
                 layers=section.layers,
             )
@@ -82,6 +84,11 @@ class GradientWatch:
         """What this rank's row says of its gradients."""
         own = {} if self._measurement is None else self._measurement.row_fields()
         return {"own_squared_norm": sums.own_squared_norm, "projection": sums.projection, **own}
+
+    def restart(self, step: int) -> None:
+        """The batch is another after `step`: its noise scale is to be seen soon."""
+        if self._measurement is not None:
+            self._measurement.tracker.cadence.restart(step)
 
     def observe(self, rows: Sequence[StepRow], sums: GradientSums) -> NoiseReadings | None:
         """Of a step that is finite on all ranks, before clipping: what is measured is the gradient as it came."""

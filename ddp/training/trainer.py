@@ -75,7 +75,7 @@ class Trainer:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
         self.watch = GradientWatch(
             *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
-            steady=self.course.follows_readings,
+            sampling=self.course.sampling,
         )
 
     def run(self) -> None:
@@ -146,6 +146,7 @@ class Trainer:
             sink.step(record)
         change = self.course.adapt(data, rows, reading, self.step_count)
         if change is not None:
+            self.watch.restart(self.step_count)
             for sink in self.sinks:
                 sink.batch_change(change)
         self._previous_phases = clock.seconds(hook_seconds=blocked, wait_seconds=waited)
