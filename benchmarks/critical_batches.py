@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ddp.noise.best_rate import Estimate
+from ddp.noise.estimate import Estimate
 from ddp.search.findings import Finding, read_findings
 from harness import table
 

@@ -118,6 +118,8 @@ def critical_batch(
     """Measure the critical batch size by running: steps to a training loss over batch sizes and learning rates."""
     from ddp.search.branched import search_branches
     from ddp.search.critical_batch import search
+    from ddp.search.findings import read_findings
+    from ddp.search.findings_text import in_words
     from ddp.search.segment import check_comparable, compare_in
     from ddp.search.sweep_file import load_sweep
 
@@ -133,7 +135,8 @@ def critical_batch(
         if against is not None:
             check_comparable(sweep, against)
         directory = search_branches(sweep, checkpoint, resume=resume, workers=workers, allow_import=allow_import)
-    print(directory, *(each.in_words() for each in compare_in(directory, against)), sep="\n")
+    found = [in_words(each) for each in read_findings(directory)]
+    print(directory, *found, *(each.in_words() for each in compare_in(directory, against)), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

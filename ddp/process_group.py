@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 _ADDRESS_BYTES = 256
+SECONDS_TO_BE_READ = 0.3  # by mpirun, which passes on what a rank wrote
 # What gloo and the store say when a rank at the other end is gone; they have no type of their own for it.
 _PEER_GONE = (
     "Connection closed by peer",
@@ -94,11 +95,13 @@ def meet(seconds: float) -> bool:
 def abort(code: int) -> None:
     """End all ranks of MPI at once with `code`; returns where MPI is not in use.
 
-    A rank that merely exits after an error leaves the others of Open MPI waiting for ever.
+    A rank that merely exits after an error leaves the others of Open MPI waiting for ever. What was written is given
+    time to be read first: MPICH's mpirun lets go of the rest.
     """
     if (mpi := _running_mpi()) is not None:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(SECONDS_TO_BE_READ)
         mpi.COMM_WORLD.Abort(code)
 
 

@@ -85,13 +85,13 @@ def test_the_numbers_are_those_of_the_model(tmp_path: Path) -> None:
     told = json.loads(command.answer(recorded(tmp_path, [RESOLVED]), Question(ranks=(2, 8)), as_json=True))
     two, eight = told["ranks"]
     assert two["same_batch"]["seconds"] == two["grown_batch"]["seconds"]
-    assert two["same_batch"]["seconds"]["point"] == pytest.approx(60 * told["step"]["measured_seconds"], rel=1e-6)
+    assert two["same_batch"]["seconds"]["value"] == pytest.approx(60 * told["step"]["measured_seconds"], rel=1e-6)
     grown = eight["grown_batch"]
     assert grown["global_batch_size"] == 256
-    for end, b in (("point", 71), ("low", 92), ("high", 56)):
+    for end, b in (("value", 71), ("low", 92), ("high", 56)):
         assert grown["steps"][end] == pytest.approx((1 + b / 256) / (1 + b / 64))
         assert grown["seconds"][end] == pytest.approx(60 * grown["steps"][end] * grown["step_seconds"])
-    assert grown["learning_rate_factor"]["point"] == pytest.approx(2.0)
+    assert grown["learning_rate_factor"]["value"] == pytest.approx(2.0)
     assert grown["data_efficiency"]["low"] == pytest.approx(1 / (1 + 256 / 56))
     assert told["communication"]["inside_measured"] and not told["communication"]["between_measured"]
 

@@ -13,7 +13,7 @@ from ddp.diagnostics import communication, step_time
 from ddp.diagnostics.communication import Communication, Links, Measured
 from ddp.diagnostics.scaling import PAYS, Baseline, Scaling
 from ddp.diagnostics.step_time import StepCost
-from ddp.noise.efficiency import Estimate
+from ddp.noise.estimate import Estimate
 from ddp.telemetry.records import RunInfo, StepRecord
 from telemetry_records import run_info, step_records
 
@@ -147,6 +147,16 @@ def test_few_steps_say_nothing() -> None:
     assert step_time.fit(INFO, step_time.observe(INFO, made)) is None
 
 
+def test_half_of_one_batch_size_and_half_of_another_is_neither() -> None:
+    made = records(INFO, [64] * 60 + [128] * 20, lambda own: own * 1e-4 + 1e-3)
+    cost = step_time.fit(INFO, step_time.observe(INFO, made))
+    assert cost is not None and (cost.measured_batch_size, cost.measured_steps) == (128, 19)
+    assert cost.example_seconds == pytest.approx(1e-4) and cost.split_by == "run"
+    few = records(INFO, [64] * 60 + [128] * 4, lambda own: own * 1e-4 + 1e-3)
+    cost = step_time.fit(INFO, step_time.observe(INFO, few))
+    assert cost is not None and cost.measured_batch_size == 64
+
+
 # More ranks
 
 COST = StepCost(
@@ -157,6 +167,7 @@ COST = StepCost(
     waiting_share=0.0,
     micro_batch_size=1 << 20,
     measured_seconds=3.2e-3,
+    measured_batch_size=64,
     measured_steps=100,
     split_by="run",
 )
@@ -175,19 +186,19 @@ def test_a_row_is_the_model_written_out(ranks: int) -> None:
     (row,) = scaling(NOISE).rows([ranks])
     assert row.grown is not None and row.grown.data_efficiency is not None
     batch = 32 * ranks
-    expected = {end: 1000 * (1 + b / batch) / (1 + b / 64) for end, b in (("point", 71), ("low", 56), ("high", 92))}
+    expected = {end: 1000 * (1 + b / batch) / (1 + b / 64) for end, b in (("value", 71), ("low", 56), ("high", 92))}
     assert row.grown.global_batch_size == batch
-    assert row.grown.seconds.point == pytest.approx(expected["point"] * 32e-4)
+    assert row.grown.seconds.value == pytest.approx(expected["value"] * 32e-4)
     assert [row.grown.seconds.low, row.grown.seconds.high] == pytest.approx(
         sorted([expected["low"] * 32e-4, expected["high"] * 32e-4])
     )
-    assert row.grown.rank_hours.point == pytest.approx(ranks * row.grown.seconds.point / 3600)
+    assert row.grown.rank_hours.value == pytest.approx(ranks * row.grown.seconds.value / 3600)
     assert row.grown.data_efficiency.low == pytest.approx(1 / (1 + batch / 56))
     assert row.grown.learning_rate_factor is not None
-    assert row.grown.learning_rate_factor.point == pytest.approx((1 + 71 / 64) / (1 + 71 / batch))
+    assert row.grown.learning_rate_factor.value == pytest.approx((1 + 71 / 64) / (1 + 71 / batch))
     if ranks <= 64:
         assert row.same is not None and row.same.seconds.low == row.same.seconds.high
-        assert row.same.seconds.point == pytest.approx(1000 * 1e-4 * math.ceil(64 / ranks))
+        assert row.same.seconds.value == pytest.approx(1000 * 1e-4 * math.ceil(64 / ranks))
     else:
         assert row.same is None
 
@@ -212,7 +223,7 @@ def test_without_communication_ranks_pay_until_the_batch_is_half_the_noise_scale
     assert stops is not None
     assert (stops.ranks, stops.low, stops.high) == (16, 8, 64)
     batch = 32 * 16
-    assert stops.cost.point == pytest.approx((1 + batch / noise.point) / (1 + 32 / noise.point))
+    assert stops.cost.value == pytest.approx((1 + batch / noise.value) / (1 + 32 / noise.value))
 
 
 def test_stops_paying_is_what_the_rows_say() -> None:
@@ -224,7 +235,7 @@ def test_stops_paying_is_what_the_rows_say() -> None:
         for power in range(int(math.log2(stops.limit)) + 1):
             projected = way(1 << power)
             assert projected is not None
-            seconds.append(projected.seconds.point)
+            seconds.append(projected.seconds.value)
         gains = [before / after for before, after in pairwise(seconds)]
         first = next(index for index, gain in enumerate(gains) if gain < PAYS)
         assert stops.ranks == 1 << first
@@ -247,8 +258,8 @@ def test_the_fastest_batch_is_the_least_of_all_batches_tried_out() -> None:
         assert row.fastest_batch is not None
         batches = range(ranks, 6000, ranks)  # equal shares: no rank waits for a larger one
         best = min(batches, key=lambda b: (1 + 71 / b) * costly.seconds(ranks, b, found.communication))
-        assert row.fastest_batch.point == pytest.approx(max(best, ranks), abs=ranks)
-        assert row.fastest_batch.low < row.fastest_batch.point < row.fastest_batch.high
+        assert row.fastest_batch.value == pytest.approx(max(best, ranks), abs=ranks)
+        assert row.fastest_batch.low < row.fastest_batch.value < row.fastest_batch.high
 
 
 @pytest.mark.parametrize(("micro_batch_seconds", "noise_scale"), [(5e-3, 85.0), (5e-3, 4000.0), (2e-4, 4000.0)])
@@ -265,5 +276,5 @@ def test_the_fastest_batch_fills_micro_batches_before_it_takes_more(
         def seconds(b: float) -> float:
             return (1 + noise_scale / b) * costly.seconds(ranks, round(b), found.communication)  # noqa: B023
 
-        chosen = ranks * round(row.fastest_batch.point / ranks)
+        chosen = ranks * round(row.fastest_batch.value / ranks)
         assert seconds(chosen) <= 1.1 * min(map(seconds, range(ranks, 6000, ranks)))

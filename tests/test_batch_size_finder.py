@@ -194,9 +194,21 @@ def test_classes_that_a_task_names_ask_for_a_batch() -> None:
 
 def test_the_rarest_class_counts_where_it_is_seen() -> None:
     labels = torch.tensor([0] * 70 + [1] * 25 + [4] * 5)
-    classes, rarest = classes_in((torch.zeros(100, 2), labels))
+    classes, rarest = classes_in((torch.zeros(100, 2), labels), is_all=True)
     assert (classes, rarest) == (3, 0.05)
     assert TaskFacts("cpu", 1, 100, classes, rarest).batch_for_classes() == (40, 60)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_in_a_sample_the_smallest_of_many_counts_is_not_the_rarest_class(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    labels = torch.randint(classes, (10_000,), generator=generator)
+    found, share = classes_in((torch.zeros(10_000, 1), labels), is_all=False)
+    assert found == classes and share == pytest.approx(1 / classes)
+    rare = torch.where(labels == 0, torch.where(torch.rand(10_000, generator=generator) < 0.5, 1, 0), labels)
+    rare = torch.cat([rare, torch.full((500 * 10_000 // classes // 100,), 2)])  # 2 is frequent, 0 is rare
+    _, share = classes_in((torch.zeros(len(rare), 1), rare), is_all=False)
+    assert share is not None and (share < 0.7 / classes or classes == 1000)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +224,7 @@ def test_the_rarest_class_counts_where_it_is_seen() -> None:
     ids=["tensor", "one", "targets", "sequences", "numbers", "mapping"],
 )
 def test_what_is_no_class_is_not_taken_for_one(batch: object) -> None:
-    assert classes_in(batch) == (None, None)
+    assert classes_in(batch, is_all=True) == (None, None)
 
 
 # What memory is free, and what running out of it looks like

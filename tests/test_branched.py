@@ -21,8 +21,8 @@ from ddp.noise.critical_batch import critical_batch
 from ddp.search import branched
 from ddp.search.branch_point import read_branch_point
 from ddp.search.branched import BranchPlan, search_branches
-from ddp.search.critical_batch_report import in_words
 from ddp.search.findings import cells_of, findings, fit_of, read_findings
+from ddp.search.findings_text import in_words
 from ddp.search.request import Trial
 from ddp.search.segment import check_comparable, compare_in, compare_on_segment, comparisons, steps_between
 from ddp.search.store import TrialResult, read_trials, write_fact, write_trial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.optimize import least_squares
 
 from ddp.noise.best_rate import Cell, bootstrap_best, valley_minimum
 from ddp.noise.critical_batch import CriticalBatch, critical_batch
-from ddp.noise.harmless_batch import largest_harmless_batch
+from ddp.noise.harmless_batch import HarmlessBatch, largest_harmless_batch
 from ddp.noise.hyperbola import fit_curve, log_curve
 
 S_MIN = 80.0
@@ -199,9 +200,15 @@ RATES_AND_STEPS = ((0.1, 120.0), (0.2, 100.0), (0.4, 130.0))
 # --- the largest batch that does no harm ----------------------------------------------------------------------------
 
 
+def harmless(cells: Sequence[Cell], **options: Any) -> HarmlessBatch:
+    found = largest_harmless_batch(cells, **options)
+    assert found is not None
+    return found
+
+
 def test_the_largest_harmless_batch() -> None:
     """Examples grow by 1 + B/60, so over those at 4 by 1.06, 1.19 (16), 1.44 (32): the limit of 1.25 lies after 16."""
-    found = largest_harmless_batch(simulate(0, noise=0.01))
+    found = harmless(simulate(0, noise=0.01))
     assert (found.batch_size, found.at_least) == (16, False)
     ratios = [each.ratio for each in found.comparisons[:3]]
     assert ratios == pytest.approx([68 / 64, 76 / 64, 92 / 64], rel=0.04)
@@ -209,8 +216,8 @@ def test_the_largest_harmless_batch() -> None:
 
 
 def test_a_wide_margin_or_noise() -> None:
-    assert largest_harmless_batch(simulate(0, noise=0.01), margin=1e9).at_least
-    noisy = largest_harmless_batch(simulate(0, noise=0.5))
+    assert harmless(simulate(0, noise=0.01), margin=1e9).at_least
+    noisy = harmless(simulate(0, noise=0.5))
     assert noisy.batch_size is None
     assert noisy.comparisons[0].verdict == "undecided"
 
@@ -226,7 +233,7 @@ def test_a_harmful_batch_is_called_harmless_in_five_percent() -> None:
             for size, steps in ((4.0, 1000.0), (8.0, 625.0))
             for rate, factor in rates
         ]
-        wrong += largest_harmless_batch(cells, draws=100).batch_size is not None
+        wrong += harmless(cells, draws=100).batch_size is not None
     assert 0.01 <= wrong / 400 <= 0.08
 
 
@@ -236,5 +243,19 @@ def test_a_smaller_need_of_examples_is_no_harm() -> None:
         for size, steps in ((4.0, 1000.0), (8.0, 300.0))
         for rate, factor in ((0.1, 1.3), (0.2, 1.0), (0.4, 1.3))
     ]
-    found = largest_harmless_batch(cells)
+    found = harmless(cells)
     assert (found.batch_size, found.comparisons[0].verdict) == (8, "fewer")
+
+
+def test_a_base_at_the_edge_of_its_learning_rates_takes_no_part() -> None:
+    """The smallest batch wants a lower rate than was tried, and takes more examples than it has to: 8 is the base."""
+    cells = simulate(0, noise=0.01)
+    lowest = min(cell.learning_rate for cell in cells if cell.batch_size == 4)
+    best = min((cell for cell in cells if cell.batch_size == 4), key=lambda cell: sum(cell.steps))
+    cut = [cell for cell in cells if cell.batch_size > 4 or cell.learning_rate > 2 * best.learning_rate]
+    assert lowest < best.learning_rate
+    found = harmless(cut)
+    assert found.base == 8 and all(each.batch_size > 8 for each in found.comparisons)
+    assert found.batch_size == 16  # over those at 8 by 1.12 (16), 1.35 (32)
+    assert harmless(cut, need_interior=False).base == 4
+    assert largest_harmless_batch([cell for cell in cells if cell.batch_size == 4]) is None

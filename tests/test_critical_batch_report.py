@@ -21,8 +21,9 @@ import pytest
 
 from ddp.errors import DdpError, UsageError
 from ddp.search.critical_batch_charts import pareto_front
-from ddp.search.critical_batch_report import in_words, render, write_critical_batch_report
+from ddp.search.critical_batch_report import render, write_critical_batch_report
 from ddp.search.findings import Finding, as_json, findings, mean_over_seeds, read_findings, write_result
+from ddp.search.findings_text import in_words
 from ddp.search.store import FILE_NAME, read_trials
 from ddp.telemetry.critical_batches import read_critical_batches
 from search_trials import SIZES, simulated_trials, store

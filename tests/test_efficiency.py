@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from ddp.noise import efficiency
-from ddp.noise.efficiency import Estimate, between, data_efficiency, fastest_batch, step_efficiency
+from ddp.noise.efficiency import between, data_efficiency, fastest_batch, step_efficiency
+from ddp.noise.estimate import Estimate
 from ddp.noise.noise_scale import Reading
 
 NOISE_SCALES = (0.0, 0.3, 71.0, 5e4)
@@ -79,7 +80,7 @@ def test_a_free_step_leaves_no_reason_for_a_batch() -> None:
 @pytest.mark.parametrize("function", [lambda b: data_efficiency(b, 64), lambda b: step_efficiency(b, 64)])
 def test_an_interval_goes_through_by_its_ends_in_order(function: Callable[[float], float]) -> None:
     estimate = between(function, Estimate(71.0, 56.0, 92.0))
-    assert estimate.low < estimate.point < estimate.high
+    assert estimate.low < estimate.value < estimate.high
     inside = [function(56 + share * 36) for share in (0.01, 0.3, 0.8, 0.99)]
     assert all(estimate.low < value < estimate.high for value in inside)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,10 @@ import numpy as np
 from ddp.diagnostics import advice_text
 from ddp.diagnostics.advise import Advice, default_ranks
 from ddp.diagnostics.scaling import Row, Scaling
-from ddp.errors import UsageError
-from ddp.noise.efficiency import Estimate
+from ddp.noise.estimate import Estimate
 from ddp.telemetry.charts import PALETTE, SETTINGS, Drawing, Key, finished_drawing, log_axis, new_figure
 from ddp.telemetry.progress import number_text
-from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html
+from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,19 +23,13 @@ if TYPE_CHECKING:
 Quantity = Literal["seconds", "rank_hours"]
 
 
-def write_page(advice: Advice, path: Path) -> Path:
-    """Write the page to `path`, beside and renamed, so that a browser never loads half of it. Needs matplotlib.
+def write_advice_page(advice: Advice, path: Path) -> Path:
+    """Write the page to `path` and return it. Needs matplotlib.
 
     Raises:
         UsageError: it cannot be written there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(render(advice, time.time()), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot write the page: {error.strerror}") from None
-    return path
+    return write_page(path, render(advice, time.time()))
 
 
 def render(advice: Advice, unix_time: float) -> str:
@@ -165,7 +157,7 @@ def _line(axes: Axes, points: Sequence[tuple[int, Estimate]], factor: float, col
     """Points over ranks, with the band between their ends."""
     ranks = [each for each, _ in points]
     low, point, high = (
-        factor * np.array([getattr(estimate, end) for _, estimate in points]) for end in ("low", "point", "high")
+        factor * np.array([getattr(estimate, end) for _, estimate in points]) for end in ("low", "value", "high")
     )
     axes.fill_between(ranks, low, high, color=PALETTE[colour], alpha=0.18, linewidth=0)
     axes.plot(ranks, point, color=PALETTE[colour], marker="o", markersize=3.2)

@@ -10,7 +10,7 @@ from typing import Any
 from ddp.diagnostics.advise import Advice, Told
 from ddp.diagnostics.scaling import PAYS, Projected, Row, StopsPaying
 from ddp.diagnostics.step_time import StepCost
-from ddp.noise.efficiency import Estimate
+from ddp.noise.estimate import Estimate
 from ddp.telemetry.progress import epochs_text, number_text
 from ddp.telemetry.records import RunInfo
 
@@ -61,10 +61,10 @@ def noise_text(advice: Advice) -> str:
 
 def age_text(advice: Advice, used: Told) -> str:
     last = advice.record.last
-    epochs = last.epoch - used.epoch
+    steps = last.step - used.step
     return (
-        f"That is the latest resolved reading, {last.step - used.step:,} steps ({epochs_text(epochs)} epochs) before the "
-        "end, and what follows rests on it."
+        f"That is the latest resolved reading, {steps:,} step{'s' if steps > 1 else ''} "
+        f"({epochs_text(last.epoch - used.epoch)} epochs) before the end, and what follows rests on it."
     )
 
 
@@ -79,7 +79,8 @@ def step_text(cost: StepCost) -> str:
     }
     listed = ", ".join(f"{name} {_milliseconds(max(0.0, seconds))}" for name, seconds in shares.items())
     return (
-        f"A step takes {_milliseconds(cost.measured_seconds)} (median of {cost.measured_steps:,}): {listed}. An example "
+        f"A step of {cost.measured_batch_size:,} examples takes {_milliseconds(cost.measured_seconds)} (median of "
+        f"{cost.measured_steps:,}): {listed}. An example "
         f"costs a rank {_milliseconds(cost.example_seconds)}, a micro-batch {_milliseconds(cost.micro_batch_seconds)} "
         f"besides ({SPLIT_BY[cost.split_by]})."
     )
@@ -136,10 +137,10 @@ def _way(way: Projected | None, price: float) -> list[str]:
 
 def span(estimate: Estimate, shown: Callable[[float], str]) -> str:
     """The point with its ends; one value where they look alike, and no point where that is as open as an end."""
-    low, point, high = shown(estimate.low), shown(estimate.point), shown(estimate.high)
+    low, point, high = shown(estimate.low), shown(estimate.value), shown(estimate.high)
     if low == high:
         return point
-    return f"{low}..{high}" if estimate.point in (estimate.low, estimate.high) else f"{point} ({low}..{high})"
+    return f"{low}..{high}" if estimate.value in (estimate.low, estimate.high) else f"{point} ({low}..{high})"
 
 
 def stops_text(advice: Advice) -> str:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 import signal
@@ -88,7 +89,8 @@ class Trial:
         if classes is None:
             count = min(self.training_examples, MOST_LABELS)
             stride = self.training_examples / count
-            classes, rarest = classes_in(self._fetch([int(i * stride) for i in range(count)]))
+            looked_at = self._fetch([int(i * stride) for i in range(count)])
+            classes, rarest = classes_in(looked_at, is_all=count == self.training_examples)
         return {
             "device": self._device.type,
             "memory_bytes": self.memory_bytes,
@@ -150,8 +152,12 @@ def limit_device(device: torch.device, memory_bytes: int | None) -> int:
     return limit
 
 
-def classes_in(batch: Any) -> tuple[int | None, float | None]:
-    """Classes and the rarest's share, where a batch is (inputs, integer labels (examples,)); else None."""
+def classes_in(batch: Any, *, is_all: bool) -> tuple[int | None, float | None]:
+    """Classes and the rarest's share, where a batch is (inputs, integer labels (examples,)); else None.
+
+    Where it `is_all` of the examples, counts are what they are. In a sample the smallest of many counts is small by
+    chance: unless they differ by more than chance (chi-squared), the classes are taken to be equally frequent.
+    """
     import torch
 
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], torch.Tensor)):
@@ -162,6 +168,11 @@ def classes_in(batch: Any) -> tuple[int | None, float | None]:
     counts = torch.unique(labels, return_counts=True)[1]
     if len(counts) > len(labels) // 2:  # numbers of some other kind
         return None, None
+    expected = len(labels) / len(counts)
+    chi2 = float(((counts - expected).square() / expected).sum())
+    freedom = len(counts) - 1
+    if not is_all and chi2 <= freedom + 3 * math.sqrt(2 * freedom):
+        return len(counts), 1 / len(counts)
     return len(counts), counts.min().item() / len(labels)
 
 

@@ -85,7 +85,7 @@ def answer(run_directory: Path, question: Question, *, as_json: bool) -> str:
     Raises:
         UsageError: no record of a run, or what `advise` and writing a file refuse.
     """
-    from ddp.diagnostics.advice_page import write_page
+    from ddp.diagnostics.advice_page import write_advice_page
     from ddp.diagnostics.advice_text import text, to_json
     from ddp.diagnostics.advise import advise as ask
 
@@ -96,7 +96,7 @@ def answer(run_directory: Path, question: Question, *, as_json: bool) -> str:
     advice = ask(run_directory, question)
     page = None
     if importlib.util.find_spec("matplotlib") is not None:
-        page = write_page(advice, run_directory / "advice.html")
+        page = write_advice_page(advice, run_directory / "advice.html")
     if as_json:
         return json.dumps({**to_json(advice), "page": page and str(page)}, indent=2, allow_nan=False)
     where = f"Plot: {page}" if page else "No plot: it needs matplotlib: pip install -e '.[report]'"

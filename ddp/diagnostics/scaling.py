@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ddp.diagnostics.communication import Communication
 from ddp.diagnostics.step_time import StepCost
-from ddp.noise.efficiency import Estimate, between, data_efficiency, fastest_batch, steps_ratio
+from ddp.noise.efficiency import between, data_efficiency, fastest_batch, steps_ratio
+from ddp.noise.estimate import Estimate
 
 PAYS = 1.5  # twice the ranks pay where they make a run at least so much faster
 MOST_RANKS = 1 << 20
@@ -168,7 +169,7 @@ class Scaling:
         def stops(b: float) -> int | None:
             return _first_that_does_not_pay(lambda ranks: seconds(ranks, b), limit)
 
-        point, low, high = stops(noise_scale.point), stops(noise_scale.low), stops(noise_scale.high)
+        point, low, high = stops(noise_scale.value), stops(noise_scale.low), stops(noise_scale.high)
         at = point or limit
         cost = between(lambda b: at * seconds(at, b) / seconds(1, b), noise_scale)
         return StopsPaying(point, low, high, limit, cost)
@@ -184,7 +185,7 @@ def _first_that_does_not_pay(seconds: Callable[[int], float], limit: int) -> int
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    return Estimate(factor * estimate.point, factor * estimate.low, factor * estimate.high)
+    return Estimate(factor * estimate.value, factor * estimate.low, factor * estimate.high)
 
 
 def _power_of_two(at_most: int) -> int:

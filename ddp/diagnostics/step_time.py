@@ -33,6 +33,7 @@ SplitBy = Literal["run", "trials", "nothing"]
 class StepSeconds:
     """One step of the run: means over its ranks, and the time until the next step was done."""
 
+    batch_size: int  # of all ranks together, of a step that is no epoch's uneven last
     examples: float  # of one rank
     micro_batches: int  # of one rank
     computing: float  # data, forward, backward
@@ -53,7 +54,8 @@ class StepCost:
         waiting_share: of computing, waiting for slower ranks; taken to be the same for any number of ranks. That
             for what rank 0 does besides (its telemetry) is in `step_seconds`.
         micro_batch_size: examples a rank holds at once.
-        measured_seconds: the whole step of the run, and `measured_steps` how many of them there were.
+        measured_seconds: the whole step of the run at `measured_batch_size` examples over all ranks, and
+            `measured_steps` how many of them there were.
         split_by: what told f from c.
     """
 
@@ -64,6 +66,7 @@ class StepCost:
     waiting_share: float
     micro_batch_size: int
     measured_seconds: float
+    measured_batch_size: int
     measured_steps: int
     split_by: SplitBy
 
@@ -108,16 +111,17 @@ def observe(
 
 
 def fit(info: RunInfo, steps: Sequence[StepSeconds], trials: Sequence[tuple[int, float]] = ()) -> StepCost | None:
-    """The model of the steps of the latest global batch size; None where they are fewer than five.
+    """The model of the steps of the latest global batch size that has five; None where none has.
 
     Args:
         trials: (examples, seconds) of forward and backward at several sizes, only to tell f from c where the
             run's own micro-batches were all alike. Only their proportion counts, not how fast the machine was.
     """
-    if len(steps) < FEWEST_STEPS:
+    alike = _latest_alike(steps, info.world_size)
+    if not alike:
         return None
-    usual = statistics.median([step.examples for step in steps[-len(steps) // 2 :]])
-    alike = [step for step in steps if abs(step.examples - usual) <= 0.1 * usual]
+    batch_size = alike[0].batch_size
+    usual = batch_size / info.world_size
 
     def median(name: str) -> float:
         return statistics.median(getattr(step, name) for step in alike)
@@ -134,15 +138,27 @@ def fit(info: RunInfo, steps: Sequence[StepSeconds], trials: Sequence[tuple[int,
         waiting_share=imbalance / computing if computing > 0 else 0.0,
         micro_batch_size=info.micro_batch_size,
         measured_seconds=whole,
+        measured_batch_size=batch_size,
         measured_steps=len(alike),
         split_by=split_by,
     )
+
+
+def _latest_alike(steps: Sequence[StepSeconds], world_size: int) -> list[StepSeconds]:
+    """Those of the latest batch size of which enough steps were timed; an epoch's uneven last ones are not."""
+    full = [step for step in steps if abs(step.examples * world_size - step.batch_size) <= 0.1 * step.batch_size]
+    for batch_size in dict.fromkeys(step.batch_size for step in reversed(full)):
+        alike = [step for step in full if step.batch_size == batch_size]
+        if len(alike) >= FEWEST_STEPS:
+            return alike
+    return []
 
 
 def _step(info: RunInfo, before: StepRecord, after: StepRecord, held: int) -> StepSeconds:
     computing = [sum(rank[phase] for phase in COMPUTING) for rank in after.phase_seconds]
     mean = statistics.fmean(computing)
     return StepSeconds(
+        batch_size=before.global_batch_size,
         examples=before.examples / info.world_size,
         micro_batches=-(-before.examples // (info.world_size * held)),
         computing=mean,

@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ddp.noise.estimate import Estimate
 from ddp.noise.hyperbola import Array
 
 DRAWS = 1_000
@@ -39,15 +40,6 @@ class Cell:
     def reached(self) -> bool:
         """Whether every run did: a learning rate that fails on some seeds is none to train with."""
         return bool(self.steps) and all(math.isfinite(steps) and steps > 0 for steps in self.steps)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A value and its interval, in the value's own unit."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddp.noise.best_rate import DRAWS, Cell, DrawnBest, Estimate, bootstrap_best, estimate
+from ddp.noise.best_rate import DRAWS, Cell, DrawnBest, bootstrap_best, estimate
+from ddp.noise.estimate import Estimate
 from ddp.noise.hyperbola import Array, CurveFit, fit_curve
 
 FEWEST_BATCH_SIZES = 5

@@ -10,22 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from ddp.noise.estimate import Estimate
 from ddp.noise.noise_scale import Reading
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A point with the two ends of its interval, low <= high; an end may be infinite, and the point too."""
-
-    point: float
-    low: float
-    high: float
-
-    @classmethod
-    def exactly(cls, value: float) -> Estimate:
-        return cls(value, value, value)
 
 
 def noise_scale_of(reading: Reading) -> Estimate:
@@ -37,7 +24,7 @@ def noise_scale_of(reading: Reading) -> Estimate:
 def between(function: Callable[[float], float], noise_scale: Estimate) -> Estimate:
     """`function` of B, which rises or falls all along, at the point and at both ends of B."""
     ends = function(noise_scale.low), function(noise_scale.high)
-    return Estimate(function(noise_scale.point), min(ends), max(ends))
+    return Estimate(function(noise_scale.value), min(ends), max(ends))
 
 
 def data_efficiency(noise_scale: float, global_batch_size: float) -> float:

@@ -49,12 +49,14 @@ class HarmlessBatch:
 
     Attributes:
         batch_size: None where not even the second smallest is shown to be harmless.
+        base: the batch size that all are compared with.
         at_least: it is the largest one tried, so the limit lies beyond.
         margin, significance: of the tests.
         comparisons: with each larger batch size, ascending.
     """
 
     batch_size: float | None
+    base: float
     at_least: bool
     margin: float
     significance: float
@@ -66,9 +68,10 @@ def largest_harmless_batch(
     *,
     margin: float = MARGIN,
     significance: float = SIGNIFICANCE,
+    need_interior: bool = True,
     draws: int = DRAWS,
     seed: int = 0,
-) -> HarmlessBatch:
+) -> HarmlessBatch | None:
     """Two one-sided tests (Schuirmann 1987) of log examples against the smallest batch size that reached the target.
 
     Batch sizes are tested in ascending order up to the first that is not harmless, so that the chance of calling a
@@ -79,14 +82,22 @@ def largest_harmless_batch(
         cells: as for `critical_batch`; at least two seeds a cell.
         margin: the largest ratio of examples that counts as no harm, above 1.
         significance: of each test.
+        need_interior: whether only batch sizes count whose best learning rate lies inside those tried, as for
+            `critical_batch`: at the edge one takes more examples than it would have to, and makes others look harmless.
+
+    Returns:
+        None with fewer than two batch sizes that count.
     """
-    drawn = bootstrap_best(cells, draws, seed)
+    drawn = [each for each in bootstrap_best(cells, draws, seed) if each.interior or not need_interior]
+    if len(drawn) < 2:
+        return None
     comparisons = tuple(_compare(drawn[0], each, margin, significance) for each in drawn[1:])
     passed = 0
     while passed < len(comparisons) and comparisons[passed].harmless:
         passed += 1
     largest = comparisons[passed - 1].batch_size if passed else None
-    return HarmlessBatch(largest, bool(passed) and passed == len(comparisons), margin, significance, comparisons)
+    at_least = bool(passed) and passed == len(comparisons)
+    return HarmlessBatch(largest, drawn[0].batch_size, at_least, margin, significance, comparisons)
 
 
 def _compare(base: DrawnBest, other: DrawnBest, margin: float, significance: float) -> Comparison:

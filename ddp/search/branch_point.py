@@ -42,7 +42,7 @@ def read_branch_point(path: Path, sweep: Sweep) -> BranchPoint:
     Raises:
         CheckpointError: it cannot be read.
         JobFileError: the run's job file cannot be read.
-        UsageError: the run's task or optimizer is not the sweep's.
+        UsageError: the run's task or optimizer is not the sweep's, or its learning rate had come down to 0.
     """
     path = path.resolve()
     manifest = checkpoint.verify(path)
@@ -53,11 +53,17 @@ def read_branch_point(path: Path, sweep: Sweep) -> BranchPoint:
             raise UsageError(f"{path}: a run of {table} {there}, and the sweep file has {table}.name = {here!r}")
     shared = checkpoint.load_shared(path)
     adapted = shared["course"]["batch"]
+    rate = float(shared["optimizer"]["param_groups"][0]["lr"])
+    if not rate > 0:
+        raise UsageError(
+            f"{path}: the run's learning rate is {rate:g} here, its schedule is over: branches cannot go on from it; give "
+            'an earlier checkpoint (checkpoint.every_steps saves some), or train with schedule.name = "constant"'
+        )
     return BranchPoint(
         origin=str(path),
         step=manifest.step,
         batch_size=int(adapted["size"]) if adapted else job.batch.examples_per_step(manifest.world_size),
-        learning_rate=float(shared["optimizer"]["param_groups"][0]["lr"]),
+        learning_rate=rate,
     )
 
 

@@ -101,6 +101,8 @@ def _targets(loop: SearchLoop, sweep: Sweep, path: Path, plan: BranchPlan) -> tu
     if not curve:
         raise UsageError(f"{plan.origin}: cannot be gone on from: {loop.done[-1].cause}")
     start = curve[0][1]
+    if not math.isfinite(start):
+        raise UsageError(f"{plan.origin}: its training loss is {start:g}: give a checkpoint of a run that trains")
     losses = given or [float(f"{loss_after(curve, PILOT_STEPS / 1.13):.{DIGITS}g}")]
     targets = tuple(loss for loss in losses if loss < start)
     if not targets:

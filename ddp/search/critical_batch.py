@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ from ddp.search.store import (
 from ddp.search.sweep_file import Sweep
 from ddp.search.workers import Failed, Pool
 from ddp.training.signals import StopRequest, stop_on_signals
+
+logger = logging.getLogger("ddp.search")
 
 POLL_SECONDS = 0.2  # between looks at whether a signal came
 HOPELESS_FAILURES = 3  # trials that failed before any did not: something is wrong with all of them
@@ -63,7 +67,8 @@ def search(
     directory = sweep.directory
     path = directory / FILE_NAME
     with alone_in(directory):
-        refuse_to_mix(path, sweep, resume=resume, begun=read_fact(path, DEFINITION) is not None)
+        begun = any(trial.method != "branched" for trial in read_trials(path))
+        refuse_to_mix(path, sweep, resume=resume, begun=begun)
         with (
             Pool(sweep, workers or sweep.section.workers, allow_import=allow_import) as pool,
             stop_on_signals() as stop,
@@ -83,7 +88,10 @@ def write_results(directory: Path) -> None:
     from ddp.search.findings import write_result
 
     write_result(directory)
-    write_critical_batch_report(directory)
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("no %s: it needs matplotlib, pip install -e '.[report]'", directory / "report.html")
+    else:
+        write_critical_batch_report(directory)
 
 
 def _targets(loop: SearchLoop, sweep: Sweep, path: Path) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp.noise.best_rate import Estimate
+from ddp.noise.estimate import Estimate
 from ddp.noise.hyperbola import log_curve
 from ddp.search.findings import BatchRow, Finding
 from ddp.telemetry.charts import PALETTE, SIZE_INCHES, Drawing, Key, finished_drawing, log_axis, new_figure

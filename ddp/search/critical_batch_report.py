@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import time
 from collections.abc import Sequence
 from html import escape
@@ -16,14 +15,14 @@ from itertools import groupby
 from pathlib import Path
 
 from ddp.errors import UsageError
-from ddp.noise.best_rate import Estimate
 from ddp.search import critical_batch_charts as charts
 from ddp.search.findings import BatchRow, Finding, findings
+from ddp.search.findings_text import in_words
 from ddp.search.segment import SegmentComparison, comparisons
 from ddp.search.store import FILE_NAME, read_trials
 from ddp.telemetry.charts import SETTINGS, WIDE_INCHES
 from ddp.telemetry.progress import number_text
-from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html
+from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html, write_page
 
 REPORT = "report.html"
 HEADINGS = (
@@ -46,10 +45,7 @@ def write_critical_batch_report(out_dir: Path) -> Path:
     if not found:
         raise UsageError(f"{out_dir / FILE_NAME}: no trial has finished yet; run `python -m ddp critical-batch` first")
     path = out_dir / REPORT
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(render(found, comparisons(trials), out_dir.resolve().name, time.time()), encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_page(path, render(found, comparisons(trials), out_dir.resolve().name, time.time()))
 
 
 def render(found: Sequence[Finding], compared: Sequence[SegmentComparison], name: str, unix_time: float) -> str:
@@ -62,67 +58,6 @@ def render(found: Sequence[Finding], compared: Sequence[SegmentComparison], name
     )
     body = cards_html(_cards(found)) + _comparisons(compared) + "".join(_group(group) for group in groups)
     return document(title=name, notes=(note,), body=body, footer=f"Made {made} from {FILE_NAME}.")
-
-
-def in_words(finding: Finding) -> str:
-    """What was found, for which optimizer and target, in a few sentences."""
-    return " ".join(part for part in (_value(finding), _check(finding), _compared(finding), _harmless(finding)) if part)
-
-
-def estimate_text(estimate: Estimate) -> str:
-    """Value and interval, such as `62 [55, 71]`."""
-    return f"{number_text(estimate.value)} [{number_text(estimate.low)}, {number_text(estimate.high)}]"
-
-
-def _value(finding: Finding) -> str:
-    fit = finding.fit
-    start = f"{finding.name}{_where(finding)}:"
-    if fit.critical_batch_size is None:
-        return f"{start} no critical batch size, because {fit.reason}."
-    assert fit.smallest_steps is not None and fit.smallest_examples is not None
-    sizes = sum(best.interior or finding.method == "branched" for best in fit.best)
-    return (
-        f"{start} the critical batch size is {estimate_text(fit.critical_batch_size)} examples "
-        f"({100 * fit.confidence:.0f} % interval; {sizes} batch sizes, {finding.runs} runs). A huge batch would take "
-        f"{estimate_text(fit.smallest_steps)} steps, a tiny one {estimate_text(fit.smallest_examples)} examples."
-    )
-
-
-def _where(finding: Finding) -> str:
-    return f", from {finding.origin}" if finding.method == "branched" else ""
-
-
-def _check(finding: Finding) -> str:
-    """Whether the model behind the value holds."""
-    exponent = finding.fit.exponent
-    if exponent is None or finding.fit.critical_batch_size is None:
-        return ""
-    value = f"{exponent.value:.2f} [{exponent.low:.2f}, {exponent.high:.2f}]"
-    verdict = "the hyperbola holds" if finding.fit.hyperbola_holds else "the hyperbola does not quite hold"
-    return f"With a free exponent it is {value} where the model has 1: {verdict}."
-
-
-def _compared(finding: Finding) -> str:
-    measured, parts = finding.fit.critical_batch_size, []
-    for name, predicted in (("plain", finding.predicted_plain), ("preconditioned", finding.predicted_preconditioned)):
-        if predicted is not None:
-            text = f"{estimate_text(predicted)} ({name})"
-            parts.append(text if measured is None else f"{text}, {predicted.value / measured.value:.2g} times that")
-    if not parts:
-        return ""
-    return f"The noise scale on the way predicted {' and '.join(parts)}; in brackets its range over batch sizes."
-
-
-def _harmless(finding: Finding) -> str:
-    harmless = finding.harmless
-    if harmless is None:
-        return ""
-    base = finding.rows[0].batch_size
-    meaning = f"examples to the target shown to be at most {harmless.margin:g} times those at {base}"
-    if harmless.batch_size is None:
-        return f"No batch size above {base} is shown to do no harm ({meaning})."
-    more = ", the largest tried" if harmless.at_least else ""
-    return f"The largest batch that does no harm is {number_text(harmless.batch_size)}{more} ({meaning})."
 
 
 # --- parts of the page ----------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ddp.noise.best_rate import Cell, Estimate
+from ddp.noise.best_rate import Cell
 from ddp.noise.critical_batch import BestRate, CriticalBatch, critical_batch
+from ddp.noise.estimate import Estimate
 from ddp.noise.harmless_batch import HarmlessBatch, largest_harmless_batch
 from ddp.noise.interval import t_quantile
 from ddp.search.store import FILE_NAME, TrialMethod, TrialResult, read_trials
@@ -154,7 +155,7 @@ def _finding(trials: Sequence[TrialResult], index: int) -> Finding:
         origin=first.origin,
         target=first.targets[index],
         fit=fit,
-        harmless=largest_harmless_batch(cells) if len(rows) > 1 else None,
+        harmless=largest_harmless_batch(cells, need_interior=first.method != "branched"),
         rows=rows,
         predicted_plain=_predicted([row.noise_plain for row in rows]),
         predicted_preconditioned=_predicted([row.noise_preconditioned for row in rows]),
@@ -174,8 +175,12 @@ def fit_of(cells: Iterable[Cell], method: TrialMethod) -> CriticalBatch:
 
 
 def cells_of(trials: Sequence[TrialResult], steps: Sequence[float]) -> list[Cell]:
-    """Trials that differ by their seed alone, with the steps of each (NaN where a trial did not arrive), in order."""
-    pairs = sorted(zip(trials, steps, strict=True), key=lambda pair: _cell_key(pair[0]))
+    """Trials that differ by their seed alone, with the steps of each (NaN where a trial did not arrive), in order.
+
+    One that failed says nothing of its learning rate: it may have been killed.
+    """
+    known = [pair for pair in zip(trials, steps, strict=True) if pair[0].stopped_because != "failed"]
+    pairs = sorted(known, key=lambda pair: _cell_key(pair[0]))
     return [
         Cell(size, rate, tuple(steps if steps > 0 else math.nan for _, steps in group))
         for (size, rate), group in groupby(pairs, key=lambda pair: _cell_key(pair[0]))

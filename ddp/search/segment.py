@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ddp.errors import UsageError
-from ddp.noise.best_rate import Estimate
 from ddp.noise.critical_batch import CriticalBatch, critical_batch
+from ddp.noise.estimate import Estimate
 from ddp.search.curve import steps_to_targets
 from ddp.search.findings import FEWEST_BRANCH_STEPS, cells_of
 from ddp.search.store import DEFINITION, FILE_NAME, TrialResult, read_fact, read_trials

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -156,12 +156,14 @@ def _unwritten(path: Path, error: sqlite3.OperationalError) -> DdpError:
 
 
 def _to_sql(value: object) -> object:
-    """Sequences as JSON, which SQLite has not; NaN as text, which it would turn into NULL."""
+    """Sequences as JSON, which SQLite has not; what is not finite as text, for which neither has a number."""
+    return json.dumps(_plain(value), allow_nan=False) if isinstance(value, tuple) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return json.dumps(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return value
+        return [_plain(each) for each in value]  # type: ignore[reportUnknownVariableType]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _from_sql(name: str, value: Any) -> Any:
@@ -173,8 +175,3 @@ def _from_sql(name: str, value: Any) -> Any:
     if kind == "float":
         return float(value)
     return bool(value) if kind == "bool" else value
-
-
-def finished(trials: Sequence[TrialResult], method: TrialMethod = "sweep") -> list[TrialResult]:
-    """Those of one method that ended by themselves: not failed."""
-    return [trial for trial in trials if trial.method == method and trial.stopped_because != "failed"]

@@ -6,8 +6,6 @@ A [sweep] table beside a job: either the tables of a job file in the same file, 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ddp.errors import JobFileError
 from ddp.job import Job, Positive, PositiveFloat, Section, apply_overrides, parse_job
+from ddp.noise.critical_batch import FEWEST_BATCH_SIZES
 
 SMALLEST_FACTOR = 64  # of the largest batch size over the smallest: less does not show both ends of the curve
 LARGE_MICRO_BATCH = 256  # examples held at once where the job leaves it open
@@ -59,6 +58,8 @@ class SweepSection(Section):
     def _far_apart(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
         if not sizes or max(sizes) < SMALLEST_FACTOR * min(sizes):
             raise ValueError(f"the largest must be at least {SMALLEST_FACTOR} times the smallest")
+        if len(set(sizes)) < FEWEST_BATCH_SIZES:
+            raise ValueError(f"a fit takes at least {FEWEST_BATCH_SIZES} different ones")
         return tuple(sorted(set(sizes)))
 
     @field_validator("learning_rates")
@@ -106,10 +107,6 @@ class Sweep:
         section = self.section.model_dump(mode="json", exclude={"job", "directory", "workers"})
         tables = self.job.model_dump(mode="json", include={"task", "batch", "optimizer", "schedule", "evaluation"})
         return {"sweep": section, **tables, "seed": self.job.run.seed}
-
-    def fingerprint(self) -> str:
-        """A digest of `definition`."""
-        return hashlib.sha256(json.dumps(self.definition(), sort_keys=True).encode()).hexdigest()
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:

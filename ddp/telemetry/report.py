@@ -7,9 +7,7 @@ are in the page, and its content security policy forbids it to fetch anything.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sqlite3
-import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
 from ddp.telemetry.recording import PartsMoment
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
 from ddp.telemetry.report_cards import run_cards
-from ddp.telemetry.report_page import Chart, page
+from ddp.telemetry.report_page import Chart, page, write_page
 from ddp.telemetry.report_tables import changes_table, critical_table, readings_table
 from ddp.telemetry.summary import History
 
@@ -63,8 +61,7 @@ def write_report(run_dir: Path) -> Path:
     job = run_dir / "job.toml"
     job_text = job.read_text(encoding="utf-8", errors="replace") if job.is_file() else ""
     path = run_dir / "report.html"
-    _replace_text(path, render(recorded, job_text, time.time()))
-    return path
+    return write_page(path, render(recorded, job_text, time.time()))
 
 
 def read_recorded(path: Path) -> Recorded:
@@ -208,15 +205,3 @@ def _layer_figure(recorded: Recorded, headline: Metric) -> list[Chart]:
     if left_out := rows_left_out(moments):
         caption += f" {left_out:,} more are in run.db."
     return [Chart("Noise scale of each layer", narrow, caption, wide)]
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a browser never loads half a page."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.rename(temporary, path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot write the report: {error.strerror}") from None

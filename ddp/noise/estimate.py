@@ -1,0 +1,19 @@
+"""A value and the interval around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """In the value's own unit; low <= high, an end may be infinite, and the value too; all NaN where nothing is known."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def exactly(cls, value: float) -> Self:
+        return cls(value, value, value)
