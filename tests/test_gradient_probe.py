@@ -106,7 +106,7 @@ def test_the_preconditioner_is_what_the_optimizer_divides_by(name: str) -> None:
     weight = nn.Parameter(torch.randn(40, dtype=torch.float64))
     optimizer = OPTIMIZERS[name]([weight])
     preconditioner = preconditioner_of(optimizer)
-    assert preconditioner is not None and preconditioner.steps() == 0 and preconditioner.denominators() == {}
+    assert preconditioner is not None and preconditioner.denominators() == {}
     first = torch.zeros(40, dtype=torch.float64)
     for step in range(1, 8):
         weight.grad = torch.randn(40, dtype=torch.float64) * (5 if step == 3 else 1)
@@ -114,29 +114,36 @@ def test_the_preconditioner_is_what_the_optimizer_divides_by(name: str) -> None:
         before = weight.detach().clone() * (1 - 0.01 * optimizer.param_groups[0]["weight_decay"] * ("w" in name))
         optimizer.step()
         applied = (before - weight.detach()) / (0.01 * first / (1 - 0.8**step))
-        assert preconditioner.steps() == step
-        denominator = preconditioner.denominators()[weight]
+        assert preconditioner.denominators(step + 1) == {}
+        denominator = preconditioner.denominators(step)[weight]
         found = 1 / (denominator.second_moment.sqrt() * denominator.root_correction + denominator.epsilon)
         assert found.numpy() == pytest.approx(applied.numpy(), rel=1e-6)
 
 
-def test_only_adam_has_one_and_the_youngest_parameter_counts() -> None:
-    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+def test_only_adam_has_one_and_what_has_not_settled_is_left_out() -> None:
+    """50 steps settle a parameter; one that is used late says nothing until then, unless it is most of what there is."""
+    one, small, large = (nn.Parameter(torch.ones(size)) for size in (4, 3, 9))
     assert preconditioner_of(SGD([one])) is None and preconditioner_of(None) is None
-    optimizer = Adam([one])
-    optimizer.add_param_group({"params": [two]})
+    optimizer = Adam([one, small, large])
     preconditioner = preconditioner_of(optimizer)
-    assert preconditioner is not None and preconditioner.steps() == 0
-    one.grad = torch.ones(2)
-    optimizer.step()
-    assert preconditioner.steps() == 1, "one that never had a gradient says nothing"
-    assert preconditioner.denominators().keys() == {one}
-    optimizer.step()
-    two.grad = torch.ones(2)
-    optimizer.step()
-    assert preconditioner.steps() == 1
-    two.requires_grad_(False)
-    assert preconditioner.steps() == 3
+    assert preconditioner is not None
+
+    def settled(steps: int, *used: nn.Parameter) -> set[int] | None:
+        for _ in range(steps):
+            for each in (one, small, large):
+                each.grad = torch.ones_like(each) if any(each is other for other in used) else None
+            optimizer.step()
+        found = preconditioner.settled()
+        return None if found is None else {each.numel() for each in found}
+
+    assert settled(0) is None and settled(49, one) is None
+    assert settled(1, one) == {4}, "those that never had a gradient say nothing"
+    assert settled(49, one, small) == {4}
+    assert settled(1, one, small) == {4, 3}
+    assert settled(1, one, large) is None, "most of it has just begun"
+    assert settled(49, one, large) == {4, 3, 9}
+    small.requires_grad_(False)
+    assert settled(0) == {4, 9}
 
 
 def test_layers_are_modules_with_parameters_and_groups_the_optimizers() -> None:

@@ -164,6 +164,6 @@ def test_all_ranks_sample_the_same_steps_and_read_the_same(
 ) -> None:
     seen = rank_pool.run(world_size, sample_by_the_clock, transport)
     assert all(one == seen[0] for one in seen)
-    assert set(range(1, 26)) <= set(seen[0].sampled) and set(range(51, 76)) <= set(seen[0].sampled)
+    assert set(range(1, 100)) <= set(seen[0].sampled)
     assert len(seen[0].sampled) < 120 and max(seen[0].intervals) > 1
     assert "headline='preconditioned'" in seen[0].readings[-1]

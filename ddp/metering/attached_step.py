@@ -88,13 +88,13 @@ class AttachedSteps:
         self._sampled_every = 0
         self._lonely_said = False
 
-    def samples(self, step: int, *, hurry: bool) -> bool:
+    def samples(self, step: int) -> bool:
         """Whether `step`, 1 for the first, is sampled; the same on all ranks that have taken in the same rows."""
         cadence = self.tracker.cadence
-        if not cadence.is_due(step, hurry=hurry):
+        if not cadence.is_due(step):
             return False
-        self._sampled_every = cadence.interval(step, hurry=hurry)
-        cadence.took(step, hurry=hurry)
+        self._sampled_every = cadence.interval(step)
+        cadence.took(step)
         return True
 
     def send_squares(self, step: StepBehind) -> None:

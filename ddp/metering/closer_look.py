@@ -19,8 +19,6 @@ from torch.optim import Optimizer
 from ddp.metering.parts import Parts, parts_of
 from ddp.metering.preconditioner import preconditioner_of
 from ddp.metering.probe import GradientProbe, UnitSums
-from ddp.noise.readings import Metric
-from ddp.noise.tracker import SETTLED_STEPS, NoiseScaleTracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +60,12 @@ class CloserLook:
         self._told_apart = True
         self._seconds = 0.0
 
-    def hurries(self, step: int, tracker: NoiseScaleTracker) -> bool:
-        """Whether a window is too empty for a reading, so that steps are sampled more often."""
-        adaptive = self._preconditioner is not None and step > SETTLED_STEPS
-        metric: Metric = "preconditioned" if adaptive else "plain"
-        return tracker.hurries(metric, parts=self.parts is not None)
-
     def start(self) -> None:
         """Before a step's first backward, with the optimizer's second moments as they stand."""
         began = time.perf_counter()
-        preconditioner = self._preconditioner
-        self._preconditioned = preconditioner is not None and preconditioner.steps() >= SETTLED_STEPS
-        self._probe.start(preconditioner.denominators() if preconditioner and self._preconditioned else None)
+        denominators = self._preconditioner.settled() if self._preconditioner is not None else None
+        self._preconditioned = denominators is not None
+        self._probe.start(denominators)
         self.active, self._forwards, self._told_apart = True, 0, True
         self._seconds = time.perf_counter() - began
 

@@ -12,6 +12,7 @@ import atexit
 import logging
 import math
 import weakref
+from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -95,14 +96,16 @@ class GradientMeter:
 
     @property
     def readings(self) -> NoiseReadings:
-        """Everything known of the noise scale, one step behind; `parts` after sampled steps, later one in four."""
+        """Everything known of the noise scale, one step behind; `parts` as of the last sampled step."""
         self._steps.take_in(wait=True)
-        return self._steps.tracker.readings
+        tracker = self._steps.tracker
+        return replace(tracker.readings, parts=tracker.part_readings)
 
     @property
     def reading(self) -> Reading:
         """The newest headline reading, one step behind; `unresolved` until enough steps were observed."""
-        return self.readings.reading
+        self._steps.take_in(wait=True)
+        return self._steps.tracker.readings.reading
 
     def step(self, examples: int | None = None, weight: float | None = None) -> Reading:
         """Say that an optimizer step is over; returns the newest headline reading, which lags one step.
@@ -161,7 +164,7 @@ class GradientMeter:
         self._decided = True
         self._steps.take_in(wait=True)
         step = self._step_count + 1
-        if self._steps.samples(step, hurry=self._look.hurries(step, self._steps.tracker)):
+        if self._steps.samples(step):
             self._look.start()
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:

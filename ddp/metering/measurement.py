@@ -28,14 +28,12 @@ from ddp.metering.parts import parts_of
 from ddp.metering.preconditioner import preconditioner_of
 from ddp.metering.probe import GradientProbe, UnitSums
 from ddp.metering.sampled_squares import SampledSquares
-from ddp.noise.readings import Method, Metric, NoiseReadings
-from ddp.noise.sampling import STEADY_INTERVAL, SampleEvery
-from ddp.noise.tracker import SETTLED_STEPS, NoiseScaleTracker, StepMoments
+from ddp.noise.readings import Method, NoiseReadings
+from ddp.noise.sampling import STEADY_INTERVAL, SampleEvery, relaxed
+from ddp.noise.tracker import NoiseScaleTracker, StepMoments
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.gradient_squares import Denominator
 from ddp.transport.row import StepRow
-
-SPLIT_EVERY = STEADY_INTERVAL  # two halves round otherwise than one whole, and a run must not depend on a clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,6 @@ class _Sample:
     halves: bool  # the units are the halves of one rank's batch
     hooked: bool  # own squared norms come from leaf hooks
     denominators: Mapping[Tensor, Denominator] | None  # Adam's, once they have settled
-    hurry: bool = False  # sampled because windows were too empty
     own: UnitSums | None = None
 
 
@@ -94,12 +91,13 @@ class NoiseMeasurement:
             exchange.transport.prepare({torch.float64})
 
     def splits(self, step: int) -> bool:
-        """Whether the only rank takes its only micro-batch of this step in two halves."""
+        """Whether the only rank takes its only micro-batch of this step in two halves.
+
+        Two halves round otherwise than one whole, and a run must not depend on a clock: it goes by the step alone.
+        """
         if self.settings.split != "auto":
             return self.settings.split
-        if self.settings.sample_every == "relaxing":  # the run goes by the clock anyway
-            return not self._batch_statistics and self.tracker.cadence.is_due(step)
-        return not self._batch_statistics and step % self._split_every == 0
+        return not self._batch_statistics and step % self._split_every(step) == 0
 
     def begin(self, step: int, *, accumulates: bool, halves: bool = False) -> None:
         """Before the first backward of `step`, 1 for the first.
@@ -112,7 +110,7 @@ class NoiseMeasurement:
         self._previous_seconds, self._seconds = self._seconds, 0.0
         self._sample = self._sample_of(step, accumulates=accumulates, halves=halves)
         if self._sample is not None:
-            self.tracker.cadence.took(step, hurry=self._sample.hurry)
+            self.tracker.cadence.took(step)
             if self._sample.hooked:
                 self._probe.start(self._sample.denominators)
             self._seconds = time.perf_counter() - began
@@ -160,25 +158,17 @@ class NoiseMeasurement:
         several = accumulates or ranks > 1
         if not several or not (accumulates or preconditioner or self._parts is not None):
             return None  # nothing to compare, or nothing that is not known in every step
-        metric: Metric = "preconditioned" if preconditioner and step > SETTLED_STEPS else "plain"
-        hurry = self.tracker.hurries(metric, parts=self._parts is not None)
-        self._sampled_every = self._interval(step, halves=halves, hurry=hurry)
-        if not halves and not self.tracker.cadence.is_due(step, hurry=hurry):
+        self._sampled_every = self._split_every(step) if halves else self.tracker.cadence.interval(step)
+        if not halves and not self.tracker.cadence.is_due(step):
             return None
-        settled = preconditioner is not None and preconditioner.steps() >= SETTLED_STEPS
-        denominators = preconditioner.denominators() if preconditioner is not None and settled else None
-        return _Sample(halves, accumulates or settled, denominators, hurry=hurry and not halves)
+        denominators = preconditioner.settled() if preconditioner is not None else None
+        return _Sample(halves, accumulates or denominators is not None, denominators)
 
-    def _interval(self, step: int, *, halves: bool, hurry: bool) -> int:
-        if halves and self.settings.sample_every != "relaxing":
-            return self._split_every
-        return self.tracker.cadence.interval(step, hurry=hurry and not halves)
-
-    @property
-    def _split_every(self) -> int:
+    def _split_every(self, step: int) -> int:
         if self.settings.split is True:
             return 1
-        return SPLIT_EVERY if isinstance(self.settings.sample_every, str) else self.settings.sample_every
+        given = self.settings.sample_every
+        return min(STEADY_INTERVAL, relaxed(step, self.tracker.cadence.restarted)) if isinstance(given, str) else given
 
     def _moments(
         self, units: StepUnits, sample: _Sample | None, rows: Sequence[StepRow], sums: GradientSums

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from ddp.noise.tracker import SETTLED_STEPS
 from ddp.transport.gradient_squares import Denominator
 
 
@@ -23,22 +24,27 @@ class AdamPreconditioner:
     def __init__(self, optimizer: Adam | AdamW) -> None:
         self._optimizer = optimizer
 
-    def denominators(self) -> dict[Tensor, Denominator]:
-        """sqrt(v_hat) + eps of each parameter, to be used before the optimizer's next step."""
+    def denominators(self, fewest_steps: int = 1) -> dict[Tensor, Denominator]:
+        """sqrt(v_hat) + eps of each parameter whose second moments have seen so many steps, before the next one."""
         steps = self._steps()
         return {
             parameter: _denominator(self._optimizer.state[parameter], group, steps[parameter])
             for group in self._optimizer.param_groups
             for parameter in group["params"]
-            if parameter in steps
+            if steps.get(parameter, 0.0) >= fewest_steps
         }
 
-    def steps(self) -> int:
-        """Steps that the second moments have seen; of the parameter that has the fewest, 0 before the first.
+    def settled(self) -> dict[Tensor, Denominator] | None:
+        """Those of parameters that are trained and whose second moments have seen `SETTLED_STEPS` steps.
 
-        One that has none after the others' first was never given a gradient: it is not trained, and says nothing.
+        One that had its first gradient late, or has one rarely, is left out. None while those that are left are less than
+        half of all elements that have second moments.
         """
-        return int(min((steps for each, steps in self._steps().items() if each.requires_grad), default=0.0))
+        begun = {each: found for each, found in self.denominators().items() if each.requires_grad}
+        settled = self.denominators(SETTLED_STEPS).keys() & begun.keys()
+        if not settled or 2 * sum(map(Tensor.numel, settled)) < sum(map(Tensor.numel, begun)):
+            return None
+        return {each: begun[each] for each in begun if each in settled}
 
     def _steps(self) -> dict[Tensor, float]:
         """A capturable or fused optimizer counts on the device: all counts are fetched at once."""

@@ -1,4 +1,4 @@
-"""How often to look closer: every K-th step, with K from what looking has cost.
+"""How often to look closer: every K-th step, with K from what looking has cost, and fewer steps near the start.
 
 Rows carry each rank's cost and time of the previous step, so all ranks see the same numbers and choose the same K.
 Only what leaves training as it is may be sampled by the clock: a run must not depend on how fast its machine was.
@@ -17,13 +17,20 @@ from ddp.errors import CheckpointError
 AIM = 0.005  # of a step's time, on average
 LARGEST_INTERVAL = 100
 STEADY_INTERVAL = 16  # where training depends on what is sampled
-RELAXATION = 50  # steps since the start or `restart` for each step of K: 25 observations take a third of that way
-LONGEST_HURRY = 100  # steps sampled in a hurry in a whole run: windows that are empty then will not fill
+RELAXATION = (
+    50  # steps since the start, or `restart`, for each of K: 25 observations lie in the last two fifths of these
+)
 COST_CYCLE = 4  # sampled steps after which what they cost repeats: the tracker reads the parts in one of them
 _COSTS, _STEPS = 3 * COST_CYCLE, 25  # newest sampled steps, and newest steps, which decide
 
 
-SampleEvery = Literal["auto", "steady", "relaxing"] | int
+SampleEvery = Literal["auto", "steady"] | int
+
+
+def relaxed(step: int, restarted: int = 0) -> int:
+    """The largest K at `step`: the noise scale moves with the logarithm of the steps, and a window must not span much
+    of a run. The first `2 * RELAXATION` steps are all sampled, which fills windows; the share of a long run is nil."""
+    return max(1, (step - restarted) // RELAXATION)
 
 
 class SamplingCadence:
@@ -31,44 +38,39 @@ class SamplingCadence:
 
     Args:
         every: K; "auto": from what looking has cost; "steady": `STEADY_INTERVAL`, whatever it costs, so that what
-            follows from the readings (a learning rate) is the same in every run; "relaxing": every step after the
-            start and after each `restart`, then ever fewer, but no fewer than "auto" takes: for what acts on the
-            readings and has to see soon what came of it.
+            follows from the readings (a learning rate) is the same in every run. Unless it is given, K is at most
+            `relaxed`.
 
     Attributes:
-        every: K, steps from one sampled step to the next, where nothing asks for more.
+        every: K, steps from one sampled step to the next, once a run is long.
+        restarted: the step of the last `restart`; 0 without one.
     """
 
     def __init__(self, every: SampleEvery) -> None:
         self._fixed = None if isinstance(every, str) else every
-        self._by_clock = every in ("auto", "relaxing")
-        self._relaxes = every == "relaxing"
+        self._by_clock = every == "auto"
         self.every = self._fixed or (1 if self._by_clock else STEADY_INTERVAL)
-        self._last = self._hurried = self._restarted = 0
+        self._last = self.restarted = 0
         self._costs: deque[float] = deque(maxlen=_COSTS)
         self._steps: deque[float] = deque(maxlen=_STEPS)
 
-    def is_due(self, step: int, *, hurry: bool = False) -> bool:
-        """Whether `step`, 1 for the first, is to be sampled. In a hurry (a window that is not filled yet) each step
-        is, unless K was given, or so many were that it would be filled if it could."""
+    def is_due(self, step: int) -> bool:
+        """Whether `step`, 1 for the first, is to be sampled."""
         if self._fixed is not None:
             return step % self._fixed == 0
-        return step - self._last >= self.interval(step, hurry=hurry)
+        return step - self._last >= self.interval(step)
 
-    def interval(self, step: int, *, hurry: bool = False) -> int:
+    def interval(self, step: int) -> int:
         """K as of `step`."""
-        if hurry and self._fixed is None and self._hurried < LONGEST_HURRY:
-            return 1
-        return min(self.every, max(1, (step - self._restarted) // RELAXATION)) if self._relaxes else self.every
+        return self._fixed or min(self.every, relaxed(step, self.restarted))
 
     def restart(self, step: int) -> None:
-        """What is measured is another thing from after `step` on: where K relaxes, it begins at 1 again."""
-        self._restarted = step
+        """What is measured is another thing from after `step` on, and is to be seen soon."""
+        self.restarted = step
 
-    def took(self, step: int, *, hurry: bool = False) -> None:
+    def took(self, step: int) -> None:
         """`step` was sampled."""
         self._last = step
-        self._hurried += hurry
 
     def observe(self, measuring_seconds: float, step_seconds: float) -> None:
         """What the slowest rank spent on measuring in a step, 0 where it was not sampled, and on all of that step."""
@@ -101,8 +103,7 @@ class SamplingCadence:
             return {}
         return {
             "last": self._last,
-            "hurried": self._hurried,
-            "restarted": self._restarted,
+            "restarted": self.restarted,
             "costs": list(self._costs),
             "steps": list(self._steps),
         }
@@ -116,12 +117,11 @@ class SamplingCadence:
         if self._fixed is not None or not state:
             return
         try:
-            last, hurried = int(state["last"]), int(state.get("hurried", 0))
-            restarted = int(state.get("restarted", 0))
+            last, restarted = int(state["last"]), int(state["restarted"])
             costs, steps = [float(each) for each in state["costs"]], [float(each) for each in state["steps"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"state of the sampling cannot be read: {error!r}") from error
-        self._last, self._hurried, self._restarted = last, hurried, restarted
+        self._last, self.restarted = last, restarted
         if self._by_clock:
             self._costs.extend(costs)
             self._steps.extend(steps)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddp.errors import CheckpointError
 from ddp.noise.moments import Moments
-from ddp.noise.noise_scale import SMALLEST_WINDOW, NoiseScaleWindow
+from ddp.noise.noise_scale import NoiseScaleWindow
 from ddp.noise.readings import Method, Metric, NoiseReadings, Part, PartReading
 from ddp.noise.sampling import COST_CYCLE, SampleEvery, SamplingCadence
 
@@ -67,7 +67,6 @@ class NoiseScaleTracker:
         self._confidence = confidence
         self._whole: dict[Metric, NoiseScaleWindow] = {"plain": self._window()}
         self._parts: dict[tuple[Part, str, Metric], NoiseScaleWindow] = {}
-        self._unfilled: dict[Metric, int] = {}  # windows of parts with too few observations, by metric
         self._with_parts = 0  # steps
         self._readings = NoiseReadings(plain=self._whole["plain"].reading, method="none")
 
@@ -76,12 +75,10 @@ class NoiseScaleTracker:
         """Those of the last step."""
         return self._readings
 
-    def hurries(self, metric: Metric, *, parts: bool) -> bool:
-        """Whether a window of that metric has fewer observations than it takes to read anything."""
-        whole = self._whole.get(metric)
-        if whole is None or whole.observations < SMALLEST_WINDOW:
-            return True
-        return parts and self._unfilled.get(metric) != 0
+    @property
+    def part_readings(self) -> tuple[PartReading, ...]:
+        """Of all parts, as their windows stand now; reads each window anew where it has changed."""
+        return tuple(PartReading(*key, window.reading) for key, window in self._parts.items())
 
     def observe(self, step: StepMoments, *, sampled_every: int) -> NoiseReadings:
         """Take one step; what it does not show leaves its window as it was."""
@@ -113,15 +110,8 @@ class NoiseScaleTracker:
         )
 
     def _take_part(self, part: PartMoments) -> NoiseScaleWindow:
-        key = part.part, part.name, part.metric
-        window = self._parts.get(key)
-        if window is None:
-            window = self._parts[key] = self._window()
-            self._unfilled[part.metric] = self._unfilled.get(part.metric, 0) + 1
-        before = window.observations
+        window = self._parts.setdefault((part.part, part.name, part.metric), self._window())
         window.take(part.moments)
-        if before < SMALLEST_WINDOW <= window.observations:
-            self._unfilled[part.metric] -= 1
         return window
 
     def _window(self) -> NoiseScaleWindow:
@@ -155,9 +145,6 @@ class NoiseScaleTracker:
             raise CheckpointError(f"state of the noise scales is of the metrics {sorted(whole)}")
         self.cadence.load_state_dict(sampling)
         self._whole, self._parts, self._with_parts = whole, parts, with_parts
-        self._unfilled = {metric: 0 for *_, metric in parts}
-        for (*_, metric), window in parts.items():
-            self._unfilled[metric] += window.observations < SMALLEST_WINDOW
         preconditioned = whole.get("preconditioned")
         self._readings = NoiseReadings(
             plain=whole["plain"].reading,

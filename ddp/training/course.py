@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -59,12 +59,9 @@ class Course:
         return Length(steps, per_epoch, float(run.epochs or 0) or (steps / per_epoch if per_epoch else 0.0))
 
     @property
-    def sampling(self) -> Literal["auto", "steady", "relaxing"]:
-        """How the noise scale is best sampled: by no clock where the rates follow it and the size, which goes by the
-        clock itself, does not; soon after each change where the size follows it."""
-        if self.controller is not None:
-            return "relaxing"
-        return "steady" if self.rate.follows_readings else "auto"
+    def follows_readings(self) -> bool:
+        """Whether the rates depend on the noise scale and on nothing that a clock has a say in, as the size may."""
+        return self.controller is None and self.rate.follows_readings
 
     def is_over(self, step_count: int) -> bool:
         """Whether the run ends after so many steps, where it stands now."""

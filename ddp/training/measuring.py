@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -25,8 +24,7 @@ logger = logging.getLogger("ddp.training")
 class GradientWatch:
     """One rank's; where the noise scale is switched off it watches the shards alone.
 
-    `sampling` says what training makes of the readings, where the job leaves open which steps are sampled: "steady"
-    where a clock must not choose them, "relaxing" where the batch follows the readings.
+    `steady`: training follows the readings, so that which steps are sampled must not be left to a clock.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class GradientWatch:
         exchange: GradientExchange,
         training_examples: int,
         *,
-        sampling: Literal["auto", "steady", "relaxing"] = "auto",
+        steady: bool = False,
     ) -> None:
         self._rank, self._world_size = exchange.transport.rank, exchange.transport.world_size
         self._shards = ShardWatch()
@@ -46,7 +44,7 @@ class GradientWatch:
             settings = Settings(
                 training_examples=training_examples,
                 population=population(module, training_examples),
-                sample_every=sampling if section.sample_every == "auto" else section.sample_every,
+                sample_every="steady" if steady and section.sample_every == "auto" else section.sample_every,
                 split=section.split,
                 layers=section.layers,
             )

@@ -75,7 +75,7 @@ class Trainer:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
         self.watch = GradientWatch(
             *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
-            sampling=self.course.sampling,
+            steady=self.course.follows_readings,
         )
 
     def run(self) -> None:
