@@ -50,6 +50,7 @@ UNRESOLVED = reading("unresolved", NAN, NAN, NAN)
 def recorded(folder: Path, readings: Sequence[Reading | None], info: RunInfo | None = None, job: str = JOB) -> Path:
     """A run directory whose step k observes the k-th reading; the last one holds on until step 60."""
     info = info or replace(run_info(), gradient_bytes=400_000)
+    folder.mkdir(exist_ok=True)
     recorder = Recorder(folder / "run.db", info)
     observed = [None if each is None else replace(each) for each in readings]
     for index, record in enumerate(step_records(info, 60)):
@@ -97,12 +98,24 @@ def test_the_numbers_are_those_of_the_model(tmp_path: Path) -> None:
 
 
 def test_an_older_resolved_reading_counts_and_its_age_is_told(tmp_path: Path) -> None:
-    text = said(recorded(tmp_path, [RESOLVED] * 20 + [FITTED]))
-    first, second = text.index("The gradient is mostly noise"), text.index("the noise scale is 71 (56-92)")
+    text = said(recorded(tmp_path, [RESOLVED] * 20 + [UNRESOLVED]))
+    first, second = text.index("is not resolved"), text.index("the noise scale is 71 (56-92)")
     assert first < second
-    assert "A larger batch is not what is missing." in text
-    assert "the latest resolved reading, 40 steps (1.7 epochs) before the end" in text
+    assert "the latest resolved reading, 40 steps (1.7 epochs) before the end, and what follows rests on it." in text
+    assert "To the loss that this run had after 60 steps" in text
     assert "More ranks stop paying" in text
+
+
+@pytest.mark.parametrize("latest", [FITTED, BOUND], ids=["fitted", "bound"])
+def test_a_reading_that_is_refuted_counts_for_the_way_to_it_only(tmp_path: Path, latest: Reading) -> None:
+    folder = recorded(tmp_path, [RESOLVED] * 20 + [latest])
+    text = said(folder)
+    assert "since the noise scale is another by now, it is about the way to that step only." in text
+    assert "To the loss that this run had after 20 steps, if the model holds" in text
+    whole = json.loads(command.answer(recorded(tmp_path / "whole", [RESOLVED]), Question(), as_json=True))
+    part = json.loads(command.answer(folder, Question(), as_json=True))
+    for one, other in zip(whole["ranks"], part["ranks"], strict=True):
+        assert other["same_batch"]["seconds"]["value"] == pytest.approx(one["same_batch"]["seconds"]["value"] / 3)
 
 
 def test_a_held_reading_is_told_by_the_step_that_observed_it(tmp_path: Path) -> None:
@@ -125,7 +138,7 @@ def test_open_micro_batches_follow_a_batch_that_adapts_itself(tmp_path: Path) ->
             recorder.step(larger)
     told = json.loads(command.answer(tmp_path, Question(), as_json=True))
     assert (told["run"]["micro_batch_size"], told["step"]["micro_batch_size"]) == (32, 32)
-    assert "in 60 steps (as many examples as 30 of 128), if the model holds:" in said(tmp_path)
+    assert "after 60 steps (as many examples as 30 of 128), if the model holds:" in said(tmp_path)
 
 
 @pytest.mark.parametrize("option", ["--price-per-rank-hour", "--memory-per-rank", "--link-latency-us"])

@@ -148,13 +148,23 @@ def test_few_steps_say_nothing() -> None:
 
 
 def test_half_of_one_batch_size_and_half_of_another_is_neither() -> None:
-    made = records(INFO, [64] * 60 + [128] * 20, lambda own: own * 1e-4 + 1e-3)
-    cost = step_time.fit(INFO, step_time.observe(INFO, made))
+    def of(batches: list[int]) -> list[StepRecord]:
+        made = records(INFO, batches, lambda own: own * 1e-4 + 1e-3)
+        return [replace(record, global_batch_size=record.examples) for record in made]
+
+    info = replace(INFO, micro_batch_size=64)
+    cost = step_time.fit(info, step_time.observe(info, of([64] * 60 + [128] * 20)))
     assert cost is not None and (cost.measured_batch_size, cost.measured_steps) == (128, 19)
-    assert cost.example_seconds == pytest.approx(1e-4) and cost.split_by == "run"
-    few = records(INFO, [64] * 60 + [128] * 4, lambda own: own * 1e-4 + 1e-3)
-    cost = step_time.fit(INFO, step_time.observe(INFO, few))
+    assert cost.example_seconds == pytest.approx(1.05e-4) and cost.split_by == "run"
+    cost = step_time.fit(info, step_time.observe(info, of([64] * 60 + [128] * 4)))
     assert cost is not None and cost.measured_batch_size == 64
+
+
+def test_times_that_fall_with_the_size_tell_nothing_apart() -> None:
+    made = records(INFO, [64] * 20, lambda own: 1e-3)
+    falling = [(2, 0.0030), (4, 0.0029), (8, 0.0028), (16, 0.0027)]
+    cost = step_time.fit(INFO, step_time.observe(INFO, made), falling)
+    assert cost is not None and cost.split_by == "nothing" and cost.example_seconds > 0
 
 
 # More ranks

@@ -90,8 +90,21 @@ def _clipping(
     meter.step()
 
 
-def _scaled(*, clip: bool, told: bool = False) -> Step:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+def _thrown_away(examples: int | None) -> Step:
+    def step(
+        model: DistributedDataParallel, optimizer: Optimizer, meter: GradientMeter, generator: torch.Generator
+    ) -> None:
+        optimizer.zero_grad()
+        _loss(model, generator)  # looked at, say for an accuracy
+        _loss(model, generator).backward()
+        optimizer.step()
+        meter.step(examples)
+
+    return step
+
+
+def _scaled(*, clip: bool, told: bool = False, scale: float = 2.0**8, norm: float = 100.0) -> Step:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
     def step(
         model: DistributedDataParallel, optimizer: Optimizer, meter: GradientMeter, generator: torch.Generator
@@ -100,7 +113,7 @@ def _scaled(*, clip: bool, told: bool = False) -> Step:
         scaler.scale(_loss(model, generator)).backward()
         if clip:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+            nn.utils.clip_grad_norm_(model.parameters(), norm)
         scaler.step(optimizer)
         scaler.update()
         meter.step()
@@ -119,6 +132,9 @@ STEPS_OF: dict[str, Callable[[], Step]] = {
     "clipped": lambda: _clipping,
     "scaled": lambda: _scaled(clip=False),
     "scaled and clipped": lambda: _scaled(clip=True),
+    "scaled and clipped in each": lambda: _scaled(clip=True, scale=2.0**16, norm=0.1),
+    "thrown away": lambda: _thrown_away(None),
+    "thrown away and told": lambda: _thrown_away(BATCH),
     "scaler told": lambda: _scaled(clip=False, told=True),
     "scaled, fused": lambda: _scaled(clip=False),
     "batch norm": lambda: _clipping,
@@ -162,6 +178,9 @@ def _run(rank: int, world_size: int, store_address: str, how: str) -> tuple[list
         ("clipped", "", STEPS - 1),
         ("scaled", "divided by 256 between backward and the optimizer's step", STEPS - 1),
         ("scaled and clipped", "divided by 256", STEPS - 1),
+        ("scaled and clipped in each", "is that a torch.amp.GradScaler beside clipping?", STEPS - 1),
+        ("thrown away", "called 2 times with gradients for 1 backward, and", STEPS - 1),
+        ("thrown away and told", "", STEPS - 1),
         ("scaler told", "", STEPS - 1),
         ("scaled, fused", "divided by 256", STEPS - 1),
         ("batch norm", "normalises over its batch", STEPS - 1),

@@ -75,6 +75,8 @@ def test_a_free_step_leaves_no_reason_for_a_batch() -> None:
     assert fastest_batch(71.0, 0.0, 1e-3) == 0.0
     assert fastest_batch(math.inf, 0.0, 1e-3) == 0.0
     assert fastest_batch(math.inf, 1.0, 1e-3) == math.inf
+    assert fastest_batch(71.0, 1.0, 0.0) == math.inf
+    assert fastest_batch(0.0, 1.0, 0.0) == 0.0
 
 
 @pytest.mark.parametrize("function", [lambda b: data_efficiency(b, 64), lambda b: step_efficiency(b, 64)])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ddp.noise.noise_scale import Reading
+from ddp.noise.readings import NoiseReadings
 from ddp.telemetry.summary import KEPT_READINGS, History, sparkline, summary
 from telemetry_records import (
     NAN,
@@ -82,7 +85,7 @@ def test_nothing_measured_is_said() -> None:
     text = summary(info, history)
     assert "not measured" in text
     assert "validation" not in text
-    assert history.first_resolved is None and history.latest is None
+    assert history.advised is None and history.latest is None
 
 
 @pytest.mark.parametrize(
@@ -101,15 +104,42 @@ def test_the_state_at_the_end_is_in_words(last: object, text: str) -> None:
     assert text in summary(info, history)
 
 
-def test_the_first_resolved_reading_and_the_latest_are_kept_for_advice() -> None:
-    info, history = run_info(), history_of(epochs=12)
-    first = next(r.reading for r in step_records(info) if r.reading and r.reading.state == "resolved")
-    assert history.first_resolved is not None and history.first_resolved.reading == first
-    short = History(info)
-    for record in step_records(info, 30):
-        short.step(record)
-    assert short.latest is not None and short.latest.reading == step_records(info, 30)[-1].reading
-    assert short.first_resolved is None
+RESOLVED = reading("resolved", 71, 56, 92)
+
+
+@pytest.mark.parametrize(
+    ("latest", "advised"),
+    [
+        (reading("unresolved", NAN, NAN, NAN), "resolved"),
+        (reading("wide", 90, 30, 200), "resolved"),
+        (reading("wide", 290, 80, 900), "wide"),
+        (reading("lower_bound", math.inf, 40, math.inf), "resolved"),
+        (reading("lower_bound", math.inf, 80, math.inf), "lower_bound"),
+        (reading("beyond_data", math.inf, 2000, math.inf), "beyond_data"),
+        (reading("resolved", 80, 60, 110), "latest"),
+    ],
+)
+def test_advice_comes_from_the_latest_resolved_reading_unless_it_is_refuted(latest: Reading, advised: str) -> None:
+    info, history = run_info(), History(run_info())
+    held = replace(RESOLVED)
+    readings = [reading("resolved", 9, 6, 12)] * 10 + [held] * 20 + [latest] * 10
+    for record, of in zip(step_records(info, 40), readings, strict=True):
+        history.step(with_reading(record, of))
+    assert history.latest is not None and history.latest.step == 40
+    assert history.advised is not None
+    if advised == "resolved":
+        assert (history.advised.reading, history.advised.step) == (held, 11), "the step that observed it"
+    else:
+        assert history.advised.reading == latest
+
+
+def test_a_reading_of_another_metric_is_not_compared() -> None:
+    info, history = run_info(), History(run_info())
+    first, *_, last = step_records(info, 40)
+    history.step(with_reading(first, RESOLVED))
+    adams = reading("wide", 60, 20, 120)
+    history.step(replace(last, noise=NoiseReadings(plain=RESOLVED, preconditioned=adams, headline="preconditioned")))
+    assert history.advised is not None and history.advised.reading == adams
 
 
 def test_a_headline_that_changes_its_metric_is_named_and_advises_from_its_own() -> None:
@@ -117,9 +147,7 @@ def test_a_headline_that_changes_its_metric_is_named_and_advises_from_its_own() 
     history = History(info)
     for record in steps:
         history.step(record)
-    assert history.first_resolved is not None
-    first = next(r for r in steps[49:] if r.reading and r.reading.state == "resolved")
-    assert (history.first_resolved.step, history.first_resolved.metric) == (first.step, "preconditioned")
+    assert history.advised is not None and history.advised.metric == "preconditioned"
     lines = [" ".join(line.split()) for line in summary(info, history).splitlines()]
     end = steps[-1].reading
     assert end is not None
@@ -149,8 +177,8 @@ def test_a_batch_that_adapted_itself_and_the_one_a_reading_was_taken_at() -> Non
         if record.step == 46:
             history.batch_change(batch_changes(info)[0])
     assert "64 examples -> 128 from epoch 2 its path" in " ".join(summary(info, history).split())
-    assert history.first_resolved is not None and history.latest is not None
-    assert (history.first_resolved.step, history.first_resolved.global_batch_size) == (40, 64)
+    assert history.advised is not None and history.latest is not None
+    assert history.advised.global_batch_size == 128
     assert (history.latest.global_batch_size, history.global_batch_size) == (128, 128)
 
 

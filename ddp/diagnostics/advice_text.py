@@ -64,7 +64,8 @@ def age_text(advice: Advice, used: Told) -> str:
     steps = last.step - used.step
     return (
         f"That is the latest resolved reading, {steps:,} step{'s' if steps > 1 else ''} "
-        f"({epochs_text(last.epoch - used.epoch)} epochs) before the end, and what follows rests on it."
+        f"({epochs_text(last.epoch - used.epoch)} epochs) before the end, and what follows rests on it"
+        f"{': since the noise scale is another by now, it is about the way to that step only' * advice.record.is_refuted}."
     )
 
 
@@ -97,9 +98,9 @@ def table_text(advice: Advice) -> str:
         own = base.global_batch_size / base.world_size
         split = sum(widths[:3]) + 4
         lines.insert(0, f"{f'the batch stays at {base.global_batch_size:,}':>{split}}  | {own:g} examples a rank:")
-    taken, alike = f"{advice.record.last.step:,}", f"{base.steps:,.0f}"
+    taken, alike = f"{advice.record.horizon[0]:,}", f"{base.steps:,.0f}"
     alike = "" if alike == taken else f" (as many examples as {alike} of {base.global_batch_size:,})"
-    title = f"To the loss that this run reached in {taken} steps{alike}, if the model holds:"
+    title = f"To the loss that this run had after {taken} steps{alike}, if the model holds:"
     return "\n".join([title, *lines])
 
 

@@ -22,6 +22,7 @@ from ddp.diagnostics.step_time import StepCost, StepSeconds
 from ddp.errors import UsageError
 from ddp.job import OptimizerSection, load_job
 from ddp.noise.advice import advise as sentence
+from ddp.noise.advice import refutes
 from ddp.noise.efficiency import noise_scale_of
 from ddp.noise.learning_rate import rate_factor
 from ddp.noise.noise_scale import Reading
@@ -58,10 +59,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A reading, the step that observed it and how, and the global batch size of that step."""
+    """A reading, the step that observed it and how, the global batch size of that step, and the examples until then."""
 
     step: int
     epoch: float
+    examples_total: int
     global_batch_size: int
     metric: Metric
     method: Method
@@ -91,6 +93,20 @@ class Record:
         if self.resolved is None and self.latest is not None and self.latest.reading.state == "lower_bound":
             return self.latest
         return self.resolved
+
+    @property
+    def is_refuted(self) -> bool:
+        """Whether the noise scale is known to be another by now: then advice is on the way to that reading only."""
+        if self.latest is None or self.used is None or self.latest.metric != self.used.metric:
+            return False
+        return refutes(self.latest.reading, self.used.reading)
+
+    @property
+    def horizon(self) -> tuple[int, int]:
+        """The step whose loss advice is about, and the examples until then."""
+        if self.used is not None and self.is_refuted:
+            return self.used.step, self.used.examples_total
+        return self.last.step, self.last.examples_total
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +193,8 @@ def _told(record: StepRecord) -> Told | None:
     if noise is None:
         return None
     return Told(
-        record.step, record.epoch, record.global_batch_size, headline_metric(noise), noise.method, noise.reading
+        *(record.step, record.epoch, record.examples_total, record.global_batch_size),
+        *(headline_metric(noise), noise.method, noise.reading),
     )
 
 
@@ -234,7 +251,7 @@ def _scaling(
         baseline=Baseline(
             global_batch_size=last.global_batch_size,
             world_size=info.world_size,
-            steps=last.examples_total / last.global_batch_size,
+            steps=record.horizon[1] / last.global_batch_size,
             training_examples=info.training_examples,
         ),
         cost=cost,

@@ -179,7 +179,9 @@ def _fixed_share(
     sources: tuple[tuple[SplitBy, Sequence[tuple[float, float]]], ...] = (("run", points), ("trials", trials))
     for source, of in sources:
         if of and max(of)[0] >= SIZES_APART * min(of)[0]:
-            return _intercept_share(of, micro_batch_size), source
+            share = _intercept_share(of, micro_batch_size)
+            if share < 1.0:  # times that fall with the size are noise
+                return share, source
     return 0.0, "nothing"
 
 

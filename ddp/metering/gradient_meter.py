@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ddp.errors import UsageError
 from ddp.metering.attached_step import AttachedSteps, StepBehind
 from ddp.metering.closer_look import CloserLook, StepTimer, after_averaging
-from ddp.metering.mistakes import ExamplesOfOneBackward, KeptGradients, UnscaledGradients
+from ddp.metering.mistakes import ExamplesOfOneBackward, ForwardsWithoutBackward, KeptGradients, UnscaledGradients
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import NoiseReadings
 from ddp.noise.tracker import NoiseScaleTracker
@@ -85,6 +85,7 @@ class GradientMeter:
         self._timer = StepTimer()
         self._kept, self._unscaled = KeptGradients(), UnscaledGradients()
         self._of_one_backward = ExamplesOfOneBackward(batch_size)
+        self._forwards_alone = ForwardsWithoutBackward(batch_size)
         if optimizer is not None:
             self._kept.watch(optimizer)  # else from the first that updates the model
         self._unscaled_asked = grad_scaler is not None
@@ -132,10 +133,20 @@ class GradientMeter:
         if self._last is not None:
             if examples is not None:
                 self._last.examples = float(examples)
-                self._say(self._of_one_backward.observe(examples, self._last.forwards))
+            self._look_at_examples(examples, self._last)
             if weight is not None:
                 self._last.weight = float(weight)
         return self.reading
+
+    def _look_at_examples(self, examples: int | None, step: StepBehind) -> None:
+        if step.look is None or step.look.own is None:
+            return
+        seen = step.look.own.units
+        forwards, backwards = round(seen.examples), round(seen.count)
+        if examples is None:
+            self._say(self._forwards_alone.observe(forwards, backwards))
+        else:
+            self._say(self._of_one_backward.observe(examples, backwards))
 
     def close(self) -> None:
         """Take no more part in the exchange of gradients, and tell the other ranks; done at exit in any case.

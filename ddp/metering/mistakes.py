@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 _IN_A_ROW = 3  # successive steps that must agree, so that a coincidence is none
 _CHECKS = 20  # of the optimizer's gradients, after which they are believed
+_NO_CLIPPING = 1000.0  # gradients that are divided by more in each step are hardly clipped alone
 
 
 class KeptGradients:
@@ -69,7 +70,8 @@ class KeptGradients:
 class UnscaledGradients:
     """Whether a script divides gradients between backward and the optimizer, as a GradScaler does.
 
-    Clipping divides too, by another number in each step; a loss scale stays for many steps.
+    Clipping divides too, by another number in each step; a loss scale stays for many steps. Where both are at work the
+    scale shows as a number far larger than clipping has use for.
     """
 
     def __init__(self) -> None:
@@ -85,8 +87,17 @@ class UnscaledGradients:
         factor = _scale_left_to_optimizer(optimizer) or _divided_by(optimizer, averaged_squared_norms)
         self._left -= 1
         self._factors.append(factor)
-        known = len(self._factors) == _IN_A_ROW and all(map(math.isfinite, self._factors))
-        if not known or max(self._factors) > (1 + 1e-4) * min(self._factors) or abs(factor - 1) < 1e-3:
+        if len(self._factors) < _IN_A_ROW or not all(map(math.isfinite, self._factors)):
+            return None
+        least, most = min(self._factors), max(self._factors)
+        if most > (1 + 1e-4) * least and least > _NO_CLIPPING:
+            self._left = 0
+            return (
+                f"gradients are divided by {least:.3g} to {most:.3g} between backward and the optimizer's step: is that a "
+                "torch.amp.GradScaler beside clipping? |G|^2 and tr(Sigma) are too large by its scale squared, and the noise "
+                "scale is wrong where it changes: ddp.attach(..., grad_scaler=scaler)"
+            )
+        if most > (1 + 1e-4) * least or abs(factor - 1) < 1e-3:
             return None
         self._left = 0
         return (
@@ -109,16 +120,41 @@ class ExamplesOfOneBackward:
         self._in_a_row = 0
         self._said = False
 
-    def observe(self, examples: float, forwards: int) -> str | None:
-        """Of one step; speaks once."""
-        suspicious = forwards > 1 and examples == self._batch_size
+    def observe(self, examples: float, backwards: int) -> str | None:
+        """Of one sampled step; speaks once."""
+        suspicious = backwards > 1 and examples == self._batch_size
         self._in_a_row = self._in_a_row + 1 if suspicious else 0
         if self._said or self._in_a_row < _IN_A_ROW:
             return None
         self._said = True
         return (
-            f"meter.step(examples={examples:g}) is one backward's batch, and {forwards} were accumulated: the noise scale "
-            f"is {forwards} times too small. Give this rank's examples over all of them, {forwards * self._batch_size}"
+            f"meter.step(examples={examples:g}) is one backward's batch, and {backwards} were accumulated: the noise scale "
+            f"is {backwards} times too small. Give this rank's examples over all of them, {backwards * self._batch_size}"
+        )
+
+
+class ForwardsWithoutBackward:
+    """Whether the model is called with gradients more often than backward runs, and nobody says what that means.
+
+    A forward whose loss is thrown away counts for nothing, two whose losses are added count double: from outside they
+    look the same.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._in_a_row = 0
+        self._said = False
+
+    def observe(self, forwards: int, backwards: int) -> str | None:
+        """Of one sampled step for which no examples were given; speaks once."""
+        self._in_a_row = self._in_a_row + 1 if forwards > backwards else 0
+        if self._said or self._in_a_row < _IN_A_ROW:
+            return None
+        self._said = True
+        return (
+            f"the model was called {forwards} times with gradients for {backwards} backward{'s' * (backwards > 1)}, and each "
+            f"call is taken for {self._batch_size} examples of the gradient: where one is not (its loss is never used), put "
+            "it under torch.no_grad(), or tell meter.step(examples=...) how many there were"
         )
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import math
 
-from ddp.noise.efficiency import data_efficiency, step_efficiency
+from ddp.noise.efficiency import step_efficiency
 from ddp.noise.noise_scale import SMALLEST_WINDOW, Reading
 from ddp.noise.readings import Method, Metric
-
-__all__ = ["advise", "data_efficiency", "step_efficiency"]
 
 METRICS: dict[Metric, str] = {"plain": "", "preconditioned": " in Adam's metric"}
 METHODS: dict[Method, str] = {
@@ -46,6 +44,13 @@ def advise(
             return _wide(reading, where)
         case "resolved":
             return _resolved(reading, where, global_batch_size, METHODS[method])
+
+
+def refutes(latest: Reading, earlier: Reading) -> bool:
+    """Whether `latest` shows that the noise scale is no longer what `earlier` had it to be; both in one metric."""
+    if latest.state == "beyond_data":
+        return True
+    return latest.state != "unresolved" and not latest.low <= earlier.noise_scale <= latest.high
 
 
 def _unresolved(reading: Reading, where: str) -> str:

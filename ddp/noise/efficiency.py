@@ -74,8 +74,11 @@ def fastest_batch(noise_scale: float, step_seconds: float, example_seconds: floa
 
     Args:
         step_seconds: a, what a step takes whatever its batch: optimizer, all-reduce, launches.
-        example_seconds: c, what one more example in the global batch adds; over R ranks a rank's own over R.
+        example_seconds: c, what one more example in the global batch adds; over R ranks a rank's own over R. 0 where it
+            adds nothing: then the largest batch is best, infinity.
     """
     if math.isnan(noise_scale) or noise_scale < 0:
         return math.nan
-    return math.sqrt(noise_scale * step_seconds / example_seconds) if step_seconds else 0.0
+    if not (step_seconds and noise_scale):
+        return 0.0
+    return math.sqrt(noise_scale * step_seconds / example_seconds) if example_seconds else math.inf

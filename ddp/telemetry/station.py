@@ -91,8 +91,7 @@ class Station:
             return None
 
     def _advice(self) -> str | None:
-        """From the first resolved reading, else what the latest one's state means."""
-        timed = self._history.first_resolved or self._history.latest
+        timed = self._history.advised
         if timed is None:
             return None
         when = moment_text(self._info, timed.step, timed.epoch)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddp.noise.advice import refutes
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Method, Metric, NoiseReadings
 from ddp.telemetry.progress import (
@@ -49,7 +50,7 @@ class History:
         self.last: StepRecord | None = None
         self.validation: EvaluationRecord | None = None
         self.readings: list[TimedReading] = []  # evenly spaced, at most KEPT_READINGS
-        self.first_resolved: TimedReading | None = None  # in the metric of the latest, where that was ever resolved
+        self.latest_resolved: TimedReading | None = None
         self.target_reached: EvaluationRecord | None = None
         self.at_target: TimedReading | None = None  # None also where the noise scale is off
         self.changes: list[BatchChange] = []
@@ -62,6 +63,15 @@ class History:
         return self._latest
 
     @property
+    def advised(self) -> TimedReading | None:
+        """The reading that advice comes from: the latest resolved one, unless the latest of all refutes it."""
+        latest, resolved = self._latest, self.latest_resolved
+        if latest is None or resolved is None:
+            return latest
+        comparable = latest.metric == resolved.metric or latest.reading.state == "unresolved"
+        return resolved if comparable and not refutes(latest.reading, resolved.reading) else latest
+
+    @property
     def global_batch_size(self) -> int:
         """The latest step's; what the run starts with before the first."""
         return self._info.global_batch_size if self.last is None else self.last.global_batch_size
@@ -70,11 +80,10 @@ class History:
         self.last = record
         if record.noise is None:
             return
-        self._latest = timed = self._timed(record, record.noise)
-        if timed.reading.state == "resolved" and (
-            self.first_resolved is None or self.first_resolved.metric != timed.metric
-        ):
-            self.first_resolved = timed
+        before, self._latest = self._latest, self._timed(record, record.noise)
+        timed = self._latest
+        if timed.reading.state == "resolved" and (before is None or timed.reading is not before.reading):
+            self.latest_resolved = timed
         if record.step % self._stride == 0:
             self.readings.append(timed)
         if len(self.readings) > KEPT_READINGS:
@@ -117,7 +126,7 @@ def summary(
     """The text at the end of a run, without a newline at its end.
 
     Args:
-        advice: one sentence from the first resolved reading, or the state in words.
+        advice: one sentence from `History.advised`.
         metrics_address: host:port that metrics were served on.
     """
     rows = [("run", _run_text(info, history)), *_validation_rows(info, history), *_noise_rows(info, history)]
