@@ -136,7 +136,3 @@ class Machine:
 def neighbours(sizes: Sequence[int], best: int, factor: int = 4) -> list[int]:
     """Of the fixed sizes those that are `factor` away from the best one."""
     return [size for size in sizes if size in (best * factor, best // factor)]
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
