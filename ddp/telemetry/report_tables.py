@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ddp.noise.noise_scale import Reading, State
+from ddp.noise.noise_scale import LARGEST_WINDOW, Reading, State
 from ddp.noise.readings import Method
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.progress import METRIC_NAMES, moment_text, number_text
@@ -60,7 +60,7 @@ def needed_text(reading: Reading) -> str:
     needed = reading.steps_needed
     if reading.state in ("resolved", "beyond_data") or not needed > 0:
         return ""
-    return "more than a window" if needed == math.inf else f"{needed:,.0f} more"
+    return f"over {LARGEST_WINDOW} more" if needed == math.inf else f"{needed:,.0f} more"
 
 
 def _interval_cells(reading: Reading) -> tuple[str, str]:

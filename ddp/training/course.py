@@ -112,17 +112,9 @@ class Course:
         if change is None:
             return None
         factor = self.rate.factor(change.after) / self.rate.factor(change.before)
-        record = BatchChange(
+        return BatchChange(
             step_count, self.epochs_done, time.time(), change.before, change.after, factor, change.reason
         )
-        logger.info(
-            "batch of %d examples instead of %d after step %d: %s",
-            change.after,
-            change.before,
-            step_count,
-            change.reason,
-        )
-        return record
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able, but for a noise scale that is not known yet (NaN)."""
