@@ -149,6 +149,22 @@ def test_any_layout_gives_the_enumerated_moments(
     assert last.method == ("ranks" if world_size == 8 else "micro_batches")
 
 
+def test_a_change_of_the_number_of_ranks_goes_on_with_all_windows(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Four ranks, then two: what was observed stays bit for bit, and what comes is what one rank would have seen."""
+    train_ranks(rank_pool, 4, job(tmp_path, **settings("adamw", run__steps=STEPS - 3)))
+    before = observed(tmp_path / "run", 4, STEPS - 3)
+    train_ranks(rank_pool, 2, job(tmp_path, **settings("adamw")), resume="auto")
+    after = observed(tmp_path / "run", 2)
+    train_ranks(rank_pool, 1, job(tmp_path / "alone", **settings("adamw")))
+    alone = observed(tmp_path / "alone" / "run", 1)
+    assert before.keys() == after.keys() == alone.keys() and len(after) == 6
+    for key, series_of in after.items():
+        kept = before[key].shape[1]
+        assert series_of.shape[1] == kept + 3
+        assert np.array_equal(series_of[:, :kept], before[key])
+        assert series_of == pytest.approx(alone[key], rel=1e-9)
+
+
 def test_unsampled_steps_have_the_ranks_as_units(rank_pool: RankPool, tmp_path: Path) -> None:
     train_ranks(rank_pool, 2, job(tmp_path, **settings("sgd", run__steps=9, noise_scale__sample_every=4)))
     noise = [record.noise for record in steps_of(tmp_path / "run")]

@@ -138,8 +138,8 @@ class Noted(Misbehaving):
 
 @pytest.mark.parametrize("worlds", [(2, 4), (4, 1), (3, 2)], ids=str)
 def test_another_number_of_ranks_goes_on(rank_pool: RankPool, tmp_path: Path, worlds: tuple[int, int]) -> None:
-    """From the middle of the first epoch to the end of the second: the losses and readings of ranks that never changed,
-    and each example once an epoch."""
+    """From the middle of the first epoch to the end of the second: the losses of ranks that never changed, and each example
+    once an epoch. (`test_measurement` has the readings.)"""
     notes = tmp_path / "notes"
     notes.mkdir()
     task = {"task__name": "test_resume:Noted", "task__options": {"folder": str(notes)}}
