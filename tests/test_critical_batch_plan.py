@@ -183,9 +183,9 @@ def test_where_nothing_reaches_the_target_the_search_ends() -> None:
 
 
 def test_given_learning_rates_are_run_as_they_are() -> None:
-    sweep = sweep_of(0.1, learning_rates=[0.4, 0.1], batch_sizes=[8, 512], seeds=4)
+    sweep = sweep_of(0.1, learning_rates=[0.4, 0.1], batch_sizes=[512, 8, 64, 128, 16, 8], seeds=4)
     done, asked = play(sweep, world(lambda size, target: 0.1))
-    expected = {(size, rate, seed) for size in (8, 512) for rate in (0.1, 0.4) for seed in range(4)}
+    expected = {(size, rate, seed) for size in (8, 16, 64, 128, 512) for rate in (0.1, 0.4) for seed in range(4)}
     assert {(trial.batch_size, trial.learning_rate, trial.seed) for trial in done} == expected
     assert [trial.seed for trial in asked] == sorted(trial.seed for trial in asked)
 
@@ -254,9 +254,9 @@ def test_a_sweep_may_name_a_job_file_or_hold_its_tables(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(
         '[run]\nsteps = 9\n[task]\nname = "digits"\n[batch]\nglobal_batch_size = 32\nmicro_batch_size = 8\n'
     )
-    (tmp_path / "named.toml").write_text('[sweep]\njob = "job.toml"\ntargets = [0.1, 0.4]\nbatch_sizes = [256, 4]\n')
+    (tmp_path / "named.toml").write_text('[sweep]\njob = "job.toml"\ntargets = [0.1, 0.4]\nbatch_sizes = [256, 4, 16, 8, 64, 4]\n')
     sweep = load_sweep(tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5"])
-    assert (sweep.section.targets, sweep.section.batch_sizes, sweep.section.seeds) == ((0.4, 0.1), (4, 256), 5)
+    assert (sweep.section.targets, sweep.section.batch_sizes, sweep.section.seeds) == ((0.4, 0.1), (4, 8, 16, 64, 256), 5)
     assert (sweep.micro_batch_size, sweep.job_batch_size, sweep.directory) == (8, 32, Path("sweeps/named"))
     assert getattr(sweep.job.task, "channels", None) == 7
     other = load_sweep(tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5", "sweep.workers=3"])
@@ -270,6 +270,7 @@ def test_a_sweep_may_name_a_job_file_or_hold_its_tables(tmp_path: Path) -> None:
         ('[task]\nname = "digits"', "no \\[sweep\\] table"),
         ("[sweep]\nbatch_size = [4]", "sweep.batch_size: unknown key \\(did you mean batch_sizes\\?\\)"),
         ("[sweep]\nbatch_sizes = [4, 128]", "sweep.batch_sizes: the largest must be at least 64 times the smallest"),
+        ("[sweep]\nbatch_sizes = [4, 16, 64, 256, 4]", "sweep.batch_sizes: a fit takes at least 5 different ones"),
         ("[sweep]\nseeds = 2", "sweep.seeds: 2: Input should be greater than or equal to 3"),
         ("[sweep]\ntargets = []", "targets is empty"),
         ("[sweep]\ntargets = [-1.0]", "^[^\n]*sweep.targets: -1.0: Input should be greater than 0$"),

@@ -20,7 +20,7 @@ from launch.submit import descendants
 SWEEP = """
 [sweep]
 directory = "out"
-batch_sizes = [2, 8, 32, 128]
+batch_sizes = [2, 8, 16, 32, 128]
 learning_rates = {rates}
 targets = [2.0, 1.0]
 subset_examples = 8
@@ -95,11 +95,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
 def test_a_search_runs_every_trial_once_and_writes_its_results(finished: tuple[Path, Ended]) -> None:
     folder, ended = finished
     assert ended.code == 0, ended.stderr
-    assert ended.stdout.strip() == "out"
+    directory, *words = ended.stdout.splitlines()
+    assert directory == "out"
+    assert [each.partition(", because")[0] for each in words] == [
+        "SGD to training loss 2: no critical batch size",
+        "SGD to training loss 1: no critical batch size",
+    ]
+    assert all("the best learning rate lies on the edge of those tried at batch sizes" in each for each in words)
     found = trials(folder)
-    assert len(found) == len(set(keys(found))) == 4 * 3 * 3
+    assert len(found) == len(set(keys(found))) == 5 * 3 * 3
     assert {trial.stopped_because for trial in found} <= {"targets", "hopeless", "diverged", "budget"}
-    assert "36/36" in ended.stderr and "batch 128" in ended.stderr
+    assert "45/45" in ended.stderr and "batch 128" in ended.stderr
     results = json.loads((folder / "out" / "result.json").read_text())
     assert [(each["method"], each["optimizer"], each["target_loss"]) for each in results] == [
         ("sweep", "sgd", 2),
@@ -158,14 +164,14 @@ def test_a_stopped_search_leaves_nobody_behind_and_goes_on(tmp_path: Path, numbe
     assert "--resume" in ended.stderr and "Traceback" not in ended.stderr
     wait_until(lambda: not any(map(is_running, below)), 10)
     before = trials(tmp_path)
-    assert 3 <= len(before) < 24
+    assert 3 <= len(before) < 30
     if number == signal.SIGINT:
         return
     after = run(tmp_path, "--allow-import", "--resume", "--set", "sweep.workers=3")
     assert after.code == 0, after.stderr
     found = trials(tmp_path)
     assert list(map(repr, found[: len(before)])) == list(map(repr, before))
-    assert len(found) == len(set(keys(found))) == 24
+    assert len(found) == len(set(keys(found))) == 30
 
 
 def safely(folder: Path) -> list[TrialResult]:
@@ -175,14 +181,14 @@ def safely(folder: Path) -> list[TrialResult]:
 
 def test_a_trial_that_is_killed_is_named_and_the_search_goes_on(tmp_path: Path) -> None:
     write_sweep(tmp_path, "sleepy:Task", "options = { kill_above = 24 }", "[0.05, 0.1]")
-    ended = run(tmp_path, "--allow-import", "--set", "sweep.batch_sizes=[2, 8, 16, 128]")
+    ended = run(tmp_path, "--allow-import", "--set", "sweep.batch_sizes=[2, 4, 8, 16, 128]")
     assert ended.code == 0, ended.stderr
     assert "batch 128  learning rate 0.05  seed 0  failed: was killed by SIGKILL (out of memory?)" in ended.stderr
     found = trials(tmp_path)
     failed = [trial for trial in found if trial.stopped_because == "failed"]
     # Where the noise scale is sampled, 64 examples come in four parts of 16, and a batch of 128 in four of 32.
     assert {trial.batch_size for trial in failed} == {128} and len(failed) == 6
-    assert len(found) == 24
+    assert len(found) == 30
     with sqlite3.connect(tmp_path / "out" / "sweep.db") as database:
         rows: list[Any] = database.execute("SELECT DISTINCT cause FROM trials WHERE batch_size = 128").fetchall()
     database.close()
@@ -218,12 +224,12 @@ def test_targets_and_learning_rates_are_found_by_themselves(tmp_path: Path) -> N
         "--set",
         "optimizer.learning_rate=0.4",
         "--set",
-        "sweep.batch_sizes=[4, 16, 64, 256]",
+        "sweep.batch_sizes=[4, 16, 32, 64, 256]",
     )
     assert ended.code == 0, ended.stderr
     targets = read_fact(tmp_path / "out" / "sweep.db", "targets")
     assert len(targets) == 3 and targets == sorted(targets, reverse=True)
     for result in json.loads((tmp_path / "out" / "result.json").read_text()):
         assert all(best["interior"] for best in result["fit"]["best"])
-        assert [best["batch_size"] for best in result["fit"]["best"]] == [4, 16, 64, 256]
+        assert [best["batch_size"] for best in result["fit"]["best"]] == [4, 16, 32, 64, 256]
         assert all(best["seeds"] == 3 for best in result["fit"]["best"])
