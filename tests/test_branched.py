@@ -227,10 +227,41 @@ def test_the_plan_finds_the_critical_batch_size(exponents: tuple[float, ...], of
 
 
 def test_the_rules_learning_rates() -> None:
-    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(512) == pytest.approx([0.1, 0.4, 1.6])
-    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(32) == [0.1]
-    assert plan_from(32, 0.1, branched.ROOT).rates(8) == pytest.approx([0.05])
-    assert plan_from(32, 0.1, branched.ROOT).rates(128, 0.3) == pytest.approx([0.6])
+    def rates(exponents: Sequence[float], size: int, own: float = 0.1) -> list[float]:
+        plan = plan_from(32, 0.1, exponents)
+        return [plan.rate(number) for number in plan.rule(size, plan.number(own))]
+
+    assert rates(branched.EXPONENTS["sgd"], 512) == pytest.approx([0.1, 0.4, 1.6])
+    assert rates(branched.EXPONENTS["sgd"], 32) == [0.1]
+    assert rates(branched.ROOT, 8) == pytest.approx([0.05])
+    assert rates(branched.ROOT, 128, 0.2) == pytest.approx([0.4])
+
+
+def test_every_learning_rate_of_a_rule_lies_on_one_grid() -> None:
+    """However it is come by it is one number, or a batch size would be run twice at what is all but one rate."""
+    for exponents in (branched.EXPONENTS["sgd"], branched.ROOT, (0.0, 0.25, 0.5, 0.75, 1.0)):
+        plan = plan_from(64, 0.08, exponents)
+        for size in plan.batch_sizes:
+            for own in range(-branched.FARTHEST, branched.FARTHEST + 1):
+                exact = sorted({plan.rate(own) * (size / 64) ** exponent for exponent in exponents})
+                assert [plan.rate(number) for number in plan.rule(size, own)] == pytest.approx(exact, rel=1e-12)
+                assert plan.number(plan.rate(own)) == own
+
+
+def test_what_was_run_before_there_was_a_grid_is_not_run_again() -> None:
+    """Learning rates rounded to nine digits, of which two may stand for one."""
+    best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
+    plan = plan_from(32, 0.08, branched.EXPONENTS["sgd"])
+    done = complete(plan, lambda trial: simulate(trial, 50.0, best))
+    rounded = [replace(trial, learning_rate=float(f"{trial.learning_rate:.9g}")) for trial in done]
+    twice = [replace(trial, learning_rate=trial.learning_rate * (1 - 1.3e-9)) for trial in rounded if not trial.seed]
+    assert plan.wanted((END,), [*rounded, *twice]) == []
+    once, both = (
+        critical_batch(cells_of(each, [trial.steps_to_target[-1] for trial in each])).critical_batch_size
+        for each in (done, [*rounded, *twice])
+    )
+    assert once is not None and both is not None
+    assert both.value == pytest.approx(once.value, rel=0.03)
 
 
 @pytest.mark.parametrize("critical", [4.0, 50.0, 800.0])

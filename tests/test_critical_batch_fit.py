@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from ddp.noise.best_rate import Cell, bootstrap_best, valley_minimum
+from ddp.noise.best_rate import Cell, DrawnBest, bootstrap_best, estimate, valley_minimum
 from ddp.noise.critical_batch import CriticalBatch, critical_batch
-from ddp.noise.harmless_batch import HarmlessBatch, largest_harmless_batch
+from ddp.noise.harmless_batch import HarmlessBatch, _compare, largest_harmless_batch
 from ddp.noise.hyperbola import fit_curve, log_curve
 
 S_MIN = 80.0
@@ -153,6 +153,43 @@ def test_the_valley_of_a_parabola() -> None:
     assert least == pytest.approx([4, 5])
     chosen, rate, least = valley_minimum(rates, one_sided[None])
     assert (chosen[0], rate[0], least[0]) == (2, rates[2], exact[2])
+
+
+@pytest.mark.parametrize("apart", [1e-9, 1e-4, 2e-3, 0.02])
+def test_two_learning_rates_at_one_place_bend_nothing(apart: float) -> None:
+    """The best and one beside it, whose runs differ by chance: a parabola through both would have its minimum anywhere."""
+    cells = simulate(0, noise=0.02)
+    (plain, *_) = bootstrap_best(cells)
+    beside = [
+        Cell(4.0, cell.learning_rate * (1 + side * apart), tuple(1.05 * each for each in cell.steps))
+        for cell in cells
+        if (cell.batch_size, cell.learning_rate) == (4.0, plain.grid_rate)
+        for side in (-1, 1)
+    ]
+    (doubled, *_) = bootstrap_best([*cells, *beside])
+    assert doubled.log_steps[0] == pytest.approx(plain.log_steps[0], abs=0.04)
+    assert abs(doubled.log_steps - doubled.log_steps[0]).max() < 0.1
+    assert abs(doubled.log_rate - plain.log_rate[0]).max() < 0.4
+    compared = harmless([*cells, *beside])
+    assert compared.base == 4 and compared.comparisons[0].verdict == "equivalent"
+
+
+def test_a_parabola_far_below_its_points_is_not_used() -> None:
+    """Through a point far off and a near one that is much higher: its bottom would be half the steps of the best."""
+    rates, steps = np.log([0.1, 0.199, 0.2, 0.21]), np.log([100.5, 100.0, 99.0, 128.0])
+    chosen, rate, least = valley_minimum(rates, steps[None])
+    assert (chosen[0], rate[0], least[0]) == (2, rates[2], steps[2])
+
+
+def test_an_end_beyond_all_numbers_is_infinite() -> None:
+    wide = estimate(np.array([1.0, *np.linspace(-2_000, 2_000, 400)]), 0.95)
+    assert (wide.value, wide.low, wide.high) == (math.e, 0.0, math.inf)
+    wild = [DrawnBest(size, np.array([5.0, *draws]), np.zeros(5), 0.1, True, 3) for size, draws in WILD]
+    compared = _compare(*wild, margin=1.25, significance=0.05)
+    assert (compared.verdict, compared.low, compared.high) == ("undecided", 0.0, math.inf)
+
+
+WILD = ((4.0, (5.0, 5.0, 5.0, 5.0)), (8.0, (5.0, 1e4, -1e4, 5.0)))
 
 
 @pytest.mark.parametrize("free", [False, True])
