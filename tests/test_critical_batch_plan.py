@@ -254,9 +254,15 @@ def test_a_sweep_may_name_a_job_file_or_hold_its_tables(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(
         '[run]\nsteps = 9\n[task]\nname = "digits"\n[batch]\nglobal_batch_size = 32\nmicro_batch_size = 8\n'
     )
-    (tmp_path / "named.toml").write_text('[sweep]\njob = "job.toml"\ntargets = [0.1, 0.4]\nbatch_sizes = [256, 4, 16, 8, 64, 4]\n')
+    (tmp_path / "named.toml").write_text(
+        '[sweep]\njob = "job.toml"\ntargets = [0.1, 0.4]\nbatch_sizes = [256, 4, 16, 8, 64, 4]\n'
+    )
     sweep = load_sweep(tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5"])
-    assert (sweep.section.targets, sweep.section.batch_sizes, sweep.section.seeds) == ((0.4, 0.1), (4, 8, 16, 64, 256), 5)
+    assert (sweep.section.targets, sweep.section.batch_sizes, sweep.section.seeds) == (
+        (0.4, 0.1),
+        (4, 8, 16, 64, 256),
+        5,
+    )
     assert (sweep.micro_batch_size, sweep.job_batch_size, sweep.directory) == (8, 32, Path("sweeps/named"))
     assert getattr(sweep.job.task, "channels", None) == 7
     other = load_sweep(tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5", "sweep.workers=3"])

@@ -214,6 +214,17 @@ def test_what_cannot_be_run_is_said_once_and_leaves_no_process(tmp_path: Path) -
     ]  # a corrected file may follow
 
 
+@pytest.mark.parametrize("directory", ["/proc/nowrite/x", "sweep.toml", "sweep.toml/below"])
+def test_a_directory_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, directory: str) -> None:
+    write_sweep(tmp_path)
+    ended = run(tmp_path, "--set", f"sweep.directory={directory}")
+    assert ended.code == 2
+    (line,) = ended.stderr.splitlines()
+    assert f"{directory}: results cannot be written there: " in line
+    assert line.endswith("; give another sweep.directory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sleepy.py", "sweep.toml"]
+
+
 def test_targets_and_learning_rates_are_found_by_themselves(tmp_path: Path) -> None:
     """On a bowl with curvatures from 1 to 1/20: the targets by pilot runs, and the best rate inside everywhere."""
     write_sweep(tmp_path, options="dimension = 64\nnoise = 0.3\ncondition_number = 20.0", rates='"auto"')

@@ -74,9 +74,9 @@ def _merged(cells: Iterable[Cell]) -> list[Cell]:
     merged: list[Cell] = []
     for cell in cells:
         if merged and math.log(cell.learning_rate / merged[-1].learning_rate) <= SAME:
-            cell = replace(merged[-1], steps=merged[-1].steps + cell.steps)
-            merged.pop()
-        merged.append(cell)
+            merged[-1] = replace(merged[-1], steps=merged[-1].steps + cell.steps)
+        else:
+            merged.append(cell)
     return merged
 
 

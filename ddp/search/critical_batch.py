@@ -226,10 +226,19 @@ def alone_in(directory: Path) -> Iterator[None]:
     """Hold the directory's lock, which goes with the process; where locks are not to be had, trust the user.
 
     The directory is made where it is missing, and goes again if nothing came of the search.
+
+    Raises:
+        UsageError: a search is running there, or nothing can be written there.
     """
-    missing = [each for each in (directory, *directory.parents) if not each.exists()]
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(directory / "lock", "w") as file:
+    try:
+        missing = [each for each in (directory, *directory.parents) if not each.exists()]
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = open(directory / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: results cannot be written there: {error.strerror}; give another sweep.directory"
+        ) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
