@@ -134,7 +134,9 @@ def critical_batch(
     else:
         if against is not None:
             check_comparable(sweep, against)
-        directory = search_branches(sweep, checkpoint, resume=resume, workers=workers, allow_import=allow_import)
+        directory = search_branches(
+            sweep, checkpoint, against=against, resume=resume, workers=workers, allow_import=allow_import
+        )
     found = [in_words(each) for each in read_findings(directory)]
     print(directory, *found, *(each.in_words() for each in compare_in(directory, against)), sep="\n")
 

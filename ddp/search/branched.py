@@ -18,7 +18,7 @@ import numpy as np
 from ddp.errors import UsageError
 from ddp.noise.critical_batch import FEWEST_BATCH_SIZES
 from ddp.noise.hyperbola import fit_curve
-from ddp.search.critical_batch import TARGETS, SearchLoop, alone_in, begin_or_go_on, refuse_to_mix, write_results
+from ddp.search.critical_batch import SearchLoop, alone_in, begin_or_go_on, refuse_to_mix, targets_in, write_results
 from ddp.search.curve import HALF_WIDTH, SPACING, Curve, loss_after, steps_to_targets
 from ddp.search.plan import COARSE, Grid
 from ddp.search.progress import SearchProgress
@@ -52,6 +52,7 @@ def search_branches(
     sweep: Sweep,
     checkpoint: Path,
     *,
+    against: Path | None = None,
     resume: bool = False,
     workers: int | None = None,
     allow_import: bool = False,
@@ -59,8 +60,8 @@ def search_branches(
 ) -> Path:
     """Run branches from `checkpoint` and write the results beside the sweep's; returns the sweep's directory.
 
-    Targets are those of the sweep file that lie below the checkpoint's loss; with "auto" those of a sweep in the
-    directory; without one the loss that the run itself would have TARGET_STEPS later.
+    Targets are those of the sweep file that lie below the checkpoint's loss; with "auto" those of the sweep in
+    `against`, else in the directory; without one the loss that the run itself would have TARGET_STEPS later.
 
     Raises:
         UsageError: no target lies below the checkpoint's loss; the checkpoint is of another task or optimizer; or as
@@ -85,19 +86,19 @@ def search_branches(
             largest = min(sweep.section.maximum_examples, largest)
             plan = BranchPlan.of(sweep, point.origin, point.batch_size, point.learning_rate, largest)
             loop = SearchLoop(pool, path, stop, progress, read_trials(path), sweep.job.optimizer.name)
-            targets = _targets(loop, sweep, path, plan)
+            targets = _targets(loop, sweep, path, plan, against or directory)
             expected = FEWEST_BATCH_SIZES * (len(plan.exponents) + 2 + sweep.section.seeds - 1)
             loop.complete(lambda done: plan.wanted(targets, done), f"branches to {targets[-1]:g}", expected)
         write_results(directory)
     return directory
 
 
-def _targets(loop: SearchLoop, sweep: Sweep, path: Path, plan: BranchPlan) -> tuple[float, ...]:
+def _targets(loop: SearchLoop, sweep: Sweep, path: Path, plan: BranchPlan, against: Path) -> tuple[float, ...]:
     """Losses below the checkpoint's; see `search_branches`."""
     fact = f"targets from {plan.origin}"
     if chosen := read_fact(path, fact):
         return tuple(chosen)
-    given = read_fact(path, TARGETS) if sweep.section.targets == "auto" else sweep.section.targets
+    given = targets_in(against) if sweep.section.targets == "auto" else sweep.section.targets
     pilot = plan.pilot(PILOT_STEPS)
     loop.complete(lambda done: [] if any(map(plan.is_pilot, done)) else [pilot], "a look at the checkpoint", 1)
     looked = next(trial for trial in loop.done if plan.is_pilot(trial))
