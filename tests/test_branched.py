@@ -21,6 +21,7 @@ from ddp.noise.critical_batch import critical_batch
 from ddp.search import branched
 from ddp.search.branch_point import read_branch_point
 from ddp.search.branched import BranchPlan, search_branches
+from ddp.search.critical_batch import targets_in
 from ddp.search.findings import cells_of, findings, fit_of, read_findings
 from ddp.search.findings_text import in_words
 from ddp.search.request import Trial
@@ -149,6 +150,20 @@ def test_a_checkpoint_of_something_else_is_refused(origin: Path, sweep: Sweep) -
         UsageError, match=r"belongs to another model: 0.weight is \[3, 1, 3, 3\] there and \[4, 1, 3, 3\]"
     ):
         run_trial(load_workload(wider, allow_import=False), trial)
+
+
+def test_a_run_whose_schedule_is_over_is_no_beginning(origin: Path, sweep: Sweep) -> None:
+    """A cosine has come down to 0 in its last step: branches at multiples of that would not move."""
+    for name, steps in (("ended", 4), ("under-way", 3)):
+        command = python("-m", "ddp", "train", "job.toml", "--set", f"run.id={name}", "--set", "schedule.name=cosine")
+        command += ["--set", "run.steps=4", "--set", f"checkpoint.every_steps={steps}"]
+        assert run_command(command, Path.cwd(), timeout=120).code == 0
+    read = read_branch_point(Path("runs/under-way/checkpoints/step-00000003"), sweep)
+    assert 0 < read.learning_rate < 0.03
+    with pytest.raises(
+        UsageError, match=r"learning rate is 0 here, its schedule is over: .* give an earlier checkpoint"
+    ):
+        read_branch_point(Path("runs/ended/checkpoints/step-00000004"), sweep)
 
 
 # --- which are run --------------------------------------------------------------------------------------------------
@@ -346,6 +361,12 @@ def test_branches_against_a_sweep_elsewhere(origin: Path, sweep: Sweep, tmp_path
         branch = Trial("branched", size, best(size), 0, (END,), 10**6, origin="/run", multiple=1.0)
         write_trial(here / "sweep.db", simulate(branch, 50.0, best))
     check_comparable(sweep, there)
+    assert targets_in(there) == sweep.section.targets  # those of the definition; chosen ones are a fact of their own
+    by_itself = load_sweep("sweep.toml", ['sweep.targets="auto"']).definition()
+    write_fact(here / "sweep.db", "definition", by_itself)
+    assert targets_in(here) == ()
+    write_fact(here / "sweep.db", "targets", (2.0, 0.5))
+    assert targets_in(here) == (2.0, 0.5) and targets_in(tmp_path / "nowhere") == ()
     with pytest.raises(UsageError, match="of another task or sweep.subset_examples"):
         check_comparable(load_sweep("sweep.toml", ["sweep.subset_examples=65"]), there)
     assert compare_in(here) == compare_in(there) == []

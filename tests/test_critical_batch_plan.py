@@ -6,6 +6,7 @@ import math
 import random
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,46 @@ def test_trials_come_back_from_the_record_as_they_were(tmp_path: Path) -> None:
         read_trials(path)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("critical_batch_*.toml")), ids=lambda path: path.name)
+JSON_COLUMNS = (
+    "targets", "steps_to_target", "examples_to_target", "validation_loss_at_target", "validation_metric_at_target",
+    "curve", "noise_plain", "noise_preconditioned",
+)  # fmt: skip
+
+
+def test_the_record_holds_json_that_others_can_read(tmp_path: Path) -> None:
+    """SQLite's own functions, as of any other reader, know neither NaN nor infinity."""
+    path = tmp_path / "sweep.db"
+    trial = replace(
+        answer(Trial("sweep", 4, 0.1, 0, TARGETS, 9), (12.5, math.nan), "diverged", loss=math.inf),
+        noise_plain=(-math.inf, 3.0),
+        seconds_per_step=math.nan,
+    )
+    write_trial(path, trial)
+    with closing(sqlite3.connect(path)) as database:
+        for column in JSON_COLUMNS:
+            assert database.execute(f"SELECT json_valid({column}) FROM trials").fetchall() == [(1,)], column
+        assert database.execute("SELECT json_extract(steps_to_target, '$[1]') FROM trials").fetchall() == [("nan",)]
+    assert list(map(repr, read_trials(path))) == [repr(trial)]
+
+
+def test_a_record_with_the_literals_of_before_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.db"
+    trial = answer(Trial("sweep", 4, 0.1, 0, TARGETS, 9), (12.5, math.nan), "diverged", loss=math.inf)
+    write_trial(path, trial)
+    with closing(sqlite3.connect(path)) as database, database:
+        for column in JSON_COLUMNS:
+            database.execute(
+                f"UPDATE trials SET {column} = replace(replace({column}, '\"nan\"', 'NaN'), '\"inf\"', 'Infinity')"
+            )
+        (steps, curve), *_ = database.execute("SELECT steps_to_target, curve FROM trials").fetchall()
+        assert (steps, curve) == ("[12.5, NaN]", "[[0, 2.0], [100, Infinity]]")
+    assert list(map(repr, read_trials(path))) == [repr(trial)]
+
+
+SWEEPS = [path for path in sorted(EXAMPLES.glob("*.toml")) if "[sweep]" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_example_sweeps_are_valid(path: Path) -> None:
     sweep = load_sweep(path)
     assert sweep.job.task.name == path.stem.rpartition("_")[2]

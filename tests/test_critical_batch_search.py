@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import sqlite3
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ddp.search.store import TrialResult, read_fact, read_trials
+from ddp.search.progress import SearchProgress
+from ddp.search.store import TrialResult, read_fact, read_trials, write_fact, write_trial
+from ddp.search.sweep_file import load_sweep
 from ddp.telemetry.critical_batches import read_critical_batches
 from jobs import Ended, finish, is_running, python, run_command, started, wait_until
 from launch.submit import descendants
+from search_trials import simulated_trials
 
 SWEEP = """
 [sweep]
@@ -244,3 +251,78 @@ def test_targets_and_learning_rates_are_found_by_themselves(tmp_path: Path) -> N
         assert all(best["interior"] for best in result["fit"]["best"])
         assert [best["batch_size"] for best in result["fit"]["best"]] == [4, 16, 32, 64, 256]
         assert all(best["seeds"] == 3 for best in result["fit"]["best"])
+
+
+def test_what_a_search_shows_ends_at_what_was_run() -> None:
+    """On a terminal a bar that is full, elsewhere a line that says how many there were."""
+    stream = Terminal()
+    with SearchProgress(stream) as progress:
+        progress.begin("a look", 1, 2)
+        progress.trial(next(simulated_trials()))
+        progress.end()
+        progress.begin("branches", 68, 2)
+        for trial in islice(simulated_trials(), 60):
+            progress.trial(trial)
+        progress.end()
+        (bar,) = progress._bar.tasks if progress._bar else ()
+        assert (bar.completed, bar.total) == (60, 60)
+    shown = io.StringIO()
+    with SearchProgress(shown) as progress:
+        for expected, run in ((1, 1), (68, 3), (2, 3), (5, 0)):
+            progress.begin("stage", expected, 2)
+            for trial in islice(simulated_trials(), run):
+                progress.trial(trial)
+            progress.end()
+    assert [line for line in shown.getvalue().splitlines() if line.startswith("stage")] == [
+        "stage: about 1 trial, 2 side by side",
+        "stage: about 68 trials, 2 side by side",
+        "stage: complete after 3 trials",
+        "stage: about 2 trials, 2 side by side",
+        "stage: about 5 trials, 2 side by side",
+        "stage: complete after 0 trials",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_matplotlib_a_finished_search_is_told_and_the_page_left_out(
+    finished: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    """In a process that cannot find it, as where the extra `report` is not installed."""
+    folder, ended = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy/out/report.html").unlink()
+    (tmp_path / "copy/out/result.json").unlink()
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(WITHOUT_MATPLOTLIB)
+    path = os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")])
+    without = run_command(command("--resume"), tmp_path / "copy", timeout=60, extra={"PYTHONPATH": path})
+    assert without.code == 0, without.stderr
+    assert without.stdout == ended.stdout
+    assert "no out/report.html: it needs matplotlib, pip install -e '.[report]'" in without.stderr
+    assert (tmp_path / "copy/out/result.json").read_text() == (folder / "out/result.json").read_text()
+    assert not (tmp_path / "copy/out/report.html").exists()
+
+
+WITHOUT_MATPLOTLIB = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: None if name == "matplotlib" else find(name, path, target)
+"""
+
+
+def test_a_sweep_may_follow_branches_in_their_directory(tmp_path: Path) -> None:
+    """They are no sweep that was begun; one that was begun is still not run over."""
+    write_sweep(tmp_path, rates="[0.05]")
+    (tmp_path / "out").mkdir()
+    branch = replace(next(simulated_trials(method="branched")), origin="/run/checkpoints/step-00000020", multiple=1.0)
+    write_trial(tmp_path / "out/sweep.db", branch)
+    write_fact(tmp_path / "out/sweep.db", "definition", load_sweep(tmp_path / "sweep.toml").definition())
+    ended = run(tmp_path)
+    assert ended.code == 0, ended.stderr
+    assert [trial.method for trial in trials(tmp_path)] == ["branched", *["sweep"] * 15]
+    refused = run(tmp_path)
+    assert refused.code == 2 and "there is a search already; give --resume to go on" in refused.stderr

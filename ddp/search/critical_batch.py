@@ -106,6 +106,14 @@ def _targets(loop: SearchLoop, sweep: Sweep, path: Path) -> tuple[float, ...]:
     return tuple(chosen)
 
 
+def targets_in(directory: Path) -> tuple[float, ...]:
+    """Those of the sweep in `directory`, given or chosen; none where there is no sweep."""
+    path = directory / FILE_NAME
+    definition: dict[str, Any] = read_fact(path, DEFINITION) or {}
+    given = definition.get("sweep", {}).get("targets", "auto")
+    return tuple(read_fact(path, TARGETS) or ()) if given == "auto" else tuple(given)
+
+
 @dataclass
 class SearchLoop:
     """Keeps a pool busy with what a plan wants, and every result in the database."""
@@ -134,6 +142,7 @@ class SearchLoop:
             if ended:
                 queue = plan(self.done)
                 self.pool.limit(self._hopeless_steps)
+        self.progress.end()
 
     def _start(self, queue: Sequence[Trial]) -> None:
         running = {trial.key for trial in self.pool.running}
