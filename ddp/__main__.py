@@ -108,7 +108,8 @@ def critical_batch(
     against: Annotated[
         Path | None,
         typer.Option(
-            metavar="SWEEP_DIR", help="branched: compare with the sweep here; else with one in its directory."
+            metavar="SWEEP_DIR",
+            help="branched: go to this sweep's targets and compare; else to those in its directory.",
         ),
     ] = None,
     allow_import: Annotated[

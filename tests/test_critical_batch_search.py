@@ -264,7 +264,8 @@ def test_what_a_search_shows_ends_at_what_was_run() -> None:
         for trial in islice(simulated_trials(), 60):
             progress.trial(trial)
         progress.end()
-        (bar,) = progress._bar.tasks if progress._bar else ()
+        assert progress._bar is not None
+        (bar,) = progress._bar.tasks
         assert (bar.completed, bar.total) == (60, 60)
     shown = io.StringIO()
     with SearchProgress(shown) as progress:
