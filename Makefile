@@ -15,7 +15,7 @@ mpich_python := .venv-mpich/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text test check bench sweeps clean
+.PHONY: help demo demo-text test check bench sweeps branches clean
 
 help:
 	@echo 'make demo        train on handwritten digits with two ranks; ends with a report'
@@ -24,6 +24,7 @@ help:
 	@echo 'make check       formatting, lint, types and import layers'
 	@echo 'make bench       the tables of the README, measured here'
 	@echo 'make sweeps      critical batch sizes measured by running, beside what the noise scale predicts; 45 minutes'
+	@echo 'make branches    the same from branches of one run, compared with those sweeps on the same stretch of training'
 	@echo 'make clean       remove .venv, .venv-mpich and everything that was built; runs/ stays'
 
 demo: .venv/.demo
@@ -64,6 +65,20 @@ sweeps: .venv/.test
 define sweep
 $(python) -m ddp critical-batch examples/critical_batch_$(1).toml --resume --set sweep.directory=sweeps/$(1)-$(2) \
     --set optimizer.name=$(2) --set optimizer.learning_rate=$(3)
+endef
+
+# Presumes the sweeps; the last number is the step of the run at which its branches begin.
+branches: .venv/.test
+	@$(call branch,digits,adam,8e-3,40)
+	@$(call branch,digits,sgd,0.1,20)
+	@$(call branch,text,adam,8e-3,20)
+
+define branch
+$(python) -m ddp train examples/critical_batch_$(1)_run.toml --resume auto --set run.id=critical-batch-$(1)-$(2) \
+    --set optimizer.name=$(2) --set optimizer.learning_rate=$(3) && \
+$(python) -m ddp critical-batch examples/critical_batch_$(1).toml --resume \
+    --set sweep.directory=sweeps/$(1)-$(2)-branches --set optimizer.name=$(2) --set optimizer.learning_rate=$(3) \
+    --method branched --from runs/critical-batch-$(1)-$(2)/checkpoints/step-000000$(4) --against sweeps/$(1)-$(2)
 endef
 
 clean:

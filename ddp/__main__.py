@@ -108,7 +108,8 @@ def critical_batch(
     against: Annotated[
         Path | None,
         typer.Option(
-            metavar="SWEEP_DIR", help="branched: compare with the sweep here; else with one in its directory."
+            metavar="SWEEP_DIR",
+            help="branched: go to this sweep's targets and compare; else to those in its directory.",
         ),
     ] = None,
     allow_import: Annotated[
@@ -134,7 +135,9 @@ def critical_batch(
     else:
         if against is not None:
             check_comparable(sweep, against)
-        directory = search_branches(sweep, checkpoint, resume=resume, workers=workers, allow_import=allow_import)
+        directory = search_branches(
+            sweep, checkpoint, against=against, resume=resume, workers=workers, allow_import=allow_import
+        )
     found = [in_words(each) for each in read_findings(directory)]
     print(directory, *found, *(each.in_words() for each in compare_in(directory, against)), sep="\n")
 

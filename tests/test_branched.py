@@ -21,6 +21,7 @@ from ddp.noise.critical_batch import critical_batch
 from ddp.search import branched
 from ddp.search.branch_point import read_branch_point
 from ddp.search.branched import BranchPlan, search_branches
+from ddp.search.critical_batch import targets_in
 from ddp.search.findings import cells_of, findings, fit_of, read_findings
 from ddp.search.findings_text import in_words
 from ddp.search.request import Trial
@@ -30,6 +31,7 @@ from ddp.search.sweep_file import Sweep, load_sweep
 from ddp.search.trial import run_trial
 from ddp.search.workload import load_workload
 from ddp.training import checkpoint
+from jobs import python, run_command
 
 TABLES = """
 [task]
@@ -150,6 +152,20 @@ def test_a_checkpoint_of_something_else_is_refused(origin: Path, sweep: Sweep) -
         run_trial(load_workload(wider, allow_import=False), trial)
 
 
+def test_a_run_whose_schedule_is_over_is_no_beginning(origin: Path, sweep: Sweep) -> None:
+    """A cosine has come down to 0 in its last step: branches at multiples of that would not move."""
+    for name, steps in (("ended", 4), ("under-way", 3)):
+        command = python("-m", "ddp", "train", "job.toml", "--set", f"run.id={name}", "--set", "schedule.name=cosine")
+        command += ["--set", "run.steps=4", "--set", f"checkpoint.every_steps={steps}"]
+        assert run_command(command, Path.cwd(), timeout=120).code == 0
+    read = read_branch_point(Path("runs/under-way/checkpoints/step-00000003"), sweep)
+    assert 0 < read.learning_rate < 0.03
+    with pytest.raises(
+        UsageError, match=r"learning rate is 0 here, its schedule is over: .* give an earlier checkpoint"
+    ):
+        read_branch_point(Path("runs/ended/checkpoints/step-00000004"), sweep)
+
+
 # --- which are run --------------------------------------------------------------------------------------------------
 
 START, END = 0.9, 0.5
@@ -227,10 +243,56 @@ def test_the_plan_finds_the_critical_batch_size(exponents: tuple[float, ...], of
 
 
 def test_the_rules_learning_rates() -> None:
-    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(512) == pytest.approx([0.1, 0.4, 1.6])
-    assert plan_from(32, 0.1, branched.EXPONENTS["sgd"]).rates(32) == [0.1]
-    assert plan_from(32, 0.1, branched.ROOT).rates(8) == pytest.approx([0.05])
-    assert plan_from(32, 0.1, branched.ROOT).rates(128, 0.3) == pytest.approx([0.6])
+    def rates(exponents: Sequence[float], size: int, own: float = 0.1) -> list[float]:
+        plan = plan_from(32, 0.1, exponents)
+        return [plan.grid.rate(index) for index in plan.rule(size, plan.grid.index(own))]
+
+    assert rates(branched.EXPONENTS["sgd"], 512) == pytest.approx([0.1, 0.4, 1.6])
+    assert rates(branched.EXPONENTS["sgd"], 32) == [0.1]
+    assert rates(branched.ROOT, 8) == pytest.approx([0.05])
+    assert rates(branched.ROOT, 128, 0.2) == pytest.approx([0.4])
+
+
+def test_every_learning_rate_of_a_rule_lies_on_one_grid() -> None:
+    """However it is come by it is one number, or a batch size would be run twice at what is all but one rate."""
+    for exponents in (branched.EXPONENTS["sgd"], branched.ROOT):
+        plan = plan_from(64, 0.08, exponents)
+        for size in plan.batch_sizes:
+            for own in range(-branched.FARTHEST, branched.FARTHEST + 1):
+                exact = sorted({plan.grid.rate(own) * (size / 64) ** exponent for exponent in exponents})
+                assert [plan.grid.rate(index) for index in plan.rule(size, own)] == pytest.approx(exact, rel=1e-12)
+                assert plan.grid.index(plan.grid.rate(own)) == own
+
+
+def test_the_rules_learning_rates_are_all_tried_however_few_run_side_by_side() -> None:
+    plan = plan_from(32, 0.1, branched.EXPONENTS["sgd"])
+    best = lambda size: 0.1  # noqa: E731
+    done = complete(plan, lambda trial: simulate(trial, 50.0, best))
+    own = plan.grid.index(_best_rate(done, 32))
+    for size in {trial.batch_size for trial in done}:
+        tried = {plan.grid.index(trial.learning_rate) for trial in done if trial.batch_size == size}
+        assert tried >= set(plan.rule(size, own))
+
+
+def _best_rate(done: Sequence[TrialResult], size: int) -> float:
+    first = [trial for trial in done if (trial.batch_size, trial.seed) == (size, 0)]
+    return min(first, key=lambda trial: np.nan_to_num(trial.steps_to_target[-1], nan=math.inf)).learning_rate
+
+
+def test_what_was_run_before_there_was_a_grid_is_not_run_again() -> None:
+    """Learning rates rounded to nine digits, of which two may stand for one."""
+    best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
+    plan = plan_from(32, 0.08, branched.EXPONENTS["sgd"])
+    done = complete(plan, lambda trial: simulate(trial, 50.0, best))
+    rounded = [replace(trial, learning_rate=float(f"{trial.learning_rate:.9g}")) for trial in done]
+    twice = [replace(trial, learning_rate=trial.learning_rate * (1 - 1.3e-9)) for trial in rounded if not trial.seed]
+    assert plan.wanted((END,), [*rounded, *twice]) == []
+    once, both = (
+        critical_batch(cells_of(each, [trial.steps_to_target[-1] for trial in each])).critical_batch_size
+        for each in (done, [*rounded, *twice])
+    )
+    assert once is not None and both is not None
+    assert both.value == pytest.approx(once.value, rel=0.03)
 
 
 @pytest.mark.parametrize("critical", [4.0, 50.0, 800.0])
@@ -299,6 +361,12 @@ def test_branches_against_a_sweep_elsewhere(origin: Path, sweep: Sweep, tmp_path
         branch = Trial("branched", size, best(size), 0, (END,), 10**6, origin="/run", multiple=1.0)
         write_trial(here / "sweep.db", simulate(branch, 50.0, best))
     check_comparable(sweep, there)
+    assert targets_in(there) == sweep.section.targets  # those of the definition; chosen ones are a fact of their own
+    by_itself = load_sweep("sweep.toml", ['sweep.targets="auto"']).definition()
+    write_fact(here / "sweep.db", "definition", by_itself)
+    assert targets_in(here) == ()
+    write_fact(here / "sweep.db", "targets", (2.0, 0.5))
+    assert targets_in(here) == (2.0, 0.5) and targets_in(tmp_path / "nowhere") == ()
     with pytest.raises(UsageError, match="of another task or sweep.subset_examples"):
         check_comparable(load_sweep("sweep.toml", ["sweep.subset_examples=65"]), there)
     assert compare_in(here) == compare_in(there) == []
@@ -353,3 +421,71 @@ def test_the_search(origin: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch)
     lower = load_sweep("sweep.toml", ["sweep.targets=[3.0]", "sweep.directory=other"])
     with pytest.raises(UsageError, match=r"at or below every target \(3\): give lower sweep.targets"):
         search_branches(lower, origin, stream=shown)
+
+
+BOWL = """
+[task]
+name = "quadratic"
+dimension = 64
+noise = 0.3
+distance = 8.0
+condition_number = 20.0
+
+[batch]
+global_batch_size = 32
+
+[optimizer]
+name = "sgd"
+learning_rate = 0.02
+
+[schedule]
+name = "constant"
+
+[evaluation]
+metric = "distance"
+"""
+BOWL_RUN = f"""
+[run]
+id = "bowl"
+steps = 20
+device = "cpu"
+{BOWL}
+[metrics]
+enabled = false
+"""
+
+
+def test_the_command_finds_a_target_by_itself(tmp_path: Path) -> None:
+    """No targets are given and no sweep lies there: the loss that the run itself has 100 steps later."""
+    (tmp_path / "job.toml").write_text(BOWL_RUN)
+    (tmp_path / "sweep.toml").write_text(f"[sweep]\ndirectory = 'out'\nsubset_examples = 16\nworkers = 2\n{BOWL}")
+    trained = run_command(python("-m", "ddp", "train", "job.toml"), tmp_path, timeout=120)
+    assert trained.code == 0, trained.stderr
+    origin = tmp_path / "runs/bowl/checkpoints/step-00000020"
+    command = python("-m", "ddp", "critical-batch", "sweep.toml", "--method", "branched", "--from", str(origin))
+    ended = run_command(command, tmp_path, timeout=240)
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.splitlines()[0] == "out"
+    trials = read_trials(tmp_path / "out/sweep.db")
+    (look,) = [trial for trial in trials if not trial.targets]
+    ((target,),) = {trial.targets for trial in trials if trial.targets}
+    assert target == pytest.approx(dict(look.curve)[97], rel=0.1) and target < look.curve[0][1]
+    own = [trial for trial in trials if trial.targets and trial.batch_size == 32 and trial.learning_rate == 0.02]
+    assert own[0].steps_to_target[0] == pytest.approx(100, rel=0.1)
+    keys = {(trial.batch_size, round(8 * math.log2(trial.learning_rate / 0.02)), trial.seed) for trial in trials}
+    assert len(keys) == len(trials)  # none is run twice
+    (finding,) = read_findings(tmp_path / "out")
+    assert in_words(finding) in ended.stdout
+    assert len(finding.rows) >= 5
+    again = run_command([*command, "--resume"], tmp_path, timeout=60)
+    assert again.code == 0, again.stderr
+    assert again.stdout == ended.stdout and len(read_trials(tmp_path / "out/sweep.db")) == len(trials)
+
+
+def test_a_run_that_goes_wrong_or_falls_no_more_gives_no_target() -> None:
+    curve = [(0, 2.0), *((step, 2.0 + step / 1000) for step in range(1, 121))]
+    with pytest.raises(UsageError, match="/run: the run goes wrong after 50 more steps at its own learning rate"):
+        branched._loss_to_reach(curve[:51], "/run")
+    with pytest.raises(UsageError, match="/run: its training loss of 2 is 2.1 after 100 more steps: it does not fall"):
+        branched._loss_to_reach(curve, "/run")
+    assert branched._loss_to_reach([(0, 2.0), *((step, 1.0) for step in range(1, 121))], "/run") == 1.0

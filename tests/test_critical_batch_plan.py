@@ -6,6 +6,7 @@ import math
 import random
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,9 @@ def test_where_nothing_reaches_the_target_the_search_ends() -> None:
 
 
 def test_given_learning_rates_are_run_as_they_are() -> None:
-    sweep = sweep_of(0.1, learning_rates=[0.4, 0.1], batch_sizes=[8, 512], seeds=4)
+    sweep = sweep_of(0.1, learning_rates=[0.4, 0.1], batch_sizes=[512, 8, 64, 128, 16, 8], seeds=4)
     done, asked = play(sweep, world(lambda size, target: 0.1))
-    expected = {(size, rate, seed) for size in (8, 512) for rate in (0.1, 0.4) for seed in range(4)}
+    expected = {(size, rate, seed) for size in (8, 16, 64, 128, 512) for rate in (0.1, 0.4) for seed in range(4)}
     assert {(trial.batch_size, trial.learning_rate, trial.seed) for trial in done} == expected
     assert [trial.seed for trial in asked] == sorted(trial.seed for trial in asked)
 
@@ -243,7 +244,46 @@ def test_trials_come_back_from_the_record_as_they_were(tmp_path: Path) -> None:
         read_trials(path)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("critical_batch_*.toml")), ids=lambda path: path.name)
+JSON_COLUMNS = (
+    "targets", "steps_to_target", "examples_to_target", "validation_loss_at_target", "validation_metric_at_target",
+    "curve", "noise_plain", "noise_preconditioned",
+)  # fmt: skip
+
+
+def test_the_record_holds_json_that_others_can_read(tmp_path: Path) -> None:
+    """SQLite's own functions, as of any other reader, know neither NaN nor infinity."""
+    path = tmp_path / "sweep.db"
+    trial = replace(
+        answer(Trial("sweep", 4, 0.1, 0, TARGETS, 9), (12.5, math.nan), "diverged", loss=math.inf),
+        noise_plain=(-math.inf, 3.0),
+        seconds_per_step=math.nan,
+    )
+    write_trial(path, trial)
+    with closing(sqlite3.connect(path)) as database:
+        for column in JSON_COLUMNS:
+            assert database.execute(f"SELECT json_valid({column}) FROM trials").fetchall() == [(1,)], column
+        assert database.execute("SELECT json_extract(steps_to_target, '$[1]') FROM trials").fetchall() == [("nan",)]
+    assert list(map(repr, read_trials(path))) == [repr(trial)]
+
+
+def test_a_record_with_the_literals_of_before_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.db"
+    trial = answer(Trial("sweep", 4, 0.1, 0, TARGETS, 9), (12.5, math.nan), "diverged", loss=math.inf)
+    write_trial(path, trial)
+    with closing(sqlite3.connect(path)) as database, database:
+        for column in JSON_COLUMNS:
+            database.execute(
+                f"UPDATE trials SET {column} = replace(replace({column}, '\"nan\"', 'NaN'), '\"inf\"', 'Infinity')"
+            )
+        (steps, curve), *_ = database.execute("SELECT steps_to_target, curve FROM trials").fetchall()
+        assert (steps, curve) == ("[12.5, NaN]", "[[0, 2.0], [100, Infinity]]")
+    assert list(map(repr, read_trials(path))) == [repr(trial)]
+
+
+SWEEPS = [path for path in sorted(EXAMPLES.glob("*.toml")) if "[sweep]" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_example_sweeps_are_valid(path: Path) -> None:
     sweep = load_sweep(path)
     assert sweep.job.task.name == path.stem.rpartition("_")[2]
@@ -254,9 +294,15 @@ def test_a_sweep_may_name_a_job_file_or_hold_its_tables(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(
         '[run]\nsteps = 9\n[task]\nname = "digits"\n[batch]\nglobal_batch_size = 32\nmicro_batch_size = 8\n'
     )
-    (tmp_path / "named.toml").write_text('[sweep]\njob = "job.toml"\ntargets = [0.1, 0.4]\nbatch_sizes = [256, 4]\n')
+    (tmp_path / "named.toml").write_text(
+        '[sweep]\njob = "job.toml"\ntargets = [0.1, 0.4]\nbatch_sizes = [256, 4, 16, 8, 64, 4]\n'
+    )
     sweep = load_sweep(tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5"])
-    assert (sweep.section.targets, sweep.section.batch_sizes, sweep.section.seeds) == ((0.4, 0.1), (4, 256), 5)
+    assert (sweep.section.targets, sweep.section.batch_sizes, sweep.section.seeds) == (
+        (0.4, 0.1),
+        (4, 8, 16, 64, 256),
+        5,
+    )
     assert (sweep.micro_batch_size, sweep.job_batch_size, sweep.directory) == (8, 32, Path("sweeps/named"))
     assert getattr(sweep.job.task, "channels", None) == 7
     other = load_sweep(tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5", "sweep.workers=3"])
@@ -270,6 +316,7 @@ def test_a_sweep_may_name_a_job_file_or_hold_its_tables(tmp_path: Path) -> None:
         ('[task]\nname = "digits"', "no \\[sweep\\] table"),
         ("[sweep]\nbatch_size = [4]", "sweep.batch_size: unknown key \\(did you mean batch_sizes\\?\\)"),
         ("[sweep]\nbatch_sizes = [4, 128]", "sweep.batch_sizes: the largest must be at least 64 times the smallest"),
+        ("[sweep]\nbatch_sizes = [4, 16, 64, 256, 4]", "sweep.batch_sizes: a fit takes at least 5 different ones"),
         ("[sweep]\nseeds = 2", "sweep.seeds: 2: Input should be greater than or equal to 3"),
         ("[sweep]\ntargets = []", "targets is empty"),
         ("[sweep]\ntargets = [-1.0]", "^[^\n]*sweep.targets: -1.0: Input should be greater than 0$"),

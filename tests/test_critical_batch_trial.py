@@ -47,7 +47,7 @@ def workload(
             "evaluation": {"metric": metric},
         }
     )
-    section = SweepSection.model_validate({"subset_examples": 32, "batch_sizes": [4, 256], **sweep})
+    section = SweepSection.model_validate({"subset_examples": 32, "batch_sizes": [4, 16, 32, 64, 256], **sweep})
     return load_workload(Sweep(section, job, "sweep"), allow_import=False)
 
 
@@ -284,7 +284,7 @@ def test_endings() -> None:
 
 def test_a_batch_that_is_larger_than_the_data_is_refused() -> None:
     with pytest.raises(UsageError, match="sweep.batch_sizes: 2048.*1472 examples"):
-        workload({"name": "digits"}, {"name": "sgd"}, batch_sizes=[4, 2048])
+        workload({"name": "digits"}, {"name": "sgd"}, batch_sizes=[4, 8, 16, 32, 2048])
 
 
 def test_seeds_differ_and_repeat(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_commands_and_files_named_in_the_pages_exist(page: Path) -> None:
 def test_make_without_a_target_says_what_there_is() -> None:
     shown = _make()
     assert shown.returncode == 0
-    for target in ("demo", "demo-text", "test", "check", "bench", "clean"):
+    for target in ("demo", "demo-text", "test", "check", "bench", "sweeps", "branches", "clean"):
         assert re.search(rf"^make {target} ", shown.stdout, re.MULTILINE)
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import NormalDist
 
 import numpy as np
 
-from ddp.noise.estimate import Estimate
+from ddp.noise.estimate import Estimate, exp
 from ddp.noise.hyperbola import Array
 
 DRAWS = 1_000
+SAME = math.log(1.001)  # learning rates this near each other are one, whose runs belong together
+CLOSE = math.log(1.03)  # one this near the best says nothing of the valley's shape: its chance is as large as the slope
 NEAR = math.log(2) + 1e-6  # learning rates within this factor of the best take part in its parabola,
 ALIKE = math.log(1.3)  # if they need at most this factor more steps: further up the valley is no parabola
 
@@ -63,8 +65,19 @@ def bootstrap_best(cells: Iterable[Cell], draws: int = DRAWS, seed: int = 0) -> 
     """The batch sizes at which some learning rate reached the target, ascending, each with its best over all draws."""
     generator = np.random.default_rng(seed)
     ordered = sorted(cells, key=lambda cell: (cell.batch_size, cell.learning_rate))
-    by_size = [list(group) for _, group in groupby(ordered, key=lambda cell: cell.batch_size)]
+    by_size = [_merged(group) for _, group in groupby(ordered, key=lambda cell: cell.batch_size)]
     return [_drawn_best(group, draws, generator) for group in by_size if any(cell.reached for cell in group)]
+
+
+def _merged(cells: Iterable[Cell]) -> list[Cell]:
+    """Those of one batch size, by learning rate; ones that differ by rounding are one, at the lowest of their rates."""
+    merged: list[Cell] = []
+    for cell in cells:
+        if merged and math.log(cell.learning_rate / merged[-1].learning_rate) <= SAME:
+            merged[-1] = replace(merged[-1], steps=merged[-1].steps + cell.steps)
+        else:
+            merged.append(cell)
+    return merged
 
 
 def _drawn_best(cells: Sequence[Cell], draws: int, generator: np.random.Generator) -> DrawnBest:
@@ -105,8 +118,9 @@ def valley_minimum(log_rates: Array, log_steps: Array) -> tuple[Array, Array, Ar
 
     A parabola in log learning rate through the points near the best averages over their runs, and so is less a
     matter of luck than the smallest of several noisy means. It is used where there are such points on both sides and
-    it has its minimum among them. Near is in learning rate and in steps: on the way to divergence steps rise so
-    steeply that one such point moved B_crit by up to 10 % in simulations.
+    it has its minimum among them, no further below the best than they lie above it at most. Near is in learning rate
+    and in steps: on the way to divergence steps rise so steeply that one such point moved B_crit by up to 10 % in
+    simulations. A point within CLOSE of the best takes no part: two at one place bend a parabola at will.
 
     Args:
         log_rates: shape (n,), ascending.
@@ -120,13 +134,14 @@ def valley_minimum(log_rates: Array, log_steps: Array) -> tuple[Array, Array, Ar
     known = np.isfinite(log_steps[0])
     for index in np.unique(chosen):
         offsets = log_rates - log_rates[index]
+        apart = (np.abs(offsets) >= CLOSE) | (offsets == 0)
         alike = log_steps[0] <= log_steps[0, index] + ALIKE
-        near = known & alike & (np.abs(offsets) <= NEAR)
+        near = known & alike & apart & (np.abs(offsets) <= NEAR)
         if not (near[:index].any() and near[index + 1 :].any()):
             continue
         rows = np.flatnonzero(chosen == index)
         offset, value = _vertex(offsets[near], log_steps[np.ix_(rows, np.flatnonzero(near))])
-        good = np.isfinite(offset)
+        good = np.isfinite(offset) & (value >= least[rows] - ALIKE)
         log_rate[rows[good]] = log_rates[index] + offset[good]
         least[rows[good]] = value[good]
     return chosen, log_rate, least
@@ -151,4 +166,4 @@ def estimate(log_draws: Array, confidence: float) -> Estimate:
     z = normal.inv_cdf((1 + confidence) / 2)
     ends = [normal.cdf(2 * shift + sign * z) for sign in (-1, 1)]
     low, high = (float(np.quantile(draws, end)) for end in ends)
-    return Estimate(math.exp(point), math.exp(min(low, point)), math.exp(max(high, point)))
+    return Estimate(exp(point), exp(min(low, point)), exp(max(high, point)))

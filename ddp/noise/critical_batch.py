@@ -158,6 +158,8 @@ def _fit_with_misfit(log_sizes: Array, log_steps: Array, *, free_exponent: bool 
 
 
 def _too_little(drawn: Sequence[DrawnBest], used: Sequence[DrawnBest]) -> str:
+    if not drawn:
+        return "no batch size reached the target with all its seeds: a higher target or more examples are needed"
     if len(drawn) < FEWEST_BATCH_SIZES:
         sizes = f"{len(drawn)} batch size{'s' * (len(drawn) != 1)}"
         return f"only {sizes} reached the target; it takes {FEWEST_BATCH_SIZES}"

@@ -1,7 +1,8 @@
-"""A value and the interval around it."""
+"""A value and the interval around it; and the way there from a logarithm."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,3 +18,11 @@ class Estimate:
     @classmethod
     def exactly(cls, value: float) -> Self:
         return cls(value, value, value)
+
+
+def exp(logarithm: float) -> float:
+    """Infinite where `math.exp` would overflow: an interval's end may lie anywhere."""
+    try:
+        return math.exp(logarithm)
+    except OverflowError:
+        return math.inf

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddp.noise.best_rate import DRAWS, Cell, DrawnBest, bootstrap_best
+from ddp.noise.estimate import exp
 from ddp.noise.interval import t_quantile
 
 MARGIN = 1.25  # with its inverse 0.8 the limits of bioequivalence, where two treatments count as one
@@ -108,7 +109,7 @@ def _compare(base: DrawnBest, other: DrawnBest, margin: float, significance: flo
     half = t_quantile(1 - 2 * significance, degrees) * deviation if known else math.inf
     low, high = float(logs[0]) - half, float(logs[0]) + half
     verdict = _verdict(low, high, math.log(margin))
-    return Comparison(other.batch_size, math.exp(logs[0]), math.exp(low), math.exp(high), verdict)
+    return Comparison(other.batch_size, exp(float(logs[0])), exp(low), exp(high), verdict)
 
 
 def _verdict(low: float, high: float, limit: float) -> Verdict:

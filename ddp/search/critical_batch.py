@@ -106,6 +106,14 @@ def _targets(loop: SearchLoop, sweep: Sweep, path: Path) -> tuple[float, ...]:
     return tuple(chosen)
 
 
+def targets_in(directory: Path) -> tuple[float, ...]:
+    """Those of the sweep in `directory`, given or chosen; none where there is no sweep."""
+    path = directory / FILE_NAME
+    definition: dict[str, Any] = read_fact(path, DEFINITION) or {}
+    given = definition.get("sweep", {}).get("targets", "auto")
+    return tuple(read_fact(path, TARGETS) or ()) if given == "auto" else tuple(given)
+
+
 @dataclass
 class SearchLoop:
     """Keeps a pool busy with what a plan wants, and every result in the database."""
@@ -134,6 +142,7 @@ class SearchLoop:
             if ended:
                 queue = plan(self.done)
                 self.pool.limit(self._hopeless_steps)
+        self.progress.end()
 
     def _start(self, queue: Sequence[Trial]) -> None:
         running = {trial.key for trial in self.pool.running}
@@ -226,10 +235,19 @@ def alone_in(directory: Path) -> Iterator[None]:
     """Hold the directory's lock, which goes with the process; where locks are not to be had, trust the user.
 
     The directory is made where it is missing, and goes again if nothing came of the search.
+
+    Raises:
+        UsageError: a search is running there, or nothing can be written there.
     """
-    missing = [each for each in (directory, *directory.parents) if not each.exists()]
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(directory / "lock", "w") as file:
+    try:
+        missing = [each for each in (directory, *directory.parents) if not each.exists()]
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = open(directory / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: results cannot be written there: {error.strerror}; give another sweep.directory"
+        ) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

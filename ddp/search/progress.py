@@ -24,7 +24,7 @@ class SearchProgress:
         if self._console.is_terminal:
             columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
-        self._done, self._expected = 0, 0
+        self._what, self._done, self._expected = "", 0, 0
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -41,8 +41,8 @@ class SearchProgress:
 
     def begin(self, what: str, expected: int, workers: int) -> None:
         """A stage of about `expected` trials begins."""
-        self._done, self._expected = 0, expected
-        self._say(f"{what}: about {expected} trials, {workers} side by side")
+        self._what, self._done, self._expected = what, 0, expected
+        self._say(f"{what}: about {_trials(expected)}, {workers} side by side")
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -59,9 +59,21 @@ class SearchProgress:
                 total = max(self._done, self._expected)
                 self._bar.update(self._task, completed=self._done, total=total, description=line)
 
+    def end(self) -> None:
+        """The stage is over, with fewer trials than expected where they were enough."""
+        if self._done < self._expected:
+            self._say(f"{self._what}: complete after {_trials(self._done)}")
+        if self._bar is not None and self._task is not None:
+            with suppress(OSError, ValueError):
+                self._bar.update(self._task, completed=self._done, total=max(self._done, 1))
+
     def _say(self, line: str) -> None:
         with suppress(OSError, ValueError):
             self._console.print(line, markup=False, soft_wrap=True)
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial{'s' * (count != 1)}"
 
 
 def trial_line(result: TrialResult) -> str:
