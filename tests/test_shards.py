@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from dataclasses import fields
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 import ddp
+from ddp.noise.fixed_order import LAGS, Deviations, FixedOrder
 from ddp.noise.shards import COPIES, DIRECTIONS, ShardWatch
 from ddp.tasks.digits import _load, build_network
 from ddp.transport.projection import ELEMENTS, SmallParameters
@@ -200,6 +200,53 @@ def test_a_row_keeps_its_projection_behind_its_numbers() -> None:
     assert not packed[numbers + DIRECTIONS :].any()
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("missing", [False, True])
+def test_z_of_a_lag_is_that_of_a_loop_over_the_definition(ranks: int, missing: bool) -> None:
+    """Also past the longest lag, where the ring has gone round; a step without numbers counts for nothing."""
+    steps, seen = LAGS + 150, []
+    generator = np.random.default_rng(ranks)
+    order = FixedOrder()
+    for step in range(steps):
+        values = generator.standard_normal((ranks, DIRECTIONS)) * math.exp(-step / 200)
+        spread = values - values.mean(axis=0)
+        length = float(np.linalg.norm(spread))
+        if missing and step % 5 == 0:
+            assert order.observe(None) is None
+            continue
+        order.observe(Deviations(values.mean(axis=0), spread / length, length))
+        seen.append((spread / length).ravel())
+    for lag in (1, 7, 500, LAGS):
+        products = np.array([now @ before for now, before in zip(seen[lag:], seen, strict=False)])
+        weights = 0.99 ** np.arange(len(products))[::-1]
+        expected = (weights * products).sum() / np.sqrt(np.square(weights * products).sum()) if len(products) else 0.0
+        assert order.z(lag) == pytest.approx(expected, rel=1e-4, abs=1e-5)  # kept in float32
+
+
+@pytest.mark.parametrize("what", ["sorted", "one order", "swings"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_only_data_that_repeat_themselves_and_change_from_step_to_step_look_sorted(ranks: int, what: str) -> None:
+    """A hundred steps an epoch. A gradient that swings changes as much, and one order that is not sorted repeats itself."""
+    for seed in range(5):
+        generator, watch = np.random.default_rng(seed), ShardWatch()
+        epoch = generator.standard_normal((100, ranks, DIRECTIONS))
+        if what == "sorted":
+            epoch += 5 * np.repeat(generator.standard_normal((10, 1, DIRECTIONS)), 10, axis=0)
+        swing = 20 * generator.standard_normal(DIRECTIONS) if what == "swings" else np.zeros(DIRECTIONS)
+        said = []
+        for step in range(500):
+            own = epoch[step % 100] if what != "swings" else generator.standard_normal((ranks, DIRECTIONS))
+            values = own + 0.5 * generator.standard_normal((ranks, DIRECTIONS)) + (-1) ** step * swing
+            said.append(watch.observe(generator.exponential(size=ranks).tolist(), values * math.exp(-step / 100)))
+        named = [(step, each) for step, each in enumerate(said) if each]
+        if what != "sorted":
+            assert named == []
+            continue
+        ((step, sentence),) = named
+        assert 149 <= step <= 200  # 49 pairs at least
+        assert "every 100 steps" in sentence and "look sorted" in sentence and "set_epoch" in sentence
+
+
 class _Lines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -215,41 +262,54 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     return (images - images.mean()) / images.std(), labels, np.argsort(labels.numpy(), kind="stable")
 
 
-def _shards(how: str, ranks: int, generator: np.random.Generator, by_class: np.ndarray) -> list[np.ndarray]:
-    """Each rank's 16 examples of a step."""
+def _shards(how: str, step: int, ranks: int, generator: np.random.Generator, by_class: np.ndarray) -> list[np.ndarray]:
+    """Each rank's 16 examples of a step; of data sorted by class, from a part of its own or in turn."""
+    if how == "in turn":
+        start = step % (len(by_class) // (16 * ranks)) * 16 * ranks
+        return [by_class[start + rank : start + 16 * ranks : ranks] for rank in range(ranks)]
     if how == "sorted":
         return [shard[generator.permutation(len(shard))[:16]] for shard in np.array_split(by_class, ranks)]
     shuffled = generator.permutation(len(by_class))
     return [shuffled[0 if how == "copies" and rank < 2 else rank :: ranks][:16] for rank in range(ranks)]
 
 
+def _train(how: str, ranks: int, batch_norm: bool, steps: int, seed: int) -> list[str]:
+    """What is said of ranks that are computed one after the other; SGD, or Adam on a network with BatchNorm."""
+    images, labels, by_class = _digits()
+    torch.manual_seed(seed)
+    generator, watch, said = np.random.default_rng(seed), ShardWatch(), []
+    model = build_network(8, batch_norm=batch_norm, dropout=0.0)
+    optimizer = Adam(model.parameters(), lr=3e-3) if batch_norm else SGD(model.parameters(), lr=0.05)
+    parameters = list(model.parameters())
+    lengths = [each.numel() for each in parameters]
+    small = SmallParameters(parameters).in_bucket(parameters, np.cumsum(lengths).tolist(), torch.device("cpu"))
+    for step in range(steps):
+        own = []
+        for shard in map(torch.from_numpy, _shards(how, step, ranks, generator, by_class)):
+            gradients = torch.autograd.grad(cross_entropy(model(images[shard]), labels[shard]), parameters)
+            own.append(torch.cat([each.flatten() for each in gradients]))
+        projections = [each.tolist() for each in map(small.of, own) if each is not None]
+        said.append(watch.observe([float(each.square().sum()) for each in own], projections))
+        for parameter, gradient in zip(parameters, torch.stack(own).mean(dim=0).split(lengths), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        optimizer.step()
+    return [sentence for sentence in said if sentence]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_sorted_digits_are_told_from_shuffled_ones_whatever_the_seed(ranks: int, batch_norm: bool) -> None:
-    """One rank after the other, in this process; SGD, or Adam on a network with BatchNorm."""
-    images, labels, by_class = _digits()
-    for seed, how in itertools.product(range(5), ("shuffled", "sorted")):
-        torch.manual_seed(seed)
-        generator, watch, said = np.random.default_rng(seed), ShardWatch(), []
-        model = build_network(8, batch_norm=batch_norm, dropout=0.0)
-        optimizer = Adam(model.parameters(), lr=3e-3) if batch_norm else SGD(model.parameters(), lr=0.05)
-        parameters = list(model.parameters())
-        ends = np.cumsum([each.numel() for each in parameters]).tolist()
-        small = SmallParameters(parameters).in_bucket(parameters, ends, torch.device("cpu"))
-        for _ in range(70):
-            own = []
-            for shard in map(torch.from_numpy, _shards(how, ranks, generator, by_class)):
-                gradients = torch.autograd.grad(cross_entropy(model(images[shard]), labels[shard]), parameters)
-                own.append(torch.cat([each.flatten() for each in gradients]))
-            projections = [small.of(each) for each in own]
-            assert None not in projections
-            values = [each.tolist() for each in projections if each is not None]
-            said.append(watch.observe([float(each.square().sum()) for each in own], values))
-            mean = torch.stack(own).mean(dim=0).split([each.numel() for each in parameters])
-            for parameter, gradient in zip(parameters, mean, strict=True):
-                parameter.grad = gradient.view_as(parameter)
-            optimizer.step()
-        assert sum(each is not None for each in said) == (how == "sorted"), f"seed {seed}, {how}: z = {watch.z:.1f}"
+    for seed in range(4):
+        assert _train("shuffled", ranks, batch_norm, 70, seed) == []
+        (said,) = _train("sorted", ranks, batch_norm, 70, seed)
+        assert "not drawn alike, sorted by class" in said
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_sorted_digits_dealt_out_in_turn_are_named_in_the_third_or_fourth_epoch(batch_norm: bool) -> None:
+    for seed in range(2):
+        (said,) = _train("in turn", 4, batch_norm, 120, seed)
+        assert "look sorted, by class say, and dealt out to the ranks in turn" in said
 
 
 def _attached(rank: int, world_size: int, store_address: str, how: str, steps: int) -> list[str]:
@@ -264,8 +324,8 @@ def _attached(rank: int, world_size: int, store_address: str, how: str, steps: i
             model = DistributedDataParallel(build_network(8, batch_norm=False, dropout=0.0))
             optimizer = SGD(model.parameters(), lr=0.05)
             meter = ddp.attach(model, batch_size=16, transport="shared_memory", layers=False)
-            for _ in range(steps):
-                chosen = torch.from_numpy(_shards(how, world_size, generator, by_class)[rank])
+            for step in range(steps):
+                chosen = torch.from_numpy(_shards(how, step, world_size, generator, by_class)[rank])
                 optimizer.zero_grad()
                 cross_entropy(model(images[chosen]), labels[chosen]).backward()
                 optimizer.step()
@@ -278,7 +338,7 @@ def _attached(rank: int, world_size: int, store_address: str, how: str, steps: i
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shards_of_digits_over_processes(rank_pool: RankPool, ranks: int) -> None:
-    steps = {"shuffled": 70, "sorted": 70, "copies": 30}
+    steps = {"shuffled": 60, "sorted": 60, "copies": 30}
     said = {how: rank_pool.run(ranks, _attached, how, count) for how, count in steps.items()}
     assert all(lines == [] for heard in said.values() for lines in heard[1:])  # one rank speaks
     assert said["shuffled"][0] == []

@@ -15,6 +15,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ddp.noise.fixed_order import Deviations, FixedOrder
+
 DIRECTIONS = 8  # on which gradients are projected, in every step
 COPIES = 25  # successive steps in which gradients must be equal
 PAIRS = (40, 200)  # of successive steps: fewest for a verdict, and the newest that count
@@ -46,9 +48,10 @@ class ShardWatch:
     def __init__(self) -> None:
         self._labels: deque[list[int]] = deque(maxlen=COPIES)
         self._before: NDArray[np.float64] | None = None
-        self._deviations: NDArray[np.float64] | None = None
+        self._deviations: Deviations | None = None
         self._products: NDArray[np.float64] = np.zeros(PAIRS[1])  # a ring
         self._pairs = 0  # so far
+        self._order = FixedOrder()
         self._copies_named = self._sorted_named = False
 
     def observe(
@@ -67,7 +70,8 @@ class ShardWatch:
         even = not examples or min(examples) >= _ALIKE * max(examples)
         said = None if self._copies_named else self._copied(own_squared_norms, values if usable else None)
         if said is None and not self._sorted_named:
-            said = self._unlike(_deviations(values) if usable and even else None)
+            deviations = _deviations(values) if usable and even else None
+            said = self._unlike(deviations) or self._repeated(deviations)
         return said
 
     def _copied(self, norms: Sequence[float], projections: NDArray[np.float64] | None) -> str | None:
@@ -99,11 +103,11 @@ class ShardWatch:
             f"reads a shard of its own, e.g. by {_REMEDY}"
         )
 
-    def _unlike(self, deviations: NDArray[np.float64] | None) -> str | None:
+    def _unlike(self, deviations: Deviations | None) -> str | None:
         before, self._deviations = self._deviations, deviations
-        if before is None or deviations is None or before.shape != deviations.shape:
+        if before is None or deviations is None or before.unit.shape != deviations.unit.shape:
             return None
-        self._products[self._pairs % PAIRS[1]] = np.vdot(before, deviations)
+        self._products[self._pairs % PAIRS[1]] = np.vdot(before.unit, deviations.unit)
         self._pairs += 1
         z = self.z
         if not z > ALARM:
@@ -114,6 +118,19 @@ class ShardWatch:
             f"{min(self._pairs, PAIRS[1])} pairs of steps): their shards are not drawn alike, sorted by class or the "
             "same in every epoch, and the noise scale is too large: shuffle the data before they are dealt out, e.g. "
             f"by {_REMEDY}"
+        )
+
+    def _repeated(self, deviations: Deviations | None) -> str | None:
+        repetition = self._order.observe(deviations)
+        if repetition is None:
+            return None
+        self._sorted_named = True
+        return (
+            f"what tells the ranks apart repeats itself every {repetition.lag} steps (z = {repetition.z:.1f}), so that the "
+            "data come in the same order in every epoch; and their mean gradient changes "
+            f"{repetition.ratio:.0f} times as much from step to step as their differences explain: the data look sorted, "
+            "by class say, and dealt out to the ranks in turn, and the noise scale is too small: shuffle them in every "
+            f"epoch, e.g. by {_REMEDY}"
         )
 
     @property
@@ -144,14 +161,14 @@ def _headings(projections: NDArray[np.float64]) -> NDArray[np.float64]:
     return projections / np.where(lengths > 0, lengths, 1.0)
 
 
-def _deviations(projections: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """From their mean over the ranks, scaled to length 1; None where the ranks are equal, but for rounding."""
+def _deviations(projections: NDArray[np.float64]) -> Deviations | None:
+    """None where the ranks are equal, but for rounding."""
     mean: NDArray[np.float64] = projections.sum(axis=0) / len(projections)
     deviations = projections - mean
     length = math.sqrt(float(np.vdot(deviations, deviations)))
     if not length > _EQUAL * math.sqrt(float(np.vdot(projections, projections))):
         return None
-    return deviations / length
+    return Deviations(mean, deviations / length, length)
 
 
 def _named(ranks: Sequence[int]) -> str:
