@@ -231,7 +231,7 @@ def test_only_data_that_repeat_themselves_and_change_from_step_to_step_look_sort
         generator, watch = np.random.default_rng(seed), ShardWatch()
         epoch = generator.standard_normal((100, ranks, DIRECTIONS))
         if what == "sorted":
-            epoch += 5 * np.repeat(generator.standard_normal((10, 1, DIRECTIONS)), 10, axis=0)
+            epoch += 15 * np.repeat(generator.standard_normal((10, 1, DIRECTIONS)), 10, axis=0)
         swing = 20 * generator.standard_normal(DIRECTIONS) if what == "swings" else np.zeros(DIRECTIONS)
         said = []
         for step in range(500):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 LAGS = 1000  # steps after which a repetition is seen: the longest epoch
 ALARM = 7.0  # z above which the order repeats itself: there are LAGS of them
-RATIO = 3.0  # of changes between steps to what the ranks' differences explain, above which data look sorted
+RATIO = 15.0  # of changes between steps to what the ranks' differences explain, above which data look sorted
 RANKS = 8  # of which the deviations are remembered
 _LOOKED = 10  # steps between two looks at all lags
 _KEPT = 0.99  # of older steps' weight, from step to step: those of the newest 200 steps or so
@@ -57,7 +57,14 @@ class FixedOrder:
     With U_t as in `ddp.noise.shards`, q_t = <U_t, U_{t-lag}> has mean 0 given the past where shards are exchangeable,
     for any lag and for any choice of ranks; z = sum w q / sqrt(sum w^2 q^2), weights w falling by 1 % a step. With two
     ranks P(z > 7) <= exp(-24.5) = 2.3e-11 for a step and lag (Hoeffding). z <= sqrt(n) after n products: none of fewer
-    than 49 alarms.
+    than 50 alarms, so that it takes an epoch and 50 steps.
+
+    Measured: none of 476 shuffled runs is named (`ddp.noise.shards` lists them), largest z of any lag 5.5; simulated, 900,000
+    steps: 5.0. Of digits sorted by class and dealt out in turn, 2 to 8 ranks of 4 to 128 examples, 73 runs of 84 are named
+    with SGD, Adam and BatchNorm, 52 to 460 steps past the first epoch, half of them within 71. Of those with momentum 9
+    of 22 are: there, and with Adam and few examples, the weights swing along with the classes, and an epoch does not
+    repeat the last. Data in one order that is not sorted repeat themselves as well, with z up to 13, but the noise scale
+    is right: none of 24 such runs had a ratio above 15.
     """
 
     def __init__(self) -> None:

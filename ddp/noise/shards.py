@@ -1,8 +1,9 @@
 """Are the ranks' shards what the noise scale assumes: different examples, drawn alike?
 
-Two faults make every number wrong while training goes on as if nothing were: ranks that see the same data, and
-ranks that see different kinds of data, sorted by class say. Both show in what the ranks' rows say of their gradients.
-Copies of the same data under dropout or augmentation of their own do not: their gradients differ.
+Two faults make every number wrong while training goes on as if nothing were: ranks that see the same data, and data
+sorted by class say, whether each rank has a part of its own or they take them in turn (`ddp.noise.fixed_order`). Both
+show in what the ranks' rows say of their gradients. Copies of the same data under dropout or augmentation of their own
+do not: their gradients differ.
 """
 
 from __future__ import annotations
@@ -34,15 +35,24 @@ class ShardWatch:
     Copies: own squared norms and projections equal in `COPIES` successive steps, in each of which they point elsewhere
     than in the step before, by a hundredth at least. Gradients of data do: their examples are others in each step. What
     a penalty leaves where the data's gradient is zero is equal on all ranks too, but turns slowly or not at all.
-    Ranks that all take the whole data set in each step are not told from that, and not named.
+    Ranks that all take the whole data set in each step are not told from that, and not named. Measured: copies on digits,
+    text, linear and other regression, 4 to 512 examples, are named after 26 steps in 44 runs of 44; a fitted hinge loss
+    with a penalty, whose ranks are equal for up to 361 steps, in none of 48.
 
     Shards not drawn alike: let U_t be the deviations of the ranks' projections from their mean in step t, shape (ranks,
     DIRECTIONS), scaled to length 1. If shards are exchangeable, any permutation of the rows of U_t is as likely as any
     other, whatever came before; over all permutations <U_t, U_{t-1}> has mean 0, because the rows add up to 0. So q_t =
     <U_t, U_{t-1}> has mean 0 given the past, for any distribution of gradients, however they drift. Where one rank's
     gradient differs from another's in step after step the mean is above 0. z = sum q / sqrt(sum q^2) over the newest 40
-    to 200 pairs, an alarm at z > 6. With two ranks the sign of q_t is a fair coin given |q_t| and the past, so that
-    P(z > 6) <= exp(-18) = 1.5e-8 in a window (Hoeffding), whatever the gradients; with more it was simulated.
+    to 200 pairs, an alarm at z > 6. Which of two ranks had which shard leaves their mean gradient, and so all that
+    follows, as it was: the signs of q are fair coins, independent of each other and of all |q|, and P(z > 6) <= exp(-18)
+    = 1.5e-8 in a window (Hoeffding).
+
+    With more ranks q is not symmetric; simulated: 2, 4 and 8 ranks, Gaussian, t2, lognormal, rare and one-dimensional
+    gradients that swing, 900,000 steps: no z above 3.8. Training on shuffled data: digits with and without BatchNorm, text,
+    linear and other regression, a quadratic; SGD up to the largest learning rates, momentum, Adam; 2 to 8 ranks of 4 to 128
+    examples; 476 runs, 218,000 steps: no z above 3.2. Digits sorted by class, 2, 4 and 8 ranks of 8 to 32, SGD, or Adam with
+    BatchNorm: 128 runs of 128 are named in step 41 to 76.
     """
 
     def __init__(self) -> None:
