@@ -17,6 +17,8 @@ import ddp
 from ddp.noise.fixed_order import LAGS, Deviations, FixedOrder
 from ddp.noise.shards import COPIES, DIRECTIONS, ShardWatch
 from ddp.tasks.digits import _load, build_network
+from ddp.transport.base import Reduction
+from ddp.transport.comm_hook import add_up
 from ddp.transport.projection import ELEMENTS, SmallParameters
 from ddp.transport.row import ROW_LENGTH, StepRow
 from ranks import RankPool, process_group
@@ -153,7 +155,8 @@ def test_silent_where_ranks_draw_alike(ranks: int, kind: str) -> None:
 def test_a_lasting_difference_is_named_once_also_where_steps_are_missing() -> None:
     norms, projections = rows(np.random.default_rng(4), 160, 2)
     projections += np.outer([1.0, -1.0], np.random.default_rng(5).standard_normal(DIRECTIONS))
-    projections[::7] = math.nan
+    projections[::7, 0] = math.nan
+    projections[3::7, 1, :2] = math.inf, -math.inf
     said = observe(ShardWatch(), norms, projections)
     assert "not drawn alike" in said and "z = " in said and "set_epoch" in said and "\n" not in said
 
@@ -188,6 +191,15 @@ def test_the_projection_is_that_of_the_smallest_parameters_in_any_bucket() -> No
     total = SmallParameters(ones).in_bucket(ones, [5], torch.device("cpu")).of(torch.full((5,), 2.0))
     assert total is not None and set(total.tolist()) <= {-10.0, -6.0, -2.0, 2.0, 6.0, 10.0}
     assert SmallParameters([]).in_bucket(ones, [5], torch.device("cpu")).of(torch.ones(5)) is None
+
+
+def test_the_projections_of_buckets_add_up() -> None:
+    first, second = torch.arange(float(DIRECTIONS)), torch.full((DIRECTIONS,), 0.5)
+    first[0], second[0] = math.inf, -math.inf  # as where a scaled loss overflows: nothing may be raised
+    buckets = [Reduction(first, 1.0, 1.0, projection=each) for each in (first, None, second)]
+    total = add_up(buckets).projection
+    assert math.isnan(total[0]) and list(total[1:]) == [index + 0.5 for index in range(1, DIRECTIONS)]
+    assert add_up([]).projection == (0.0,) * DIRECTIONS
 
 
 def test_a_row_keeps_its_projection_behind_its_numbers() -> None:

@@ -76,7 +76,7 @@ class ShardWatch:
                 if shards are, and the step says nothing of the second fault. Equal if left out.
         """
         values = np.asarray(projections, np.float64)
-        usable = len(values) > 1 and math.isfinite(math.fsum(own_squared_norms) + values.sum())
+        usable = len(values) > 1 and all(map(math.isfinite, own_squared_norms)) and bool(np.isfinite(values).all())
         even = not examples or min(examples) >= _ALIKE * max(examples)
         said = None if self._copies_named else self._copied(own_squared_norms, values if usable else None)
         if said is None and not self._sorted_named:

@@ -4,7 +4,6 @@ The hook never raises: DDP would turn an exception in a future into an unreadabl
 and gives the bucket back; `GradientExchange.take` raises it right after backward, before any optimizer step.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -226,7 +225,7 @@ def add_up(reductions: list[Reduction]) -> GradientSums:
     return GradientSums(
         sum(float(reduction.own_squared_norm) for reduction in reductions),
         sum(float(reduction.mean_squared_norm) for reduction in reductions),
-        projection=tuple(map(math.fsum, zip(NO_PROJECTION, *projections, strict=True))),
+        projection=tuple(map(sum, zip(NO_PROJECTION, *projections, strict=True))),
     )
 
 
