@@ -15,12 +15,12 @@ from torch.optim import SGD, Adam
 
 import ddp
 from ddp.noise.fixed_order import LAGS, Deviations, FixedOrder
-from ddp.noise.shards import COPIES, DIRECTIONS, ShardWatch
+from ddp.noise.shards import COPIES, ShardWatch
 from ddp.tasks.digits import _load, build_network
 from ddp.transport.base import Reduction
 from ddp.transport.comm_hook import add_up
 from ddp.transport.projection import ELEMENTS, SmallParameters
-from ddp.transport.row import ROW_LENGTH, StepRow
+from ddp.transport.row import DIRECTIONS, ROW_LENGTH, StepRow
 from ranks import RankPool, process_group
 
 

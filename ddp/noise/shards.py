@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddp.noise.fixed_order import Deviations, FixedOrder
 
-DIRECTIONS = 8  # on which gradients are projected, in every step
 COPIES = 25  # successive steps in which gradients must be equal
 PAIRS = (40, 200)  # of successive steps: fewest for a verdict, and the newest that count
 ALARM = 6.0  # z above which shards are not exchangeable
@@ -30,7 +29,7 @@ _REMEDY = "torch.utils.data.DistributedSampler with shuffle=True, and set_epoch(
 
 
 class ShardWatch:
-    """Watches a squared norm and `DIRECTIONS` projections a rank and step; speaks up once for each of the two faults.
+    """Watches a squared norm and a few projections a rank and step; speaks up once for each of the two faults.
 
     Copies: own squared norms and projections equal in `COPIES` successive steps, in each of which they point elsewhere
     than in the step before, by a hundredth at least. Gradients of data do: their examples are others in each step. What
@@ -40,7 +39,7 @@ class ShardWatch:
     with a penalty, whose ranks are equal for up to 361 steps, in none of 48.
 
     Shards not drawn alike: let U_t be the deviations of the ranks' projections from their mean in step t, shape (ranks,
-    DIRECTIONS), scaled to length 1. If shards are exchangeable, any permutation of the rows of U_t is as likely as any
+    directions), scaled to length 1. If shards are exchangeable, any permutation of the rows of U_t is as likely as any
     other, whatever came before; over all permutations <U_t, U_{t-1}> has mean 0, because the rows add up to 0. So q_t =
     <U_t, U_{t-1}> has mean 0 given the past, for any distribution of gradients, however they drift. Where one rank's
     gradient differs from another's in step after step the mean is above 0. z = sum q / sqrt(sum q^2) over the newest 40

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ddp.noise.shards import DIRECTIONS
+from ddp.transport.row import DIRECTIONS
 
 ELEMENTS = 4096  # at most, over the whole model
 _SEED = 20_181_214

@@ -15,9 +15,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp.noise.shards import DIRECTIONS
-
 ROW_LENGTH = 32
+DIRECTIONS = 8  # on which gradients are projected
 NO_PROJECTION = (0.0,) * DIRECTIONS
 
 
