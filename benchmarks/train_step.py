@@ -151,7 +151,7 @@ class MeasuredStep:
         sums = self.exchange.take()
         fields = {} if self.measurement is None else self.measurement.row_fields()
         fields |= {"mean_squared_norm": sums.mean_squared_norm, "backward_seconds": self.seconds}
-        row = StepRow(self.examples, sums.own_squared_norm, loss_sum, **fields)
+        row = StepRow(self.examples, sums.own_squared_norm, loss_sum, projection=sums.projection, **fields)
         rows = self.exchange.exchange_row(row)
         if self.measurement is not None:
             self.measurement.observe(rows, sums)

@@ -146,7 +146,9 @@ def sample_by_the_clock(rank: int, world_size: int, store_address: str, transpor
             sums = exchange.take()
             seconds, before = time.perf_counter() - before, time.perf_counter()
             fields = measurement.row_fields() | {"mean_squared_norm": sums.mean_squared_norm}
-            row = StepRow(2 * parts, sums.own_squared_norm, backward_seconds=seconds, **fields)
+            row = StepRow(
+                2 * parts, sums.own_squared_norm, backward_seconds=seconds, projection=sums.projection, **fields
+            )
             seen = measurement.observe(exchange.exchange_row(row), sums)
             if seen.method == "micro_batches":
                 sampled.append(step)

@@ -117,7 +117,7 @@ class AttachedSteps:
         row = StepRow(
             examples=step.examples,
             own_squared_norm=own,
-            projection=sums.projection / scale,
+            projection=tuple(value / scale for value in sums.projection),
             backward_seconds=0.0 if math.isnan(step.seconds) else step.seconds,  # the whole step's: see step_seconds
             mean_squared_norm=sums.mean_squared_norm / scale**2,
             measuring_seconds=step.look.seconds if step.look is not None else 0.0,

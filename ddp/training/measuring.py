@@ -81,7 +81,7 @@ class GradientWatch:
     def row_fields(self, sums: GradientSums) -> dict[str, float]:
         """What this rank's row says of its gradients."""
         own = {} if self._measurement is None else self._measurement.row_fields()
-        return {"own_squared_norm": sums.own_squared_norm, "projection": sums.projection, **own}
+        return {"own_squared_norm": sums.own_squared_norm, **own}
 
     def restart(self, step: int) -> None:
         """The batch is another after `step`: its noise scale is to be seen soon."""

@@ -187,6 +187,7 @@ class Trainer:
             finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
             stop=float(self.stop.asked),
             mean_squared_norm=sums.mean_squared_norm,
+            projection=sums.projection,
             **self.watch.row_fields(sums),
             measure_seconds=phases.measure,
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},

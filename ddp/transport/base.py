@@ -54,7 +54,8 @@ class Reduction:
         mean_squared_norm: that of the average. On an accelerator both are 0-dim tensors there.
         future: None where the reduction was done when it was returned; else it gives `bucket`, also after an error.
         error: what went wrong on the way, where that was not raised at once.
-        projection: of this rank's bucket as handed in; from whoever handed it in, see `ddp.transport.projection`.
+        projection: of this rank's bucket as handed in, shape (DIRECTIONS,), where it has one; from whoever handed it
+            in, see `ddp.transport.projection`.
     """
 
     bucket: Tensor
@@ -62,7 +63,7 @@ class Reduction:
     mean_squared_norm: float | Tensor
     future: Future[Tensor] | None = None
     error: Exception | None = None
-    projection: float | Tensor = 0.0
+    projection: Tensor | None = None
 
 
 class Transport(ABC):

@@ -20,7 +20,7 @@ from ddp.errors import TransportError, UsageError
 from ddp.outcome import annotate
 from ddp.transport.base import BucketState, Reduction, Transport
 from ddp.transport.projection import BucketProjection, SmallParameters
-from ddp.transport.row import StepRow
+from ddp.transport.row import NO_PROJECTION, StepRow
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class GradientSums:
     own_squared_norm: float
     mean_squared_norm: float
     layouts: tuple[Layout, ...] = ()
-    projection: float = 0.0  # of the own gradient, see ddp.transport.projection
+    projection: tuple[float, ...] = NO_PROJECTION  # of the own gradient, see ddp.transport.projection
 
     def by_parameter(self) -> dict[Tensor, tuple[float, float]]:
         """Each parameter's squared norm, of its own gradient and of the mean; to be asked before the next backward."""
@@ -161,7 +161,7 @@ class GradientExchange:
             )
         try:
             layout = self._layout_of(bucket)
-            projection = layout.projection.of(buffer, self._backwards)  # before the bucket is overwritten
+            projection = layout.projection.of(buffer)  # before the bucket is overwritten
             reduction = self.transport.all_reduce_mean_(buffer, self.weight, layout.state)
         except TransportError as error:
             self._locate(error, bucket.index())
@@ -221,10 +221,11 @@ class GradientExchange:
 
 def add_up(reductions: list[Reduction]) -> GradientSums:
     """The sums of a whole gradient from those of its buckets."""
+    projections = [reduction.projection.tolist() for reduction in reductions if reduction.projection is not None]
     return GradientSums(
         sum(float(reduction.own_squared_norm) for reduction in reductions),
         sum(float(reduction.mean_squared_norm) for reduction in reductions),
-        projection=sum(float(reduction.projection) for reduction in reductions),
+        projection=tuple(map(sum, zip(NO_PROJECTION, *projections, strict=True))),
     )
 
 

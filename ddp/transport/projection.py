@@ -1,8 +1,8 @@
-"""One number of a rank's own gradient that tells shards apart which are not drawn alike.
+"""A few numbers of a rank's own gradient that tell shards apart which are not drawn alike.
 
-The dot product of the gradient of the smallest parameters, biases above all, with a direction of +1 and -1. Biases of
-an output layer tell classes apart, and few elements cost a few microseconds. The directions are the same on all ranks and take
-turns: one alone may lie across the difference between two ranks (`ddp.noise.shards` has what is made of it).
+The dot products of the gradient of the smallest parameters, biases above all, with directions of +1 and -1. Biases of
+an output layer tell classes apart, and few elements cost a few microseconds. The directions are the same on all ranks and in
+all steps; one alone may lie across the difference between two ranks (`ddp.noise.shards` has what is made of them).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ddp.noise.shards import DIRECTIONS
+from ddp.transport.row import DIRECTIONS
 
 ELEMENTS = 4096  # at most, over the whole model
 _SEED = 20_181_214
@@ -40,18 +40,19 @@ class SmallParameters:
                 places.append(torch.arange(start, start + signs[-1].shape[1]))
             start = int(end)
         if not places:
-            return BucketProjection(None, ())
-        return BucketProjection(torch.cat(places).to(device), tuple(torch.cat(signs, dim=1).to(device)))
+            return BucketProjection(None, torch.empty(DIRECTIONS, 0))
+        return BucketProjection(torch.cat(places).to(device), torch.cat(signs, dim=1).to(device))
 
 
 class BucketProjection:
     """Where in a bucket those elements lie, and their signs in each direction."""
 
-    def __init__(self, places: Tensor | None, signs: tuple[Tensor, ...]) -> None:
-        self._places, self._signs = places, signs
+    def __init__(self, places: Tensor | None, signs: Tensor) -> None:
+        self._places = places  # (n,) int64
+        self._signs = signs  # (DIRECTIONS, n) float32
 
-    def of(self, bucket: Tensor, direction: int) -> Tensor | float:
-        """A 0-dim float32 tensor where the bucket is, or 0 where it holds no such element."""
+    def of(self, bucket: Tensor) -> Tensor | None:
+        """Shape (DIRECTIONS,), float32, where the bucket is; None where it holds no such element."""
         if self._places is None:
-            return 0.0
-        return torch.dot(bucket.index_select(0, self._places).float(), self._signs[direction % DIRECTIONS])
+            return None
+        return torch.mv(self._signs, bucket.index_select(0, self._places).float())

@@ -7,13 +7,17 @@ Times are those of the previous step, since the present one is not over when the
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 ROW_LENGTH = 32
+DIRECTIONS = 8  # on which gradients are projected
+NO_PROJECTION = (0.0,) * DIRECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +41,10 @@ class StepRow:
     squared_weight_per_example: float = 0.0
     weighted_squared_norms: float = 0.0
     weighted_preconditioned_norms: float = 0.0
-    projection: float = 0.0  # of the own gradient on a fixed direction: tells shards apart that are not exchangeable
     measuring_seconds: float = 0.0  # spent on sampling in the previous step, in whichever phases; 0: it was not sampled
     mean_squared_norm: float = 0.0  # of the averaged gradient; all ranks go by rank 0's, which may round otherwise
     measure_seconds: float = 0.0  # from the row to the optimizer, where the sampled and all other steps are entered
+    projection: tuple[float, ...] = NO_PROJECTION  # of the own gradient: tells shards apart that are not exchangeable
 
     @property
     def step_seconds(self) -> float:
@@ -49,13 +53,18 @@ class StepRow:
         return own + self.all_reduce_seconds + self.wait_seconds + self.measure_seconds
 
     def pack(self) -> NDArray[np.float64]:
-        """Shape (ROW_LENGTH,), unused places zero."""
+        """Shape (ROW_LENGTH,): the numbers in their order, the projection's last; unused places zero."""
         row = np.zeros(ROW_LENGTH)
-        values = astuple(self)
-        row[: len(values)] = values
+        numbers = _numbers(self)
+        row[: len(numbers)] = numbers
+        row[len(numbers) : len(numbers) + DIRECTIONS] = self.projection
         return row
 
     @classmethod
     def unpack(cls, row: NDArray[np.float64]) -> Self:
         """The inverse of `pack`."""
-        return cls(*(float(value) for value in row[: len(fields(cls))]))
+        values, numbers = row.tolist(), len(fields(cls)) - 1
+        return cls(*values[:numbers], projection=tuple(values[numbers : numbers + DIRECTIONS]))
+
+
+_numbers: Callable[[StepRow], tuple[float, ...]] = attrgetter(*[field.name for field in fields(StepRow)][:-1])
