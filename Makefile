@@ -67,9 +67,9 @@ $(python) -m ddp critical-batch examples/critical_batch_$(1).toml --resume --set
     --set optimizer.name=$(2) --set optimizer.learning_rate=$(3)
 endef
 
-# Presumes the sweeps; the last number is the step of the run at which its branches begin.
+# Presumes the sweeps; the last number is the step of the run at which its branches begin: later the stretch is short, its interval wide.
 branches: .venv/.test
-	@$(call branch,digits,adam,8e-3,40)
+	@$(call branch,digits,adam,8e-3,20)
 	@$(call branch,digits,sgd,0.1,20)
 	@$(call branch,text,adam,8e-3,20)
 
