@@ -286,13 +286,28 @@ def _end(code: int, here: Topology) -> NoReturn:
     agreed = code in (UsageError.exit_code, DivergedError.exit_code, StoppedError.exit_code)
     launched = os.environ.get(OUTCOME_FILE_VARIABLE)
     if launched and agreed and outcome.meet(Path(launched), here.rank, here.world_size, MEET_SECONDS):
-        sys.exit(0)  # `launch` knows the code; torchrun and mpirun would only make noise about it
+        _exit(0)  # `launch` knows the code; torchrun and mpirun would only make noise about it
     if "mpi4py.MPI" in sys.modules:
         from ddp import process_group
 
         if not (agreed and process_group.meet(MEET_SECONDS)):
             process_group.abort(code)
-    sys.exit(code)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Where a process group stands the interpreter is not taken down with it: gloo's thread may still be letting go of
+    a collective over a Python tensor, which aborts the process then (torch 2.13)."""
+    is_initialized = getattr(sys.modules.get("torch.distributed"), "is_initialized", None)
+    if is_initialized is None or not is_initialized():
+        sys.exit(code)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
