@@ -110,7 +110,7 @@ def test_an_older_resolved_reading_counts_and_its_age_is_told(tmp_path: Path) ->
 def test_a_reading_that_is_refuted_counts_for_the_way_to_it_only(tmp_path: Path, latest: Reading) -> None:
     folder = recorded(tmp_path, [RESOLVED] * 20 + [latest])
     text = said(folder)
-    assert "since the noise scale is another by now, it is about the way to that step only." in text
+    assert "since a later one says otherwise, it is about the way to that step only." in text
     assert "To the loss that this run had after 20 steps, if the model holds" in text
     whole = json.loads(command.answer(recorded(tmp_path / "whole", [RESOLVED]), Question(), as_json=True))
     part = json.loads(command.answer(folder, Question(), as_json=True))

@@ -238,3 +238,27 @@ def test_the_hooks_of_sampled_steps_do_not_count_as_what_a_batch_costs() -> None
             times.add((16, 1), [row])
     cost = times.cost()
     assert cost is not None and cost.example * 16 == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_one_rank_whose_batch_is_halved_for_the_noise_scale_still_tells_overhead_from_examples(every: int) -> None:
+    """Steps in two halves at 64, where 67 is best: taken as one cost by the example, halves would have it at 24."""
+    limits = Limits(smallest=2, largest=10_000, world_size=1, micro_batch_size=10_000)
+    controller, machine = BatchSizeController(limits, 64), Machine(StepCost(1e-3, 2e-3, 4e-5), ranks=1)
+    layouts = set()
+    for step in range(1, 301):
+        planned = -(-controller.size // controller.micro_batch_size)
+        micro_batches = max(planned, 2 if step % every == 0 else 1)
+        layouts.add((controller.size, micro_batches))
+        rows = machine.step(controller.size, micro_batches)
+        state: State = "resolved" if step >= 25 else "unresolved"
+        assert controller.observe(controller.size, micro_batches, rows, reading(60.0, step, state)) is None, step
+    assert layouts == ({(64, 2), (64, 4)} if every == 1 else {(64, 1), (64, 2), (64, 4)} - ({(64, 4)} - layouts))
+
+
+def test_with_batch_statistics_no_step_is_split_to_be_timed() -> None:
+    controller = BatchSizeController(replace(OPEN, may_split=False), 64)
+    machine = Machine(StepCost(1e-3, 2e-3, 4e-5))
+    for step in range(1, 100):
+        assert controller.micro_batch_size == 32
+        controller.observe(64, 1, machine.step(64, 1), reading(60.0, step, "wide"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,10 @@ def test_where_the_learning_rate_follows_the_noise_scale_no_clock_chooses_what_i
         rank_pool, 2, job(tmp_path, **settings("sgd", run__steps=900, noise_scale__sample_every="auto", **more))
     )
     noise = [record.noise for record in steps_of(tmp_path / "run")]
-    assert [each.sampled_every for each in noise if each] == [min(max(step // 50, 1), 16) for step in range(1, 901)]
+    sampled = [step for step, each in enumerate(noise, start=1) if each is not None and each.method == "micro_batches"]
+    assert sampled[:99] == [*range(1, 100)]
+    assert {later - one for one, later in pairwise(sampled) if one > 850} == {16}
+    assert all(sampled[index - 25] > 0.55 * sampled[index] for index in range(100, len(sampled)))
 
 
 def test_halves_are_units_of_the_same_gradient(rank_pool: RankPool, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from ddp.diagnostics.advise import Advice, default_ranks
 from ddp.diagnostics.scaling import Row, Scaling
 from ddp.noise.estimate import Estimate
 from ddp.telemetry.charts import PALETTE, SETTINGS, Drawing, Key, finished_drawing, log_axis, new_figure
+from ddp.telemetry.page_file import write_page
 from ddp.telemetry.progress import number_text
-from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html, write_page
+from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,4 +182,6 @@ def _table(advice: Advice) -> str:
     if len(names) > 3:
         names[1:3] = [f"{name}, same batch" for name in names[1:3]]
         names[3:6] = [f"{name}, batch grows" if name != "batch" else "growing batch" for name in names[3:6]]
-    return table_html("To the loss that this run reached", names, ["number"] * len(names), plain)
+    return table_html(
+        f"To the loss that this run had after {advice.record.horizon[0]:,} steps", names, ["number"] * len(names), plain
+    )

@@ -65,7 +65,7 @@ def age_text(advice: Advice, used: Told) -> str:
     return (
         f"That is the latest resolved reading, {steps:,} step{'s' if steps > 1 else ''} "
         f"({epochs_text(last.epoch - used.epoch)} epochs) before the end, and what follows rests on it"
-        f"{': since the noise scale is another by now, it is about the way to that step only' * advice.record.is_refuted}."
+        f"{': since a later one says otherwise, it is about the way to that step only' * advice.record.is_refuted}."
     )
 
 
@@ -251,6 +251,8 @@ def _run(info: RunInfo, advice: Advice) -> dict[str, Any]:
         "micro_batch_size": info.micro_batch_size,
         "training_examples": info.training_examples,
         "steps": last.step,
+        "horizon_steps": advice.record.horizon[0],
+        "reading_is_refuted": advice.record.is_refuted,
     }
 
 

@@ -22,7 +22,7 @@ from ddp.diagnostics.step_time import StepCost, StepSeconds
 from ddp.errors import UsageError
 from ddp.job import OptimizerSection, load_job
 from ddp.noise.advice import advise as sentence
-from ddp.noise.advice import refutes
+from ddp.noise.advice import stands
 from ddp.noise.efficiency import noise_scale_of
 from ddp.noise.learning_rate import rate_factor
 from ddp.noise.noise_scale import Reading
@@ -96,10 +96,11 @@ class Record:
 
     @property
     def is_refuted(self) -> bool:
-        """Whether the noise scale is known to be another by now: then advice is on the way to that reading only."""
-        if self.latest is None or self.used is None or self.latest.metric != self.used.metric:
+        """Whether a later reading says otherwise: then advice is on the way to the one that is used only."""
+        latest, used = self.latest, self.used
+        if latest is None or used is None:
             return False
-        return refutes(self.latest.reading, self.used.reading)
+        return not stands(used.reading, latest.reading, same_metric=latest.metric == used.metric)
 
     @property
     def horizon(self) -> tuple[int, int]:

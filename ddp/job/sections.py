@@ -65,7 +65,8 @@ class NoiseScaleSection(Section):
     sample_every: Literal["auto"] | Positive = Field(
         default="auto",
         description="steps between those whose micro-batches, layers and preconditioned norms are measured too; "
-        "auto: so that it costs half a percent, or every 16 where the learning rate follows the noise scale",
+        "auto: a fiftieth of the steps so far, until that costs half a percent, or 16 where the learning rate follows the "
+        "noise scale",
     )
     split: Literal["auto", True, False] = Field(
         default="auto",

@@ -61,7 +61,7 @@ def attach(
         population: examples of the training set, where a step's are drawn from it without replacement and nothing
             (augmentation, dropout) makes an example new each time; infinite where left out.
         sample_every: steps from one to the next whose backwards, layers and preconditioned norms are looked at, the same on
-            all ranks; "auto": so that it costs half a percent of a step.
+            all ranks; "auto": a fiftieth of the steps so far, until that costs half a percent of a step.
         layers: one noise scale a layer, in sampled steps.
         wire: what gradients travel as: "gradient" (as they are), "bfloat16", "float16" or "int8".
         overlap: whether a thread averages while backward goes on; "auto" where there is a core to spare for it.

@@ -32,7 +32,6 @@ class StepBehind:
     """An averaged backward whose row is not sent yet.
 
     Attributes:
-        forwards: counted since the backward before.
         examples: of this rank, all its backwards together.
         weight: t_r, see `ddp.metering.rank_average`.
         scale: of the loss, 0-dim where it is on a device.
@@ -43,7 +42,6 @@ class StepBehind:
     """
 
     reductions: list[Reduction]
-    forwards: int
     examples: float
     scale: float | Tensor
     kept: Tensor | None

@@ -200,7 +200,6 @@ class GradientMeter:
         self._step_count += 1
         step = StepBehind(
             reductions=self._exchange.detach(),
-            forwards=self._forwards,
             examples=float(self.batch_size * self._forwards),
             scale=self._loss_scale(),
             kept=self._kept.averaged(),

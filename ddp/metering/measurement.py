@@ -93,7 +93,8 @@ class NoiseMeasurement:
     def splits(self, step: int) -> bool:
         """Whether the only rank takes its only micro-batch of this step in two halves.
 
-        Two halves round otherwise than one whole, and a run must not depend on a clock: it goes by the step alone.
+        Two halves round otherwise than one whole, and a run must not depend on a clock: it goes by the step alone, and
+        by the last change of a batch that adapts itself.
         """
         if self.settings.split != "auto":
             return self.settings.split

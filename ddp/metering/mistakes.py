@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.optim import Optimizer
 
-_IN_A_ROW = 3  # successive steps that must agree, so that a coincidence is none
+_IN_A_ROW = 3  # successive steps, of some mistakes sampled ones, that must agree, so that a coincidence is none
 _CHECKS = 20  # of the optimizer's gradients, after which they are believed
 _NO_CLIPPING = 1000.0  # gradients that are divided by more in each step are hardly clipped alone
 

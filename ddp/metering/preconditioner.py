@@ -26,13 +26,7 @@ class AdamPreconditioner:
 
     def denominators(self, fewest_steps: int = 1) -> dict[Tensor, Denominator]:
         """sqrt(v_hat) + eps of each parameter whose second moments have seen so many steps, before the next one."""
-        steps = self._steps()
-        return {
-            parameter: _denominator(self._optimizer.state[parameter], group, steps[parameter])
-            for group in self._optimizer.param_groups
-            for parameter in group["params"]
-            if steps.get(parameter, 0.0) >= fewest_steps
-        }
+        return self._of({each: steps for each, steps in self._steps().items() if steps >= fewest_steps})
 
     def settled(self) -> dict[Tensor, Denominator] | None:
         """Those of parameters that are trained and whose second moments have seen `SETTLED_STEPS` steps.
@@ -40,11 +34,19 @@ class AdamPreconditioner:
         One that had its first gradient late, or has one rarely, is left out. None while those that are left are less than
         half of all elements that have second moments.
         """
-        begun = {each: found for each, found in self.denominators().items() if each.requires_grad}
-        settled = self.denominators(SETTLED_STEPS).keys() & begun.keys()
+        begun = {each: steps for each, steps in self._steps().items() if each.requires_grad and steps >= 1}
+        settled = {each: steps for each, steps in begun.items() if steps >= SETTLED_STEPS}
         if not settled or 2 * sum(map(Tensor.numel, settled)) < sum(map(Tensor.numel, begun)):
             return None
-        return {each: begun[each] for each in begun if each in settled}
+        return self._of(settled)
+
+    def _of(self, steps: Mapping[Tensor, float]) -> dict[Tensor, Denominator]:
+        return {
+            parameter: _denominator(self._optimizer.state[parameter], group, steps[parameter])
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            if parameter in steps
+        }
 
     def _steps(self) -> dict[Tensor, float]:
         """A capturable or fused optimizer counts on the device: all counts are fetched at once."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddp.metering.parts import Parts
-from ddp.noise.moments import Units
+from ddp.noise.moments import Moments, Units
 from ddp.noise.readings import Metric
 from ddp.noise.tracker import PartMoments
 
@@ -83,7 +83,12 @@ class SampledSquares:
             return ()
         own, mean = (self.own * own_factor).tolist(), (self.mean * mean_factor).tolist()
         return tuple(
-            PartMoments(*name, metric, units.moments(own[row][column], mean[row][column], population))
+            PartMoments(*name, metric, _moments(units, own[row][column], mean[row][column], population))
             for column, metric in enumerate(self.metrics)
             for row, name in enumerate(parts.names)
         )
+
+
+def _moments(units: Units, own: float, mean: float, population: float) -> Moments | None:
+    """None for a part without any gradient, or without any whose second moments have settled."""
+    return units.moments(own, mean, population) if own or mean else None

@@ -46,11 +46,14 @@ def advise(
             return _resolved(reading, where, global_batch_size, METHODS[method])
 
 
-def refutes(latest: Reading, earlier: Reading) -> bool:
-    """Whether `latest` shows that the noise scale is no longer what `earlier` had it to be; both in one metric."""
-    if latest.state == "beyond_data":
+def stands(earlier: Reading, latest: Reading, *, same_metric: bool) -> bool:
+    """Whether what `earlier` resolved may still be the noise scale, as far as `latest` tells.
+
+    In another metric it cannot be compared, and does not stand against a reading that says anything.
+    """
+    if latest.state == "unresolved":
         return True
-    return latest.state != "unresolved" and not latest.low <= earlier.noise_scale <= latest.high
+    return same_metric and latest.state != "beyond_data" and latest.low <= earlier.noise_scale <= latest.high
 
 
 def _unresolved(reading: Reading, where: str) -> str:

@@ -73,11 +73,16 @@ def _merged(cells: Iterable[Cell]) -> list[Cell]:
     """Those of one batch size, by learning rate; ones that differ by rounding are one, at the lowest of their rates."""
     merged: list[Cell] = []
     for cell in cells:
-        if merged and math.log(cell.learning_rate / merged[-1].learning_rate) <= SAME:
+        if merged and is_same_rate(cell.learning_rate, merged[-1].learning_rate):
             merged[-1] = replace(merged[-1], steps=merged[-1].steps + cell.steps)
         else:
             merged.append(cell)
     return merged
+
+
+def is_same_rate(one: float, other: float) -> bool:
+    """Whether two learning rates differ by rounding at most."""
+    return abs(math.log(one / other)) <= SAME
 
 
 def _drawn_best(cells: Sequence[Cell], draws: int, generator: np.random.Generator) -> DrawnBest:

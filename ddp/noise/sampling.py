@@ -29,7 +29,8 @@ SampleEvery = Literal["auto", "steady"] | int
 
 def relaxed(step: int, restarted: int = 0) -> int:
     """The largest K at `step`: the noise scale moves with the logarithm of the steps, and a window must not span much
-    of a run. The first `2 * RELAXATION` steps are all sampled, which fills windows; the share of a long run is nil."""
+    of a run. The first 99 steps are all sampled, which fills windows. What that costs of a run `benchmarks/train_step.py` tells.
+    """
     return max(1, (step - restarted) // RELAXATION)
 
 
@@ -39,7 +40,7 @@ class SamplingCadence:
     Args:
         every: K; "auto": from what looking has cost; "steady": `STEADY_INTERVAL`, whatever it costs, so that what
             follows from the readings (a learning rate) is the same in every run. Unless it is given, K is at most
-            `relaxed`.
+            `relaxed`, so that early in a run "auto" costs more than it aims at.
 
     Attributes:
         every: K, steps from one sampled step to the next, once a run is long.

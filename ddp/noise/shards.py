@@ -135,7 +135,7 @@ class ShardWatch:
             return None
         self._sorted_named = True
         return (
-            f"what tells the ranks apart repeats itself every {repetition.lag} steps (z = {repetition.z:.1f}), so that the "
+            f"what tells the ranks apart repeats itself every {repetition.lag} full steps (z = {repetition.z:.1f}), so that the "
             "data come in the same order in every epoch; and their mean gradient changes "
             f"{repetition.ratio:.0f} times as much from step to step as their differences explain: the data look sorted, "
             "by class say, and dealt out to the ranks in turn, and the noise scale is too small: shuffle them in every "

@@ -96,9 +96,14 @@ def search_branches(
 def _targets(loop: SearchLoop, sweep: Sweep, path: Path, plan: BranchPlan, against: Path) -> tuple[float, ...]:
     """Losses below the checkpoint's; see `search_branches`."""
     fact = f"targets from {plan.origin}"
-    if chosen := read_fact(path, fact):
-        return tuple(chosen)
     given = targets_in(against) if sweep.section.targets == "auto" else sweep.section.targets
+    if chosen := read_fact(path, fact):
+        if given and not set(chosen) <= set(given):
+            raise UsageError(
+                f"{path}: branches from {plan.origin} were begun to training losses {chosen}, and now they are {given}: "
+                "restore that, or give another sweep.directory"
+            )
+        return tuple(chosen)
     pilot = plan.pilot(PILOT_STEPS)
     loop.complete(lambda done: [] if any(map(plan.is_pilot, done)) else [pilot], "a look at the checkpoint", 1)
     looked = next(trial for trial in loop.done if plan.is_pilot(trial))

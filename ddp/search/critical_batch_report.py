@@ -21,8 +21,9 @@ from ddp.search.findings_text import in_words
 from ddp.search.segment import SegmentComparison, comparisons
 from ddp.search.store import FILE_NAME, read_trials
 from ddp.telemetry.charts import SETTINGS, WIDE_INCHES
+from ddp.telemetry.page_file import write_page
 from ddp.telemetry.progress import number_text
-from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html, write_page
+from ddp.telemetry.report_page import Card, Chart, cards_html, charts_html, document, table_html
 
 REPORT = "report.html"
 HEADINGS = (

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ddp.noise.best_rate import Cell
+from ddp.noise.best_rate import Cell, is_same_rate
 from ddp.noise.critical_batch import BestRate, CriticalBatch, critical_batch
 from ddp.noise.estimate import Estimate
 from ddp.noise.harmless_batch import HarmlessBatch, largest_harmless_batch
@@ -146,6 +146,7 @@ def _group(trial: TrialResult) -> tuple[str, str, str, tuple[float, ...]]:
 
 def _finding(trials: Sequence[TrialResult], index: int) -> Finding:
     first = trials[0]
+    trials = [trial for trial in trials if trial.stopped_because != "failed"]  # killed, or never begun: says nothing
     cells = cells_of(trials, [trial.steps_to_target[index] for trial in trials])
     fit = fit_of(cells, first.method)
     rows = tuple(_row(best, trials, index) for best in fit.best)
@@ -168,19 +169,15 @@ def _finding(trials: Sequence[TrialResult], index: int) -> Finding:
 
 
 def fit_of(cells: Iterable[Cell], method: TrialMethod) -> CriticalBatch:
-    """Branches have the start behind them, and learning rates of a rule, which are no grid."""
+    """Branches have the start behind them, and learning rates that keep to a rule, so that the best may lie at an end."""
     if method == "branched":
         return critical_batch(cells, need_interior=False, fewest_steps=FEWEST_BRANCH_STEPS)
     return critical_batch(cells, fewest_steps=FEWEST_STEPS)
 
 
 def cells_of(trials: Sequence[TrialResult], steps: Sequence[float]) -> list[Cell]:
-    """Trials that differ by their seed alone, with the steps of each (NaN where a trial did not arrive), in order.
-
-    One that failed says nothing of its learning rate: it may have been killed.
-    """
-    known = [pair for pair in zip(trials, steps, strict=True) if pair[0].stopped_because != "failed"]
-    pairs = sorted(known, key=lambda pair: _cell_key(pair[0]))
+    """Trials that differ by their seed alone, with the steps of each (NaN where a trial did not arrive), in order."""
+    pairs = sorted(zip(trials, steps, strict=True), key=lambda pair: _cell_key(pair[0]))
     return [
         Cell(size, rate, tuple(steps if steps > 0 else math.nan for _, steps in group))
         for (size, rate), group in groupby(pairs, key=lambda pair: _cell_key(pair[0]))
@@ -192,7 +189,11 @@ def _cell_key(trial: TrialResult) -> tuple[int, float]:
 
 
 def _row(best: BestRate, trials: Sequence[TrialResult], index: int) -> BatchRow:
-    runs = [trial for trial in trials if _cell_key(trial) == (best.batch_size, best.grid_learning_rate)]
+    runs = [
+        trial
+        for trial in trials
+        if trial.batch_size == best.batch_size and is_same_rate(trial.learning_rate, best.grid_learning_rate)
+    ]
     steps, size = best.steps, best.batch_size
     return BatchRow(
         best=best,

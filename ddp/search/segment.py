@@ -13,12 +13,11 @@ from typing import Any
 
 from ddp.errors import UsageError
 from ddp.noise.critical_batch import CriticalBatch, critical_batch
-from ddp.noise.estimate import Estimate
 from ddp.search.curve import steps_to_targets
 from ddp.search.findings import FEWEST_BRANCH_STEPS, cells_of
+from ddp.search.findings_text import estimate_text
 from ddp.search.store import DEFINITION, FILE_NAME, TrialResult, read_fact, read_trials
 from ddp.search.sweep_file import Sweep
-from ddp.telemetry.progress import number_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +70,10 @@ def compare_on_segment(
     Raises:
         UsageError: there are no branches.
     """
-    whole = [trial for trial in sweep if trial.method == "sweep"]
-    branches = [trial for trial in branched if trial.method == "branched" and trial.targets]
+    whole = [trial for trial in sweep if trial.method == "sweep" and trial.stopped_because != "failed"]
+    branches = [
+        each for each in branched if each.method == "branched" and each.targets and each.stopped_because != "failed"
+    ]
     if not branches:
         raise UsageError("no branched trials to compare: run `ddp critical-batch --method branched --from CHECKPOINT`")
     start = next(trial.curve[0][1] for trial in branches if trial.curve)
@@ -89,8 +90,8 @@ def compare_on_segment(
 
 def _fit(trials: Sequence[TrialResult], start: float, end: float) -> CriticalBatch:
     cells = cells_of(trials, [steps_between(trial, start, end) for trial in trials])
-    on_a_grid = any(trial.method != "branched" for trial in trials)
-    return critical_batch(cells, need_interior=on_a_grid, fewest_steps=FEWEST_BRANCH_STEPS)
+    is_sweep = any(trial.method != "branched" for trial in trials)
+    return critical_batch(cells, need_interior=is_sweep, fewest_steps=FEWEST_BRANCH_STEPS)
 
 
 def steps_between(trial: TrialResult, start_loss: float, end_loss: float) -> float:
@@ -121,17 +122,20 @@ def check_comparable(sweep: Sweep, against: Path) -> None:
     """Check that the directory `against` holds a sweep whose losses are those of `sweep`.
 
     Raises:
-        UsageError: there is none, or it is of another task or subset of the training set.
+        UsageError: there is none, or it is of another task, optimizer or subset of the training set.
     """
     path = against / FILE_NAME
     if not any(trial.method == "sweep" for trial in read_trials(path)):
         raise UsageError(f"{path}: no sweep to compare with")
     if _losses_are_of(sweep.definition()) != _losses_are_of(read_fact(path, DEFINITION) or {}):
-        raise UsageError(f"{path}: a sweep of another task or sweep.subset_examples: its losses are not comparable")
+        raise UsageError(
+            f"{path}: a sweep of another task, optimizer or sweep.subset_examples: its steps are not comparable"
+        )
 
 
 def _losses_are_of(definition: Mapping[str, Any]) -> tuple[Any, ...]:
-    return definition.get("task"), definition.get("seed"), definition.get("sweep", {}).get("subset_examples")
+    optimizer = definition.get("optimizer", {}).get("name")
+    return definition.get("task"), definition.get("seed"), optimizer, definition.get("sweep", {}).get("subset_examples")
 
 
 def compare_in(directory: Path, against: Path | None = None) -> list[SegmentComparison]:
@@ -142,7 +146,5 @@ def compare_in(directory: Path, against: Path | None = None) -> list[SegmentComp
 
 
 def _text(fit: CriticalBatch) -> str:
-    value: Estimate | None = fit.critical_batch_size
-    if value is None:
-        return f"no critical batch size ({fit.reason})"
-    return f"{number_text(value.value)} [{number_text(value.low)}, {number_text(value.high)}]"
+    value = fit.critical_batch_size
+    return f"no critical batch size ({fit.reason})" if value is None else estimate_text(value)

@@ -19,11 +19,12 @@ from ddp.telemetry import charts, recording
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.layer_chart import layer_chart, rows_left_out
 from ddp.telemetry.noise_charts import noise_chart
+from ddp.telemetry.page_file import write_page
 from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
 from ddp.telemetry.recording import PartsMoment
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
 from ddp.telemetry.report_cards import run_cards
-from ddp.telemetry.report_page import Chart, page, write_page
+from ddp.telemetry.report_page import Chart, page
 from ddp.telemetry.report_tables import changes_table, critical_table, readings_table
 from ddp.telemetry.summary import History
 

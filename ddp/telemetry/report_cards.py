@@ -69,11 +69,7 @@ def _noise_card(title: str, reading: Reading) -> Card:
         case "unresolved":
             value, detail = "unresolved", STATES_IN_WORDS["unresolved"]
     needed = needed_text(reading)
-    return Card(title, value, f"{detail}; {needed} {_observations(needed)} to resolve it" if needed else detail)
-
-
-def _observations(needed: str) -> str:
-    return "observation" if needed == "1 more" else "observations"
+    return Card(title, value, f"{detail}; observations to resolve it: {needed}" if needed else detail)
 
 
 def _batch_detail(info: RunInfo, history: History) -> str:

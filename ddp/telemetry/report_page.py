@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
-from ddp.errors import UsageError
 from ddp.telemetry.charts import Drawing
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -215,20 +211,3 @@ def _job(text: str) -> str:
     if not text:
         return ""
     return f"<section><details><summary>Job file</summary><pre>{escape(text)}</pre></details></section>\n"
-
-
-def write_page(path: Path, text: str) -> Path:
-    """Write beside and rename, so that a browser never loads half a page; returns `path`.
-
-    Raises:
-        UsageError: it cannot be written there.
-    """
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.rename(temporary, path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
-    return path

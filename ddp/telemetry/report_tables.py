@@ -60,7 +60,7 @@ def needed_text(reading: Reading) -> str:
     needed = reading.steps_needed
     if reading.state in ("resolved", "beyond_data") or not needed > 0:
         return ""
-    return f"over {LARGEST_WINDOW} more" if needed == math.inf else f"{needed:,.0f} more"
+    return f"over {LARGEST_WINDOW} in all" if needed == math.inf else f"{needed:,.0f} more"
 
 
 def _interval_cells(reading: Reading) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp.noise.advice import refutes
+from ddp.noise.advice import stands
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Method, Metric, NoiseReadings
 from ddp.telemetry.progress import (
@@ -64,12 +64,12 @@ class History:
 
     @property
     def advised(self) -> TimedReading | None:
-        """The reading that advice comes from: the latest resolved one, unless the latest of all refutes it."""
+        """The reading that advice comes from: the latest resolved one while it stands, else the latest of all."""
         latest, resolved = self._latest, self.latest_resolved
         if latest is None or resolved is None:
             return latest
-        comparable = latest.metric == resolved.metric or latest.reading.state == "unresolved"
-        return resolved if comparable and not refutes(latest.reading, resolved.reading) else latest
+        same_metric = latest.metric == resolved.metric
+        return resolved if stands(resolved.reading, latest.reading, same_metric=same_metric) else latest
 
     @property
     def global_batch_size(self) -> int:

@@ -45,6 +45,7 @@ class Limits:
     world_size: int
     micro_batch_size: int | None = None  # examples a rank may hold at once; None: as many as there are
     micro_batches: int = 1  # a rank has at least so many
+    may_split: bool = True  # more of them leave the gradient as it is; not with batch statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +128,15 @@ class BatchSizeController:
         self._fresh = 0  # observations since the last change
         self._observations = 0
         self._timed: tuple[int, int] | None = None  # layout of the step that the next rows time
+        self._usual = 1  # micro-batches of the newest step that was no trial: halves for the noise scale count
 
     @property
     def micro_batch_size(self) -> int:
         """Examples a rank holds at once in the next step: of even micro-batches, as few as the limits allow.
 
-        A few steps now and then take twice as many: the same gradient, and a second point for the times.
+        A few steps now and then take twice as many as others: the same gradient, and a second point for the times.
         """
-        share, fewest = self._share, self._fewest
-        return -(-share // (2 * fewest if self._on_trial else fewest))
+        return -(-self._share // (2 * self._parts if self._on_trial else self._fewest))
 
     @property
     def _share(self) -> int:
@@ -149,10 +150,14 @@ class BatchSizeController:
 
     @property
     def _on_trial(self) -> bool:
-        """Whether the next step takes twice the micro-batches."""
-        if self._steps < TRIAL_STEPS or self._share < 4 * self._fewest:
+        """Whether the next step takes twice the micro-batches, of two examples at least."""
+        if not self.limits.may_split or self._steps < TRIAL_STEPS or self._share < 4 * self._parts:
             return False
         return self._steps - _last_trial(self._steps) < TRIAL_STEPS
+
+    @property
+    def _parts(self) -> int:
+        return max(self._fewest, self._usual)
 
     def observe(
         self, examples: int, micro_batches: int, rows: Sequence[StepRow], reading: Reading | None
@@ -163,6 +168,8 @@ class BatchSizeController:
         """
         if self._timed is not None:
             self._times.add(self._timed, rows)
+        if not self._on_trial:
+            self._usual = micro_batches
         self._timed = (examples, micro_batches) if examples == self.size else None
         self._steps += 1
         if self._on_trial and _last_trial(self._steps) == self._steps:
@@ -182,6 +189,7 @@ class BatchSizeController:
         return {
             "size": self.size,
             "steps": self._steps,
+            "usual": self._usual,
             "fresh": self._fresh,
             "observations": self._observations,
             "times": self._times.state_dict(),
@@ -193,7 +201,7 @@ class BatchSizeController:
         self._fresh, self._observations = int(state["fresh"]), int(state["observations"])
         self._timed = None
         if same_ranks:
-            self._steps = int(state["steps"])
+            self._steps, self._usual = int(state["steps"]), int(state["usual"])
             self._times.load_state_dict(state["times"])
 
     def _decide(self, reading: Reading) -> Change | None:

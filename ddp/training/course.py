@@ -148,14 +148,20 @@ class Course:
             self.plan = replace(self.plan, global_batch_size=size, micro_batch_size=micro)
 
 
-def begin_course(job: Job, plan: BatchPlan) -> Course:
-    """The course of a new run; a resumed one then loads its state."""
+def begin_course(job: Job, plan: BatchPlan, *, batch_statistics: bool = False) -> Course:
+    """The course of a new run; a resumed one then loads its state.
+
+    `batch_statistics`: a micro-batch of another size gives another gradient.
+    """
     rate = LearningRate(job, first_batch_size=plan.global_batch_size, first_steps_per_epoch=plan.steps_per_epoch)
     if not job.batch.adapts:
         return Course(plan, rate)
     smallest, largest = job.batch.limits(plan.world_size, plan.examples)
     open_micro_batches = 1 if job.batch.micro_batch_size is not None else -(-UNITS // plan.world_size)
-    limits = Limits(smallest, largest, plan.world_size, job.batch.micro_batch_size, open_micro_batches)
+    limits = Limits(
+        *(smallest, largest, plan.world_size, job.batch.micro_batch_size, open_micro_batches),
+        may_split=not batch_statistics,
+    )
     return Course(plan, rate, BatchSizeController(limits, plan.global_batch_size))
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from ddp.errors import UsageError
 from ddp.job import Job
+from ddp.metering.measurement import has_batch_statistics
 from ddp.tasks import load_task
 from ddp.tasks.base import Goal, Task, metric_goal
 from ddp.training.course import Course, begin_course
@@ -54,7 +55,7 @@ def plan_run(job: Job, world_size: int, *, allow_import: bool) -> Plan:
             f"{batches.examples:,}"
         )
     splits = Splits(training, validation, _sample(training, size_of(validation)))
-    return Plan(task, module, splits, begin_course(job, batches), goal)
+    return Plan(task, module, splits, begin_course(job, batches, batch_statistics=has_batch_statistics(module)), goal)
 
 
 def size_of(dataset: Dataset[Any]) -> int:

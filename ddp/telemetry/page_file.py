@@ -1,0 +1,30 @@
+"""A page on the disk, whole at any moment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ddp.errors import UsageError
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write beside and rename, so that a browser never loads half a page; returns `path`.
+
+    Raises:
+        UsageError: it cannot be written there; nothing is left behind.
+    """
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.rename(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    return path
