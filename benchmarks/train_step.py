@@ -6,9 +6,10 @@
 step, which keeps freed memory (`ddp.training.memory`); one row shows it without that. All contenders
 live in the same processes and take turns; figures are medians in milliseconds of the slowest rank.
 
-After that, what measuring costs: steps with everything on (preconditioned norms, layers, micro-batches) against steps
-with measurement off, in pairs, one of each in turn. Every fourth is a sampled step here; the ratio weighs them with the
-interval K that the measured cost gives, and its interval comes from a bootstrap over pairs.
+After that, what measuring costs: steps with everything on (preconditioned norms, layers, micro-batches, shards) against
+steps with measurement off, in pairs, one of each in turn. Every fourth is a sampled step here; the ratio weighs them with
+the interval K that the measured cost gives, and its interval comes from a bootstrap over pairs. Early in a run more
+steps are sampled than every K-th: the last column has the ratio over all steps of runs of two lengths.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp.metering.measurement import NoiseMeasurement, Settings
 from ddp.metering.observation import step_units
 from ddp.noise.noise_scale import NoiseScaleWindow
-from ddp.noise.sampling import SamplingCadence
+from ddp.noise.sampling import SamplingCadence, relaxed
+from ddp.noise.shards import ShardWatch
 from ddp.noise.tracker import SETTLED_STEPS
 from ddp.training.memory import keep_freed_memory
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
@@ -46,6 +48,7 @@ GLOO = "DDP on Gloo, fused AdamW"
 DEFAULT = "DDP on Gloo, PyTorch's defaults"
 OURS_FRESH = "ours, memory given back each step"
 SAMPLED, COST = 4, "cost of "
+RUNS = (1_000, 10_000)  # steps
 ORDER = (BOUND, NO_SYNC, OURS, OURS_WITH_NOISE, OURS_FRESH, GLOO, DEFAULT)
 
 
@@ -138,6 +141,7 @@ class MeasuredStep:
         self.examples, self.number, self.seconds = examples, 0, 0.0
         self.cadence = SamplingCadence("auto")
         settings = Settings(None, sample_every=SAMPLED)
+        self.shards = ShardWatch() if measured else None
         self.measurement = (
             NoiseMeasurement(self.model.module, self.optimizer, self.exchange, settings) if measured else None
         )
@@ -153,6 +157,9 @@ class MeasuredStep:
         fields |= {"mean_squared_norm": sums.mean_squared_norm, "backward_seconds": self.seconds}
         row = StepRow(self.examples, sums.own_squared_norm, loss_sum, projection=sums.projection, **fields)
         rows = self.exchange.exchange_row(row)
+        if self.shards is not None:
+            norms, projections = [row.own_squared_norm for row in rows], [row.projection for row in rows]
+            self.shards.observe(norms, projections, [row.examples for row in rows])
         if self.measurement is not None:
             self.measurement.observe(rows, sums)
             self.cadence.observe(max(each.measuring_seconds for each in rows), max(each.step_seconds for each in rows))
@@ -204,13 +211,32 @@ def summarised(ratios: Mapping[bool, Sequence[float]], every: int) -> dict[str, 
     ]
     low, high = np.quantile(resampled, (0.025, 0.975)).tolist()
     plain, sampled = statistics.median(ratios[False]), statistics.median(ratios[True])
-    return {"ratio": weighed(ratios), "low": low, "high": high, "every": every, "plain": plain, "sampled": sampled}
+    found = {"ratio": weighed(ratios), "low": low, "high": high, "every": every, "plain": plain, "sampled": sampled}
+    shares = {steps: sampled_share(every, steps) for steps in RUNS}
+    return found | {f"run of {steps}": plain + (sampled - plain) * share for steps, share in shares.items()}
+
+
+def sampled_share(every: int, steps: int) -> float:
+    """Of the steps of a whole run."""
+    last = taken = 0
+    for step in range(1, steps + 1):
+        if step - last >= min(every, relaxed(step)):
+            last, taken = step, taken + 1
+    return taken / steps
 
 
 def show(figures: Figures, ranks: int) -> str:
     costs = {name: figures[name] for name in figures if name.startswith(COST)}
     steps = show_steps({name: each for name, each in figures.items() if name not in costs}, ranks)
-    header = ["everything on / off", "ratio (95 %)", "K", "a sampled step", "other steps"]
+    runs = ", ".join(f"{steps:,}" for steps in RUNS)
+    header = [
+        "everything on / off",
+        "ratio (95 %)",
+        "K",
+        "a sampled step",
+        "other steps",
+        f"whole runs of {runs} steps",
+    ]
     rows = [
         [
             name.removeprefix(COST),
@@ -218,6 +244,7 @@ def show(figures: Figures, ranks: int) -> str:
             f"{each['every']:.0f}",
             f"{each['sampled']:.3f}",
             f"{each['plain']:.4f}",
+            ", ".join(f"{each[f'run of {steps}']:.4f}" for steps in RUNS),
         ]
         for name, each in costs.items()
     ]

@@ -355,6 +355,47 @@ def test_a_parameter_that_is_never_used_does_not_keep_adam_from_its_noise_scale(
         assert readings.preconditioned is not None and readings.preconditioned.observations >= 25
 
 
+class _RareHead(nn.Module):
+    """A small head has a part in the loss of every tenth step only, from the 60th on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(6, 1), nn.Linear(3, 1)
+        self.calls = 0
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.calls += 1
+        out = self.trunk(rows)
+        return out + self.head(rows[:, :3]) if self.calls > 60 and self.calls % 10 == 0 else out
+
+
+def _rare_head(rank: int, world_size: int, store_address: str) -> list[NoiseReadings]:
+    with process_group(rank, world_size, store_address):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(_RareHead(), find_unused_parameters=True)
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        meter = ddp.attach(model, batch_size=8, optimizer=optimizer, sample_every=1)
+        generator, seen = torch.Generator().manual_seed(rank), []
+        for _ in range(140):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+            meter.step()
+            seen.append(meter.readings)
+        meter.close()
+        return seen
+
+
+def test_a_parameter_that_is_used_late_and_rarely_does_not_freeze_adams_noise_scale(rank_pool: RankPool) -> None:
+    for seen in rank_pool.run(2, _rare_head):
+        observed = [0 if each.preconditioned is None else each.preconditioned.observations for each in seen]
+        assert observed[-1] == 140 - 51, "every step since the 51st, one behind"
+        parts = {(each.name, each.metric): each.reading.observations for each in seen[-1].parts}
+        assert parts["trunk", "preconditioned"] == observed[-1]
+        assert parts.get(("head", "preconditioned"), 0) == 0, "its second moments have not settled"
+        assert parts["head", "plain"] == 7, "one behind"
+
+
 def _regression(rank: int, world_size: int, store_address: str, backwards: int, steps: int) -> NoiseReadings:
     """Linear regression at fixed weights: 20 inputs, noise of 2, weights at the distance 1 of the truth."""
     with process_group(rank, world_size, store_address):

@@ -18,9 +18,10 @@ import torch
 
 from ddp.errors import CheckpointError, UsageError
 from ddp.noise.critical_batch import critical_batch
-from ddp.search import branched
+from ddp.search import branch_plan, branched
+from ddp.search.branch_plan import BranchPlan
 from ddp.search.branch_point import read_branch_point
-from ddp.search.branched import BranchPlan, search_branches
+from ddp.search.branched import search_branches
 from ddp.search.critical_batch import targets_in
 from ddp.search.findings import cells_of, findings, fit_of, read_findings
 from ddp.search.findings_text import in_words
@@ -212,7 +213,7 @@ def simulate(trial: Trial, critical: float, best_rate: Callable[[float], float],
 
 
 def plan_from(batch_size: int, learning_rate: float, exponents: Sequence[float]) -> BranchPlan:
-    sizes = tuple(int(multiple * batch_size) for multiple in branched.MULTIPLES if multiple * batch_size >= 1)
+    sizes = tuple(int(multiple * batch_size) for multiple in branch_plan.MULTIPLES if multiple * batch_size >= 1)
     return BranchPlan("/run", batch_size, learning_rate, sizes, tuple(exponents), 3, 1_000_000)
 
 
@@ -224,7 +225,7 @@ def complete(plan: BranchPlan, run: Callable[[Trial], TrialResult]) -> list[Tria
     return done
 
 
-@pytest.mark.parametrize("exponents", [branched.EXPONENTS["sgd"], branched.ROOT])
+@pytest.mark.parametrize("exponents", [branch_plan.EXPONENTS["sgd"], branch_plan.ROOT])
 @pytest.mark.parametrize("off", [0.4, 1.0, 2.5])
 def test_the_plan_finds_the_critical_batch_size(exponents: tuple[float, ...], off: float) -> None:
     """Also from a run whose learning rate was off: the best is looked for until it lies inside."""
@@ -247,25 +248,25 @@ def test_the_rules_learning_rates() -> None:
         plan = plan_from(32, 0.1, exponents)
         return [plan.grid.rate(index) for index in plan.rule(size, plan.grid.index(own))]
 
-    assert rates(branched.EXPONENTS["sgd"], 512) == pytest.approx([0.1, 0.4, 1.6])
-    assert rates(branched.EXPONENTS["sgd"], 32) == [0.1]
-    assert rates(branched.ROOT, 8) == pytest.approx([0.05])
-    assert rates(branched.ROOT, 128, 0.2) == pytest.approx([0.4])
+    assert rates(branch_plan.EXPONENTS["sgd"], 512) == pytest.approx([0.1, 0.4, 1.6])
+    assert rates(branch_plan.EXPONENTS["sgd"], 32) == [0.1]
+    assert rates(branch_plan.ROOT, 8) == pytest.approx([0.05])
+    assert rates(branch_plan.ROOT, 128, 0.2) == pytest.approx([0.4])
 
 
 def test_every_learning_rate_of_a_rule_lies_on_one_grid() -> None:
     """However it is come by it is one number, or a batch size would be run twice at what is all but one rate."""
-    for exponents in (branched.EXPONENTS["sgd"], branched.ROOT):
+    for exponents in (branch_plan.EXPONENTS["sgd"], branch_plan.ROOT):
         plan = plan_from(64, 0.08, exponents)
         for size in plan.batch_sizes:
-            for own in range(-branched.FARTHEST, branched.FARTHEST + 1):
+            for own in range(-branch_plan.FARTHEST, branch_plan.FARTHEST + 1):
                 exact = sorted({plan.grid.rate(own) * (size / 64) ** exponent for exponent in exponents})
                 assert [plan.grid.rate(index) for index in plan.rule(size, own)] == pytest.approx(exact, rel=1e-12)
                 assert plan.grid.index(plan.grid.rate(own)) == own
 
 
 def test_the_rules_learning_rates_are_all_tried_however_few_run_side_by_side() -> None:
-    plan = plan_from(32, 0.1, branched.EXPONENTS["sgd"])
+    plan = plan_from(32, 0.1, branch_plan.EXPONENTS["sgd"])
     best = lambda size: 0.1  # noqa: E731
     done = complete(plan, lambda trial: simulate(trial, 50.0, best))
     own = plan.grid.index(_best_rate(done, 32))
@@ -282,7 +283,7 @@ def _best_rate(done: Sequence[TrialResult], size: int) -> float:
 def test_what_was_run_before_there_was_a_grid_is_not_run_again() -> None:
     """Learning rates rounded to nine digits, of which two may stand for one."""
     best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
-    plan = plan_from(32, 0.08, branched.EXPONENTS["sgd"])
+    plan = plan_from(32, 0.08, branch_plan.EXPONENTS["sgd"])
     done = complete(plan, lambda trial: simulate(trial, 50.0, best))
     rounded = [replace(trial, learning_rate=float(f"{trial.learning_rate:.9g}")) for trial in done]
     twice = [replace(trial, learning_rate=trial.learning_rate * (1 - 1.3e-9)) for trial in rounded if not trial.seed]
@@ -298,7 +299,7 @@ def test_what_was_run_before_there_was_a_grid_is_not_run_again() -> None:
 @pytest.mark.parametrize("critical", [4.0, 50.0, 800.0])
 def test_batch_sizes_go_out_to_the_bend(critical: float) -> None:
     best = lambda size: 0.5 / (1 + critical / size)  # noqa: E731
-    done = complete(plan_from(32, best(32), branched.ROOT), lambda trial: simulate(trial, critical, best))
+    done = complete(plan_from(32, best(32), branch_plan.ROOT), lambda trial: simulate(trial, critical, best))
     found = fit_of(cells_of(done, [trial.steps_to_target[-1] for trial in done]), "branched")
     assert found.critical_batch_size is not None, found.reason
     assert found.critical_batch_size.value == pytest.approx(critical, rel=0.2)
@@ -308,7 +309,7 @@ def test_batch_sizes_go_out_to_the_bend(critical: float) -> None:
 
 def test_where_nothing_arrives_the_plan_ends() -> None:
     never = complete(
-        plan_from(32, 0.1, branched.ROOT),
+        plan_from(32, 0.1, branch_plan.ROOT),
         lambda trial: replace(simulate(trial, 50.0, lambda _: 1.0), steps_to_target=(math.nan,)),
     )
     assert {trial.seed for trial in never} == {0}
@@ -320,7 +321,9 @@ def test_where_nothing_arrives_the_plan_ends() -> None:
 def test_a_sweep_on_the_same_stretch() -> None:
     """Of whole runs only what lies between the two losses counts: what comes before has another critical batch size."""
     best = lambda size: 0.5 / (1 + 50 / size)  # noqa: E731
-    branches = complete(plan_from(32, best(32), branched.EXPONENTS["sgd"]), lambda trial: simulate(trial, 50.0, best))
+    branches = complete(
+        plan_from(32, best(32), branch_plan.EXPONENTS["sgd"]), lambda trial: simulate(trial, 50.0, best)
+    )
     whole = [
         early_part(simulate(Trial("sweep", size, factor * best(size), seed, (END,), 10**6), 50.0, best))
         for size in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -367,8 +370,10 @@ def test_branches_against_a_sweep_elsewhere(origin: Path, sweep: Sweep, tmp_path
     assert targets_in(here) == ()
     write_fact(here / "sweep.db", "targets", (2.0, 0.5))
     assert targets_in(here) == (2.0, 0.5) and targets_in(tmp_path / "nowhere") == ()
-    with pytest.raises(UsageError, match="of another task or sweep.subset_examples"):
+    with pytest.raises(UsageError, match="of another task, optimizer or sweep.subset_examples"):
         check_comparable(load_sweep("sweep.toml", ["sweep.subset_examples=65"]), there)
+    with pytest.raises(UsageError, match="of another task, optimizer or"):
+        check_comparable(load_sweep("sweep.toml", ["optimizer.name=sgd"]), there)
     assert compare_in(here) == compare_in(there) == []
     (compared,) = compare_in(here, there)
     assert (compared.start_loss, compared.end_loss) == (START, END)
@@ -398,7 +403,7 @@ def test_steps_between_two_losses() -> None:
 
 def test_the_search(origin: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runs at one multiple; the target above the checkpoint's loss is left out; it goes on when asked to."""
-    monkeypatch.setattr(branched, "MULTIPLES", (1.0,))
+    monkeypatch.setattr(branch_plan, "MULTIPLES", (1.0,))
     shown = io.StringIO()
     directory = search_branches(sweep, origin, stream=shown)
     trials = read_trials(directory / "sweep.db")

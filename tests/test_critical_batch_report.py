@@ -127,6 +127,26 @@ def test_one_seed_gives_no_value() -> None:
     assert "? to ?" in render([finding], [], "name", 0.0)
 
 
+def test_a_trial_that_was_killed_takes_no_part() -> None:
+    """Neither in the fit nor beside it: seed 1 of each of the best learning rates was killed."""
+    whole = list(simulated_trials())
+    unknown = (math.nan,) * 2
+    dead = {"steps_to_target": unknown, "noise_plain": unknown, "validation_loss_at_target": unknown}
+    cut = [
+        replace(trial, stopped_because="failed", seconds_per_step=math.nan, curve=(), **dead)  # type: ignore[arg-type]
+        if trial.seed == 1 and trial.learning_rate == pytest.approx(0.5 / (1 + 60 / trial.batch_size))
+        else trial
+        for trial in whole
+    ]
+    killed = sum(trial.stopped_because == "failed" for trial in cut)
+    (_, one), (_, other) = findings(whole), findings(cut)
+    assert killed == len(one.rows) and other.runs == one.runs - killed
+    assert other.fit.critical_batch_size is not None
+    for row in other.rows:
+        assert math.isfinite(row.noise_plain + row.seconds_per_step + row.validation_loss.value)
+    assert other.predicted_plain is not None and other.predicted_plain.value == pytest.approx(48)
+
+
 def test_a_full_disk_is_not_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *others = simulated_trials()
     path = store(tmp_path, iter([first])) / FILE_NAME
