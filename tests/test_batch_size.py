@@ -215,7 +215,7 @@ def test_ranks_that_see_the_same_decide_the_same_and_a_resumed_one_too() -> None
     assert [change for _, change in run(again, Machine(cost), 60.0, 40, first_observation=70)] != []
     fewer = BatchSizeController(replace(OPEN, largest=100), 512)
     fewer.load_state_dict(one.state_dict(), same_ranks=False)
-    assert fewer.size == 100 and fewer.state_dict()["times"] == []
+    assert fewer.size == 100 and fewer.state_dict()["times"]["layouts"] == []
 
 
 def test_a_machine_that_slows_down_is_timed_anew() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -211,10 +212,13 @@ def test_near_the_start_and_after_a_restart_more_steps_are_sampled() -> None:
             cadence = other
     assert cadence.every == LARGEST_INTERVAL
     assert sampled[:99] == [*range(1, 100)]
-    assert [number for number in sampled if 1000 < number < 1100] == [*range(1001, 1100)]
-    for start, since in ((0, 100), (0, 200), (0, 400), (0, 1000), (1000, 300), (1000, 1000)):
-        newest = [number - start for number in sampled if start < number <= start + since][-25:]
+    for since in (100, 200, 400, 1000):
+        newest = [number for number in sampled if number <= since][-25:]
         assert newest[0] > since * 0.55, "25 observations lie in the last two fifths"
+    renewed = [number - 1000 for number in sampled if number > 1000]
+    assert renewed[:25] == [*range(1, 24), 25, 27]
+    late = [later - one for one, later in pairwise(renewed) if one > 700]
+    assert late == sorted(late) and (late[0], late[-1]) == (35, 39), "a fiftieth of 1,700 steps and more"
 
 
 def run_step(cadence: SamplingCadence, number: int, *, cost: float, rest: float) -> bool:

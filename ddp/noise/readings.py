@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ddp.noise.noise_scale import Reading
+from ddp.noise.noise_scale import SMALLEST_WINDOW, Reading
 
 Metric = Literal["plain", "preconditioned"]
 Method = Literal["ranks", "micro_batches", "split", "none"]
@@ -47,6 +47,11 @@ class NoiseReadings:
     method: Method = "ranks"
     parts: tuple[PartReading, ...] = ()
     sampled_every: int = 0
+
+    @property
+    def readable(self) -> Reading:
+        """The headline reading; the plain one while the headline's window has too few observations to be read."""
+        return self.reading if self.reading.observations >= SMALLEST_WINDOW else self.plain
 
     @property
     def reading(self) -> Reading:

@@ -17,9 +17,8 @@ from ddp.errors import CheckpointError
 AIM = 0.005  # of a step's time, on average
 LARGEST_INTERVAL = 100
 STEADY_INTERVAL = 16  # where training depends on what is sampled
-RELAXATION = (
-    50  # steps since the start, or `restart`, for each of K: 25 observations lie in the last two fifths of these
-)
+RELAXATION = 50  # steps since the start for each of K: 25 observations lie in the last two fifths of these
+RENEWAL = 12  # steps since a `restart` for each of K: 25 observations come in the first 27
 COST_CYCLE = 4  # sampled steps after which what they cost repeats: the tracker reads the parts in one of them
 _COSTS, _STEPS = 3 * COST_CYCLE, 25  # newest sampled steps, and newest steps, which decide
 
@@ -31,7 +30,9 @@ def relaxed(step: int, restarted: int = 0) -> int:
     """The largest K at `step`: the noise scale moves with the logarithm of the steps, and a window must not span much
     of a run. The first 99 steps are all sampled, which fills windows. What that costs of a run `benchmarks/train_step.py` tells.
     """
-    return max(1, (step - restarted) // RELAXATION)
+    if restarted:
+        return max(1, min(step // RELAXATION, (step - restarted) // RENEWAL))
+    return max(1, step // RELAXATION)
 
 
 class SamplingCadence:

@@ -24,6 +24,7 @@ KEPT_LAYOUTS = 4  # the newest
 FEWEST_STEPS = 3  # of a layout before its median counts
 TRIAL_STEPS = 6  # with twice the micro-batches, to tell their overhead from what examples cost: after so many steps,
 TRIAL_GROWTH = 4  # and again after so many times as many, since machines change
+SPEED_CHANGED = 1.2  # factor by which a layout takes longer, or less long, on what counts as another machine
 SMALLEST_SHARE = 0.01  # of a step's work that its examples cost at least: a fit may find none in noise
 
 
@@ -62,6 +63,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._layouts: dict[tuple[int, int], list[tuple[float, float]]] = {}  # newest last: (work, fixed) seconds
+        self._at_trial: tuple[tuple[int, int], float] = ((0, 0), 0.0)  # the newest layout when one began, and its work
 
     def add(self, layout: tuple[int, int], rows: Sequence[StepRow]) -> None:
         """One step of this layout, timed by the rows of all ranks; the slowest rank is the step's pace."""
@@ -90,17 +92,26 @@ class StepTimes:
             micro_batch = (work - example * b) / m
         return StepCost(max(fixed, 0.0), micro_batch, example)
 
-    def keep_newest(self) -> None:
-        """Forget all layouts but the newest: what others took may have been on another machine, in effect."""
-        self._layouts = dict(list(self._layouts.items())[-1:])
+    def begin_trial(self) -> None:
+        """Where the newest layout takes another time than at the last trial, what others took was on another machine, in
+        effect: forget them."""
+        layout, steps = list(self._layouts.items())[-1]
+        now, (known, before) = median(work for work, _ in steps), self._at_trial
+        if known == layout and not before / SPEED_CHANGED < now < before * SPEED_CHANGED:
+            self._layouts = {layout: steps}
+        self._at_trial = (layout, now)
 
-    def state_dict(self) -> list[Any]:
+    def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return [[list(layout), [list(step) for step in steps]] for layout, steps in self._layouts.items()]
+        layouts = [[list(layout), [list(step) for step in steps]] for layout, steps in self._layouts.items()]
+        layout, work = self._at_trial
+        return {"layouts": layouts, "at_trial": [list(layout), work]}
 
-    def load_state_dict(self, state: Sequence[Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self._layouts = {(int(b), int(m)): [(w, f) for w, f in steps] for (b, m), steps in state}
+        self._layouts = {(int(b), int(m)): [(w, f) for w, f in steps] for (b, m), steps in state["layouts"]}
+        (b, m), work = state["at_trial"]
+        self._at_trial = (int(b), int(m)), float(work)
 
 
 def best_batch_size(noise_scale: float, cost: StepCost, limits: Limits) -> float:
@@ -173,7 +184,7 @@ class BatchSizeController:
         self._timed = (examples, micro_batches) if examples == self.size else None
         self._steps += 1
         if self._on_trial and _last_trial(self._steps) == self._steps:
-            self._times.keep_newest()
+            self._times.begin_trial()
         if reading is None:
             return None
         self._fresh += reading.observations != self._observations

@@ -144,7 +144,7 @@ class Trainer:
         )
         for sink in self.sinks:
             sink.step(record)
-        change = self.course.adapt(data, rows, reading, self.step_count)
+        change = self.course.adapt(data, rows, None if noise is None else noise.readable, self.step_count)
         if change is not None:
             self.watch.restart(self.step_count)
             for sink in self.sinks:
