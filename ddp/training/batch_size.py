@@ -95,6 +95,8 @@ class StepTimes:
     def begin_trial(self) -> None:
         """Where the newest layout takes another time than at the last trial, what others took was on another machine, in
         effect: forget them."""
+        if not self._layouts:
+            return
         layout, steps = list(self._layouts.items())[-1]
         now, (known, before) = median(work for work, _ in steps), self._at_trial
         if known == layout and not before / SPEED_CHANGED < now < before * SPEED_CHANGED:
