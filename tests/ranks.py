@@ -226,7 +226,6 @@ def _serve(file_descriptor: int) -> None:
     """The child's whole life: functions in, results out, until the parent closes the connection."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     with Connection(file_descriptor) as connection:
         while True:
@@ -234,6 +233,8 @@ def _serve(file_descriptor: int) -> None:
                 task = connection.recv_bytes()
             except EOFError:
                 return
+            faulthandler.unregister(signal.SIGUSR1)  # a task before may have had a handler of its own, and faulthandler
+            faulthandler.register(signal.SIGUSR1, all_threads=True)  # registers nothing twice
             connection.send_bytes(_answer(task))
 
 

@@ -82,7 +82,13 @@ def test_a_failure_names_the_rank_and_shows_its_traceback(rank_pool: RankPool) -
     assert len(rank_pool.run(2, _who, "alive again")) == 2
 
 
+def _take_the_signal(rank: int, world_size: int, store_address: str) -> None:
+    """As `train` does, which gives back what Python knows of: not faulthandler's."""
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def test_a_hanging_rank_is_ended_and_shown(rank_pool: RankPool) -> None:
+    rank_pool.run(2, _take_the_signal)
     before = [result[3] for result in rank_pool.run(2, _who, "")]
     with pytest.raises(RankFailure, match=r"rank 1 of 2: did not return within 0.3 s[\s\S]*in _fail_on"):
         rank_pool.run(2, _fail_on, 1, "hang", timeout=0.3)

@@ -256,7 +256,7 @@ def test_only_data_that_repeat_themselves_and_change_from_step_to_step_look_sort
             continue
         ((step, sentence),) = named
         assert 149 <= step <= 200  # 49 pairs at least
-        assert "every 100 steps" in sentence and "look sorted" in sentence and "set_epoch" in sentence
+        assert "every 100 full steps" in sentence and "look sorted" in sentence and "set_epoch" in sentence
 
 
 class _Lines(logging.Handler):

@@ -7,7 +7,6 @@ assert ended[1].kind == "" and len(steps_of(tmp_path / "run")) == 20
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import io
 import os
 import random
@@ -121,7 +120,6 @@ def agent_environment(store_address: str) -> Iterator[None]:
             dist.destroy_process_group()
         os.environ.clear()
         os.environ.update(before)
-        faulthandler.register(signal.SIGUSR1, all_threads=True)  # ranks.py's; `train` has handlers of its own
 
 
 def steps_of(run_directory: Path) -> list[StepRecord]:
