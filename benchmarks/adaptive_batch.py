@@ -31,7 +31,7 @@ from adaptive_analysis import Machine, Run, Way, affine_cost, collective_seconds
 from ddp.errors import StoppedError
 from ddp.job import Job, parse_job
 from ddp.process_group import initialise, shutdown
-from ddp.telemetry.records import BatchChange, EvaluationRecord, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
 from ddp.topology import from_environment
 from ddp.training.plan import plan_run
 from ddp.training.run import build_trainer
@@ -141,6 +141,9 @@ class Recorder:
             if count >= self.smoothing:
                 return total / count
         return math.inf
+
+    def event(self, record: RunEvent) -> None:
+        """Nothing to show of it."""
 
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(asdict(record))

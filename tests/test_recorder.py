@@ -32,7 +32,7 @@ from ddp.telemetry.recording import (
     replay,
 )
 from ddp.telemetry.recording_writer import PARTS_SPACING, journal_mode
-from ddp.telemetry.records import BatchChange, EvaluationRecord, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
 from telemetry_records import (
     adam_steps,
     batch_changes,
@@ -214,6 +214,9 @@ class Heard:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         self.records.append(record)
+
+    def event(self, record: RunEvent) -> None:
+        """Nothing to show of it."""
 
     def batch_change(self, record: BatchChange) -> None:
         self.records.append(record)

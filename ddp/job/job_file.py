@@ -18,7 +18,9 @@ from ddp.job.fields import Section
 from ddp.job.optimization import OptimizerSection, ScheduleSection
 from ddp.job.sections import (
     CheckpointSection,
+    DataSection,
     EvaluationSection,
+    FaultsSection,
     MetricsSection,
     NoiseScaleSection,
     RunSection,
@@ -35,10 +37,12 @@ class Job(Section):
     batch: BatchSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    data: DataSection = DataSection()
     transport: TransportSection = TransportSection()
     noise_scale: NoiseScaleSection = NoiseScaleSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    faults: FaultsSection = FaultsSection()
     metrics: MetricsSection = MetricsSection()
 
     @model_validator(mode="after")

@@ -94,9 +94,34 @@ class EvaluationSection(Section):
         return self
 
 
+class DataSection(Section):
+    """How examples are fetched."""
+
+    workers: NonNegative = Field(default=0, description="processes a rank that fetch ahead; 0: the rank fetches itself")
+    prefetch: Positive = Field(default=2, description="micro-batches that each worker fetches ahead")
+
+
 class CheckpointSection(Section):
+    """When the run's state is saved, and which of the checkpoints stay."""
+
     every_steps: Positive | None = Field(default=None, description="besides the one at the end")
-    keep: Positive = 2
+    keep: Positive = Field(default=2, description="the newest so many stay")
+    keep_best: NonNegative = Field(default=1, description="and so many of the best by evaluation.metric")
+
+
+class FaultsSection(Section):
+    """What happens where a number or a rank goes wrong."""
+
+    on_not_finite: Literal["stop", "skip", "roll_back"] = Field(
+        default="stop",
+        description="where a loss or a gradient is not finite: end with code 3, pass over the step, or go back to the "
+        "newest checkpoint and pass over the step when it comes again",
+    )
+    max_skipped_steps: Positive = Field(default=10, description="in a row; then the run stops")
+    max_roll_backs: Positive = Field(default=3, description="in a run; then it stops")
+    check_replicas_every_steps: Literal[False] | Positive = Field(
+        default=100, description="steps between comparisons of all ranks' parameters by checksum; false: never"
+    )
 
 
 class MetricsSection(Section):

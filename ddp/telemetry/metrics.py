@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 from ddp.errors import UsageError
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.noise_metrics import NoiseMetrics, critical_batch_families, gauge
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
 
 STEP_DURATION_BUCKETS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -81,6 +81,9 @@ class Metrics(Collector):
     def evaluation(self, record: EvaluationRecord) -> None:
         with self._lock:
             self._evaluations[record.split] = record
+
+    def event(self, record: RunEvent) -> None:
+        """Nothing to show of it."""
 
     def batch_change(self, record: BatchChange) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
 
 REDRAW_SECONDS = 0.2
 RATE_STEPS = 50  # steps that the rate is taken over
@@ -204,6 +204,9 @@ class Progress:
         self._evaluation = record
         if self._record is not None:
             self._show(self._record)
+
+    def event(self, record: RunEvent) -> None:
+        """Nothing to show of it."""
 
     def batch_change(self, record: BatchChange) -> None:
         self._attempt(lambda: self._put_line(change_text(self._info, record)))

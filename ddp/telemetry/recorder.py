@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.recording_writer import Record, Writer
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ class Recorder:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         self._put(record)
+
+    def event(self, record: RunEvent) -> None:
+        """Nothing to show of it."""
 
     def batch_change(self, record: BatchChange) -> None:
         self._put(record)

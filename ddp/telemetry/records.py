@@ -87,6 +87,20 @@ class BatchChange:
     reason: str  # one sentence with the numbers that decided it
 
 
+EventKind = Literal["not_finite", "rolled_back", "straggler", "replicas_differ", "saved", "save_failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """Something that happened to the run after `step`."""
+
+    step: int
+    unix_time: float
+    kind: EventKind
+    rank: int  # that it happened on; -1 where it is no single one
+    text: str  # one sentence
+
+
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
     """One pass over a split at fixed weights, over all ranks."""
@@ -115,4 +129,5 @@ class Sink(Protocol):
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, record: EvaluationRecord) -> None: ...
     def batch_change(self, record: BatchChange) -> None: ...
+    def event(self, record: RunEvent) -> None: ...
     def close(self) -> None: ...

@@ -19,7 +19,7 @@ from ddp.telemetry.progress import (
     number_text,
     reading_text,
 )
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
 
 KEPT_READINGS = 512
 SHOWN_READINGS = 6
@@ -89,6 +89,9 @@ class History:
         if len(self.readings) > KEPT_READINGS:
             self._stride *= 2
             self.readings = [kept for kept in self.readings if kept.step % self._stride == 0]
+
+    def event(self, record: RunEvent) -> None:
+        """Nothing to show of it."""
 
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(record)

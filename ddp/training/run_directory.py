@@ -34,10 +34,12 @@ MAY_CHANGE = (
     "run.steps",
     "run.device",
     "run.threads_per_rank",
+    "data",
     "transport",
     "noise_scale",
     "evaluation",
     "checkpoint",
+    "faults",
     "metrics",
 )
 
