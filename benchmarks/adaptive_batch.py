@@ -106,6 +106,7 @@ class Setting:
                 "optimizer": dict(problem.optimizer),
                 "noise_scale": {"layers": False},
                 "evaluation": {"metric": "loss"},
+                "checkpoint": {"keep_best": 0},
             }
         )
 
@@ -142,8 +143,7 @@ class Recorder:
                 return total / count
         return math.inf
 
-    def event(self, record: RunEvent) -> None:
-        """Nothing to show of it."""
+    def event(self, record: RunEvent) -> None: ...
 
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(asdict(record))
@@ -162,7 +162,8 @@ def train(setting: Setting, target: float) -> dict[str, Any]:
     sinks = [recorder] if dist.get_rank() == 0 else []
     with tempfile.TemporaryDirectory(prefix="ddp-benchmark-") as folder:
         trainer = build_trainer(job, plan, exchange, torch.device("cpu"), stop, sinks, Path(folder))
-        trainer.save_checkpoint = lambda _: Path()
+        trainer.saving.finish = lambda step, value: Path()
+        trainer.settle()
         try:
             trainer.run()
         except StoppedError:

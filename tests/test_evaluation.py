@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,12 +75,18 @@ def evaluate_as(rank: int, world_size: int, examples: int, batch_size: int) -> d
     before = statistics(model)
     model.train()
     averaged = averaged_buffers(model, world_size=world_size)
-    loss, metrics, count = evaluate(
+    found = evaluate(
         task, averaged, task.datasets()[1], rank=rank, world_size=world_size, batch_size=batch_size, device=CPU
     )
+    assert found is not None
     assert statistics(model) == before, "a rank's own statistics are its own"
     assert all(module.training for module in [*model.modules(), *averaged.modules()])
-    return {"loss": loss, "metrics": metrics, "examples": count, "statistics": statistics(averaged)}
+    return {
+        "loss": found.loss,
+        "metrics": found.metrics,
+        "examples": found.examples,
+        "statistics": statistics(averaged),
+    }
 
 
 def run_ranks(world_size: int, examples: int, batch_size: int, folder: Path) -> list[dict[str, Any]]:
@@ -150,10 +157,21 @@ def test_small_values_are_not_lost_beside_large_ones() -> None:
     """2^24 + 1 is no float32: a sum in single precision would stay at the large value."""
     values = torch.tensor([2.0**24] + [1.0] * 1000)
     task = SimpleNamespace(goals={"a": "max"}, loss=lambda _, batch: batch[0], metrics=lambda _, batch: {"a": batch[0]})
-    loss, metrics, _ = evaluate(
+    found = evaluate(
         cast(Task, task), nn.Identity(), TensorExamples(values), rank=0, world_size=1, batch_size=1, device=CPU
     )
-    assert loss == metrics["a"] == (2**24 + 1000) / 1001
+    assert found is not None
+    assert found.loss == found.metrics["a"] == (2**24 + 1000) / 1001
+
+
+def test_a_signal_ends_it_early() -> None:
+    asked = iter([False, True])
+    task = SimpleNamespace(goals={}, loss=lambda _, batch: (time.sleep(0.6), batch[0])[1], metrics=lambda *_: {})
+    found = evaluate(
+        cast(Task, task), nn.Identity(), TensorExamples(torch.zeros(50)),
+        rank=0, world_size=1, batch_size=1, device=CPU, asked_to_stop=lambda: next(asked),
+    )  # fmt: skip
+    assert found is None
 
 
 def test_modes_and_the_global_generator_are_restored() -> None:

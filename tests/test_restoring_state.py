@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ddp.job import Job
-from ddp.training import checkpoint, run, state
+from ddp.training import saving
+from ddp.training.saving import Saving
 from ddp.training.trainer import Trainer
 from ranks import RankPool
 from training_runs import Ended, job, train_one, train_ranks
@@ -44,23 +45,31 @@ def test_a_state_that_cannot_be_read_leaves_the_trainer_as_it_was(
 
 def resume_with(rank: int, world_size: int, store_address: str, here: Job, part: str) -> tuple[Ended, bool]:
     """`part` of the checkpoint replaced as it is read; and whether weights, readings and position stayed."""
-    load, restore, unchanged = checkpoint.load, state.restore_state, []
+    load, settle, restore = saving.load, Trainer.settle, Saving.restore
+    trainers: list[Trainer] = []
+    unchanged: list[bool] = []
 
     def changed(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         shared, own = load(*arguments)
         return shared | {part: CHANGES[part]}, own
 
-    def watched(trainer: Trainer, path: Path) -> None:
+    def noted(trainer: Trainer) -> None:
+        trainers.append(trainer)
+        settle(trainer)
+
+    def watched(self: Saving, path: Path) -> None:
+        (trainer,) = trainers
         before = [each.detach().clone() for each in trainer.model.parameters()], repr(_rest(trainer))
         try:
-            restore(trainer, path)
+            restore(self, path)
         finally:
             same = all(map(torch.equal, before[0], trainer.model.parameters()))
             unchanged.append(same and repr(_rest(trainer)) == before[1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "load", changed)
-        patch.setattr(run, "restore_state", watched)
+        patch.setattr(saving, "load", changed)
+        patch.setattr(Trainer, "settle", noted)
+        patch.setattr(Saving, "restore", watched)
         ended = train_one(rank, world_size, store_address, [here] * world_size, "auto")
     return ended, unchanged[0]
 

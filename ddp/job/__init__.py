@@ -17,7 +17,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
-from ddp.job.sections import MetricsSection, NoiseScaleSection, TransportSection
+from ddp.job.sections import CheckpointSection, FaultsSection, MetricsSection, NoiseScaleSection, TransportSection
 from ddp.job.tasks import (
     TASKS,
     CustomSection,
@@ -33,8 +33,10 @@ __all__ = [
     "TASKS",
     "UNITS",
     "BatchSection",
+    "CheckpointSection",
     "CustomSection",
     "DigitsSection",
+    "FaultsSection",
     "Job",
     "MetricsSection",
     "NoiseScaleSection",

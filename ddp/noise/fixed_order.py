@@ -9,7 +9,9 @@ come in the same order in every epoch, and that can be proven.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +96,30 @@ class FixedOrder:
         self._squares *= _KEPT**2
         self._squares += products * products
         return self._verdict() if self._steps % _LOOKED == 0 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and bytes."""
+        filled = min(self._steps, LAGS)
+        return {
+            "width": self._past.shape[1],
+            "past": np.ascontiguousarray(self._past[:filled], "<f4").tobytes(),
+            "sums": self._sums.astype("<f8").tobytes(),
+            "squares": self._squares.astype("<f8").tobytes(),
+            "steps": self._steps,
+            "mean": None if self._mean is None else self._mean.tolist(),
+            "changes": [self._variance, self._changes, self._expected],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        past = np.frombuffer(state["past"], "<f4").reshape(min(state["steps"], LAGS), state["width"])
+        self._past = np.zeros((2 * LAGS, state["width"]), np.float32)
+        self._past[: len(past)] = self._past[LAGS : LAGS + len(past)] = past
+        self._sums = np.frombuffer(state["sums"], "<f8").copy()
+        self._squares = np.frombuffer(state["squares"], "<f8").copy()
+        self._steps = int(state["steps"])
+        self._mean = None if state["mean"] is None else np.array(state["mean"], np.float64)
+        self._variance, self._changes, self._expected = state["changes"]
 
     def _verdict(self) -> Repetition | None:
         if not self._changes > RATIO * self._expected:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -82,6 +83,32 @@ class ShardWatch:
             deviations = _deviations(values) if usable and even else None
             said = self._unlike(deviations) or self._repeated(deviations)
         return said
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and bytes."""
+        deviations = self._deviations
+        return {
+            "labels": list(self._labels),
+            "before": None if self._before is None else self._before.tolist(),
+            "deviations": deviations and [deviations.mean.tolist(), deviations.unit.tolist(), deviations.length],
+            "products": self._products.astype("<f8").tobytes(),
+            "pairs": self._pairs,
+            "order": self._order.state_dict(),
+            "named": [self._copies_named, self._sorted_named],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`, with as many ranks or others: then what was seen of the old ones is forgotten."""
+        self._labels = deque(state["labels"], maxlen=COPIES)
+        self._before = None if state["before"] is None else np.array(state["before"], np.float64)
+        self._deviations = None
+        if state["deviations"] is not None:
+            mean, unit, length = state["deviations"]
+            self._deviations = Deviations(np.array(mean, np.float64), np.array(unit, np.float64), length)
+        self._products = np.frombuffer(state["products"], "<f8").copy()
+        self._pairs = int(state["pairs"])
+        self._order.load_state_dict(state["order"])
+        self._copies_named, self._sorted_named = state["named"]
 
     def _copied(self, norms: Sequence[float], projections: NDArray[np.float64] | None) -> str | None:
         before, self._before = self._before, projections

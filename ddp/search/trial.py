@@ -119,7 +119,7 @@ class _Run:
         if not any(0.85 * target <= loss <= 1.15 * target for target in self._trial.targets):
             return
         with preserved_random_state():
-            mean, metrics, _ = evaluate(
+            found = evaluate(
                 self._workload.task,
                 self._model,
                 self._workload.validation,
@@ -128,6 +128,7 @@ class _Run:
                 batch_size=self._workload.sweep.micro_batch_size,
                 device=self._workload.device,
             )
-        self.validation_losses.append((step, mean))
+        assert found is not None
+        self.validation_losses.append((step, found.loss))
         metric = self._workload.sweep.job.evaluation.metric
-        self.validation_metrics.append((step, {"loss": mean, **metrics}.get(metric, math.nan)))
+        self.validation_metrics.append((step, {"loss": found.loss, **found.metrics}.get(metric, math.nan)))

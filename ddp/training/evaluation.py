@@ -1,14 +1,17 @@
 """Loss and metrics over a data set at fixed weights, shared out over the ranks.
 
 Every example counts once, whatever the batch and the number of ranks: ranks add up values per example in
-float64, and one collective at the end gives all of them the same means.
+float64, and one collective at the end gives all of them the same means. About once a second they agree whether
+a signal came: an evaluation may take longer than a launcher waits.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,7 +22,56 @@ from torch.utils.data import Dataset
 
 from ddp.errors import UsageError
 from ddp.tasks.base import Batch, Task
+from ddp.telemetry.records import EvaluationRecord
 from ddp.training.data import fetcher, split, to_device
+from ddp.training.random_state import preserved_random_state
+
+AGREEMENT_SECONDS = 1.0  # between two looks whether a signal came
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Over one data set; the same on all ranks.
+
+    Attributes:
+        loss: mean over the examples.
+        metrics: likewise, by name.
+    """
+
+    loss: float
+    metrics: Mapping[str, float]
+    examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The data sets of a run. `training_sample` is as large as the validation set and fixed, for evaluation."""
+
+    training: Dataset[Any]
+    validation: Dataset[Any]
+    training_sample: Dataset[Any]
+
+
+def evaluate_splits(
+    task: Task, module: nn.Module, splits: Splits, *, step: int, epoch: float, world_size: int, **how: Any
+) -> list[EvaluationRecord] | None:
+    """Training sample and validation set, the latter last; None where a rank was asked to stop meanwhile.
+
+    Running statistics are averaged over the ranks in a copy, and random generators go on as if nothing had been drawn.
+    Collective where world_size > 1.
+
+    Args:
+        how: the further arguments of `evaluate`.
+    """
+    records: list[EvaluationRecord] = []
+    with preserved_random_state():
+        model = averaged_buffers(module, world_size=world_size)
+        for split, dataset in (("training", splits.training_sample), ("validation", splits.validation)):
+            found = evaluate(task, model, dataset, world_size=world_size, **how)
+            if found is None:
+                return None
+            records.append(EvaluationRecord(step, epoch, time.time(), split, found.examples, found.loss, found.metrics))
+    return records
 
 
 def evaluate(
@@ -32,28 +84,55 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[float, dict[str, float], int]:
-    """Mean loss, mean of each metric and number of examples, identical on all ranks.
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate `model` on `dataset`; None where a rank was asked to stop meanwhile.
 
     Collective where world_size > 1. `model` is in evaluation mode meanwhile and its modes are restored;
     it must compute the same on all ranks, see `averaged_buffers`.
     """
     names = sorted(task.goals)
     size = len(dataset)  # type: ignore[arg-type]
-    share = split(range(size), world_size)[rank]
-    fetch = fetcher(dataset)
+    shares = split(range(size), world_size)
+    fetch, share = fetcher(dataset), shares[rank]
     sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
+    pace = _Pace(world_size, process_group, asked_to_stop)
     with evaluation_mode(model), torch.no_grad():
-        for start in range(0, len(share), batch_size):
-            batch = to_device(fetch(list(share[start : start + batch_size])), device)
-            sums += _sums(task, model, batch, names)
+        for start in range(0, max(map(len, shares)), batch_size):
+            indices = list(share[start : start + batch_size])
+            if indices:
+                sums += _sums(task, model, to_device(fetch(indices), device), names)
+            if pace.stops_here():
+                return None
     if world_size > 1:
         dist.all_reduce(sums, group=process_group)
     loss, *metrics, examples = sums.tolist()
     if examples != size:
         raise UsageError(f"evaluation: the task gave values for {examples:.0f} of {size} examples; one each is needed")
     means = {name: total / size for name, total in zip(names, metrics, strict=True)}
-    return loss / size, means, size
+    return Evaluation(loss / size, means, size)
+
+
+class _Pace:
+    """Which batches the ranks meet after: the first, and then as many apart as the slowest takes a second for."""
+
+    def __init__(self, world_size: int, process_group: dist.ProcessGroup | None, asked: Callable[[], bool]) -> None:
+        self._world_size, self._process_group, self._asked = world_size, process_group, asked
+        self._batches, self._until_next = 0, 1  # since the last meeting, and until the next one
+        self._began = time.monotonic()
+
+    def stops_here(self) -> bool:
+        """Whether any rank was asked to stop; all ranks call it after each of their batches. Collective now and then."""
+        self._batches += 1
+        if self._batches < self._until_next:
+            return False
+        says = torch.tensor([float(self._asked()), (time.monotonic() - self._began) / self._batches])
+        if self._world_size > 1:
+            dist.all_reduce(says, dist.ReduceOp.MAX, group=self._process_group)
+        asked, batch_seconds = says.tolist()
+        self._batches, self._until_next = 0, max(1, int(AGREEMENT_SECONDS / max(batch_seconds, 1e-6)))
+        self._began = time.monotonic()
+        return bool(asked)
 
 
 def _sums(task: Task, model: nn.Module, batch: Batch, names: list[str]) -> Tensor:

@@ -24,7 +24,7 @@ logger = logging.getLogger("ddp.training")
 class GradientWatch:
     """One rank's; where the noise scale is switched off it watches the shards alone.
 
-    `steady`: training follows the readings, so that which steps are sampled must not be left to a clock.
+    `shards` and `tracker` go into checkpoints. `steady`: training follows the readings, so that which steps are sampled must not be left to a clock.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class GradientWatch:
         steady: bool = False,
     ) -> None:
         self._rank, self._world_size = exchange.transport.rank, exchange.transport.world_size
-        self._shards = ShardWatch()
+        self.shards = ShardWatch()
         self._measurement: NoiseMeasurement | None = None
         if section.enabled:
             settings = Settings(
@@ -90,7 +90,7 @@ class GradientWatch:
 
     def observe(self, rows: Sequence[StepRow], sums: GradientSums) -> NoiseReadings | None:
         """Of a step that is finite on all ranks, before clipping: what is measured is the gradient as it came."""
-        fault = self._shards.observe(
+        fault = self.shards.observe(
             [row.own_squared_norm for row in rows], [row.projection for row in rows], [row.examples for row in rows]
         )
         if fault is not None and self._rank == 0:

@@ -17,7 +17,7 @@ from ddp.tasks import load_task
 from ddp.tasks.base import Goal, Task, metric_goal
 from ddp.training.course import Course, begin_course
 from ddp.training.data import BatchPlan
-from ddp.training.trainer import Splits
+from ddp.training.evaluation import Splits
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,11 +35,13 @@ from ddp.training.memory import keep_freed_memory
 from ddp.training.optimizers import build_optimizer
 from ddp.training.plan import Plan, plan_run, size_of
 from ddp.training.random_state import seed_rank
+from ddp.training.registry import Registry
 from ddp.training.resources import choose_device, open_transport, pinned, refuse_worlds_of_one, threads_per_rank
 from ddp.training.resume import Origin, find_origin
 from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
+from ddp.training.saving import Saving
 from ddp.training.signals import StopRequest, stop_on_signals
-from ddp.training.state import restore_state, save_state
+from ddp.training.state import register_state
 from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 
@@ -81,12 +83,15 @@ def _train(
         sinks = station.sinks if station else ()
         trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints)
         try:
+            trainer.settle()
             if origin.checkpoint is not None:
-                restore_state(trainer, origin.checkpoint)
+                trainer.saving.restore(origin.checkpoint)
             trainer.run()
         except BaseException as error:  # the task's own errors too
             annotate(error, step=trainer.step_count)
             raise
+        finally:
+            trainer.saving.close()
         if station is not None:
             _say(station.finish())
         hold(job, stop)
@@ -188,7 +193,15 @@ def build_trainer(
     register(model, exchange, comm_hook)
     seed_rank(job.run.seed, exchange.transport.rank)
     model.train()
-    return Trainer(
+    registry = Registry()
+    saving = Saving(
+        *(checkpoints, job.checkpoint, registry),
+        metric=job.evaluation.metric,
+        goal=plan.goal,
+        rank=exchange.transport.rank,
+        world_size=exchange.transport.world_size,
+    )
+    trainer = Trainer(
         job=job,
         task=plan.task,
         splits=plan.splits,
@@ -197,10 +210,12 @@ def build_trainer(
         model=model,
         optimizer=build_optimizer(job.optimizer, model.parameters()),
         exchange=exchange,
+        saving=saving,
         stop=stop,
         sinks=sinks,
-        save_checkpoint=lambda trainer: save_state(trainer, checkpoints),
     )
+    register_state(trainer, registry)
+    return trainer
 
 
 def _keep_buffers_apart() -> dict[str, Any]:

@@ -1,140 +1,156 @@
-"""What of a trainer goes into a checkpoint, and how it comes back."""
+"""What of a trainer goes into a checkpoint: one small part each, registered by name."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from copy import deepcopy
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddp.errors import CheckpointError
-from ddp.noise.tracker import NoiseScaleTracker
-from ddp.training import checkpoint
-from ddp.training.agreement import together
-from ddp.training.course import Course
 from ddp.training.random_state import random_state, restore_random_state
+from ddp.training.registry import Registry
 from ddp.training.trainer import Trainer
 
-logger = logging.getLogger("ddp.training")
-_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
+_BRING_BACK = "start a new run, or bring {} back"
 
 
-def save_state(trainer: Trainer, directory: Path) -> Path:
-    """Write the trainer's state as the checkpoint of its step, and return where. All ranks together."""
-    module = trainer.model.module
-    return checkpoint.save(
-        directory,
-        trainer.step_count,
-        shared={
-            "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
-            "optimizer": trainer.optimizer.state_dict(),
-            "noise_scale": None if trainer.watch.tracker is None else trainer.watch.tracker.state_dict(),
-            "course": trainer.course.state_dict(),
+def register_state(trainer: Trainer, registry: Registry) -> None:
+    """Register all that `trainer` goes on from; parts that come later register themselves beside these."""
+    model = trainer.model.module
+    registry.add(
+        "optimizer", OptimizerState(trainer.optimizer), remedy=_BRING_BACK.format("the optimizer"), required=True
+    )
+    registry.add("parameters", Parameters(model), remedy=_BRING_BACK.format("the model"), required=True)
+    registry.add("buffers", Buffers(model), owner="rank", remedy=_BRING_BACK.format("the model"), required=True)
+    registry.add("counters", Counters(trainer), remedy=_BRING_BACK.format("the data"), required=True)
+    registry.add("course", trainer.course, required=True)
+    if (tracker := trainer.watch.tracker) is not None:
+        off = "start a new run, or resume without it, --set noise_scale.enabled=false"
+        registry.add("noise_scale", tracker, remedy=off)
+    registry.add("shards", trainer.watch.shards)
+    registry.add("exchange", trainer.exchange, owner="rank alone")
+    registry.add("random", Generators(), owner="rank alone", required=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """A model's parameters, by name."""
+
+    module: nn.Module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        _check_same("parameter", state, self.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        _copy_into(self.state_dict(), state)
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """A model's buffers, by name: running statistics, which each rank has of its own."""
+
+    module: nn.Module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.module.named_buffers())
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        _check_same("buffer", state, self.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        _copy_into(self.state_dict(), state)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """An optimizer's moments and settings."""
+
+    optimizer: Optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """As the optimizer itself does, which changes nothing before; and the shapes, beyond which a fused one would read."""
+        sizes, here = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], self._groups))
+        if sizes != here:
+            raise CheckpointError(f"belongs to another optimizer: its groups have {sizes} parameters, here {here}")
+        parameters = [parameter for group in self._groups for parameter in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"belongs to another optimizer: {name} of parameter {number} is {tuple(value.shape)}, the parameter "
+                        f"{tuple(parameter.shape)}"
+                    )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(dict(state))
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Steps and examples so far, and how many examples there were to train on."""
+
+    trainer: Trainer
+
+    def state_dict(self) -> dict[str, int]:
+        trainer = self.trainer
+        return {
             "step": trainer.step_count,
             "examples_total": trainer.examples_total,
             "training_examples": trainer.plan.examples,
-        },
-        own={"buffers": dict(module.named_buffers()), "random": random_state()},
-        rank=trainer.rank,
-        world_size=trainer.world_size,
-        barrier=dist.barrier,
-        keep=trainer.job.checkpoint.keep,
-    )
+        }
 
-
-def restore_state(trainer: Trainer, path: Path) -> None:
-    """Continue where the checkpoint at `path` stands, written by any number of ranks. All ranks together.
-
-    The same examples follow in the same global batches. With another number of ranks rank r takes over the running
-    statistics of rank r modulo the old number, ranks that are new keep the generators they were seeded with, and sums
-    are rounded otherwise: it is not the same run bit for bit.
-
-    Raises:
-        CheckpointError: it cannot be read, or belongs to another model or other data; nothing is changed then.
-    """
-    module = trainer.model.module
-    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-
-    def load() -> tuple[dict[str, Any], dict[str, Any]]:
-        shared, own = checkpoint.load(path, trainer.rank)
-        # A fused optimizer would read a moment of another shape beyond its end, and copy_ would broadcast.
-        _check_same(path, "parameter", shared["parameters"], parameters)
-        _check_same(path, "buffer", own["buffers"], buffers)
-        if shared["training_examples"] != trainer.plan.examples:
+    def check_state(self, state: Mapping[str, int]) -> None:
+        if state["training_examples"] != self.trainer.plan.examples:
             raise CheckpointError(
-                f"{path}: written while training on {shared['training_examples']:,} examples, the training set now has "
-                f"{trainer.plan.examples:,}; start a new run, or bring the data back"
+                f"written while training on {state['training_examples']:,} examples, the training set now has "
+                f"{self.trainer.plan.examples:,}"
             )
-        _load_readings(path, deepcopy(trainer.watch.tracker), shared["noise_scale"])
-        _load_course(path, deepcopy(trainer.course), shared["course"])
-        return shared, own
 
-    shared, own = together(load)
-    _load_optimizer(path, trainer.optimizer, shared["optimizer"])  # changes nothing where it fails, which all ranks do
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.trainer.step_count, self.trainer.examples_total = state["step"], state["examples_total"]
+
+
+class Generators:
+    """The random generators of this process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return random_state()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        if missing := random_state().keys() - state.keys():
+            raise CheckpointError(f"has no state of the generators {', '.join(sorted(missing))}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        restore_random_state(state)
+
+
+def _copy_into(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in parameters.items():
-            tensor.copy_(shared["parameters"][name])
-        for name, tensor in buffers.items():
-            tensor.copy_(own["buffers"][name])
-    _load_readings(path, trainer.watch.tracker, shared["noise_scale"])
-    _load_course(path, trainer.course, shared["course"])
-    trainer.step_count, trainer.examples_total = shared["step"], shared["examples_total"]
-    written_by = checkpoint.read_manifest(path).world_size
-    if trainer.rank < written_by:
-        restore_random_state(own["random"])
-    if trainer.rank == 0 and written_by != trainer.world_size:
-        logger.warning(
-            "%s was written by %d rank(s) and goes on with %d: the same examples in the same batches, but rounding, random "
-            "numbers and running statistics differ, so that it is not bit for bit the run that it would have been",
-            path,
-            written_by,
-            trainer.world_size,
-        )
+        for name, tensor in present.items():
+            tensor.copy_(saved[name])
 
 
-def _load_readings(path: Path, tracker: NoiseScaleTracker | None, state: Mapping[str, Any] | None) -> None:
-    """Nothing where the noise scale is off now, or was then."""
-    if tracker is None or state is None:
-        return
-    try:
-        tracker.load_state_dict(state)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{path}: {error}; start a new run, or resume without it, --set noise_scale.enabled=false"
-        ) from error
-
-
-def _load_course(path: Path, course: Course, state: Mapping[str, Any]) -> None:
-    try:
-        course.load_state_dict(state)
-    except _UNREADABLE as error:
-        raise CheckpointError(
-            f"{path}: where the run stood cannot be read: {error!r}; start a new run, or resume an earlier checkpoint"
-        ) from error
-
-
-def _load_optimizer(path: Path, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    try:
-        optimizer.load_state_dict(state)
-    except _UNREADABLE as error:
-        raise CheckpointError(
-            f"{path}: belongs to another optimizer: {error}; start a new run, or bring the optimizer back"
-        ) from error
-
-
-def _check_same(path: Path, kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+def _check_same(kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     for name in [*saved, *present]:
         old, new = saved.get(name), present.get(name)
         if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
             raise CheckpointError(
-                f"{path}: belongs to another model: {kind} {name} is {_describe(old)} there and {_describe(new)} here; "
-                "start a new run, or bring the model back"
+                f"belongs to another model: {kind} {name} is {_describe(old)} there and {_describe(new)} here"
             )
 
 

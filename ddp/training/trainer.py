@@ -8,42 +8,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
 
-from ddp.errors import DivergedError, StoppedError, UsageError
+from ddp.errors import StoppedError, UsageError
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
-from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
+from ddp.telemetry.records import PHASES, EventKind, RunEvent, Sink, StepRecord
 from ddp.training.course import Course, say_rate
 from ddp.training.data import BatchPlan, StepData, batches, to_device
-from ddp.training.evaluation import averaged_buffers, evaluate
+from ddp.training.evaluation import Splits, evaluate_splits
+from ddp.training.judging import BuffersBefore, Judge, Verdict
 from ddp.training.measuring import GradientWatch
 from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
-from ddp.training.random_state import preserved_random_state
+from ddp.training.saving import Saving
+from ddp.training.settling import settle_buckets
 from ddp.training.signals import StopRequest
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.row import StepRow
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """The data sets of a run. `training_sample` is as large as the validation set and fixed, for evaluation."""
-
-    training: Dataset[Any]
-    validation: Dataset[Any]
-    training_sample: Dataset[Any]
 
 
 @dataclass
@@ -58,13 +48,14 @@ class Trainer:
     model: DistributedDataParallel
     optimizer: Optimizer
     exchange: GradientExchange
+    saving: Saving
     stop: StopRequest
     sinks: Sequence[Sink]
-    save_checkpoint: Callable[[Trainer], Path]
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
     _evaluated_at: int = -1
+    _metric: float | None = None  # of the validation set, as of _evaluated_at
 
     @property
     def plan(self) -> BatchPlan:
@@ -77,10 +68,17 @@ class Trainer:
             *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
             steady=self.course.follows_readings,
         )
+        self._judge = Judge(self.job.faults)
+        self._buffers_before = BuffersBefore(self.model.module) if self.job.faults.on_not_finite != "stop" else None
+
+    def settle(self) -> None:
+        """Before a state is restored and before the first step; leaves everything as it is. Collective."""
+        self.exchange.step = self.step_count
+        settle_buckets(self.model, self.exchange, self._first_losses)
 
     def run(self) -> None:
         """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
-        self._settle_buckets()
+        self._stop_if(_any_rank(self.stop.asked))
         if self.step_count and self._evaluation_is_due():
             self._evaluate()  # a stop in that step came before
         if self.rank == 0:
@@ -89,14 +87,15 @@ class Trainer:
             self.splits.training, self.rank, lambda: self.watch.least_parts(self.step_count + 1)
         )
         while not self.course.is_over(self.step_count):
-            self._stop_if_asked(self._step(steps))
-            if self._evaluation_is_due():
+            rows = self._step(steps)
+            self._look_after_saving(rows)
+            self._stop_if([bool(row.stop) for row in rows])
+            if self._evaluated_at != self.step_count and self._evaluation_is_due():
                 self._evaluate()
-            if self._checkpoint_is_due():
-                self.save_checkpoint(self)
+            self._save_if_due()
         if self._evaluated_at != self.step_count:
             self._evaluate()
-        self.save_checkpoint(self)
+        self.saving.finish(self.step_count, self._metric_now())
 
     def _step(self, steps: Iterator[StepData]) -> list[StepRow]:
         clock = PhaseClock()
@@ -114,10 +113,16 @@ class Trainer:
         blocked = self.exchange.blocked_seconds - blocked_before
         waited = self.exchange.transport.wait_seconds - wait_before  # later waiting belongs to measuring
 
+        verdict = self._judge.judge(rows, self.step_count + 1, self.course.epochs_done)
+        if verdict is Verdict.ROLL_BACK:
+            self._roll_back()
+            return rows
         self.step_count += 1
         self.examples_total += data.global_examples
         self.course.take(data)
-        self._raise_if_not_finite(rows)
+        if verdict is Verdict.SKIP:
+            self._pass_over(data)
+            return rows
         noise = self.watch.observe(rows, sums)
         clock.lap("measure")
         reading = None if noise is None else noise.reading
@@ -155,6 +160,8 @@ class Trainer:
     def _forward_backward(self, data: StepData, clock: PhaseClock) -> float:
         """Accumulate the gradient of the mean over this rank's examples; the last backward averages over ranks."""
         self.exchange.weight = data.examples / data.global_examples
+        if self._buffers_before is not None:
+            self._buffers_before.keep()
         loss_sum, count = 0.0, 0
         for index, micro_batch in enumerate(data.micro_batches):
             last = index == len(data.micro_batches) - 1
@@ -190,18 +197,34 @@ class Trainer:
             projection=sums.projection,
             **self.watch.row_fields(sums),
             measure_seconds=phases.measure,
+            part_saved=self.saving.part_saved,
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
         )
         return self.exchange.exchange_row(row)
 
-    def _raise_if_not_finite(self, rows: list[StepRow]) -> None:
-        bad = [str(rank) for rank, row in enumerate(rows) if not row.finite]
-        if bad:
-            raise DivergedError(
-                f"the loss or the gradient is not finite on rank {', '.join(bad)} in step {self.step_count} "
-                f"(epoch {self.course.epochs_done:.2f}): lower optimizer.learning_rate, add schedule.warmup_steps or "
-                "optimizer.gradient_clip_norm, or look for bad values in the data"
-            )
+    def _pass_over(self, data: StepData) -> None:
+        """As if the step's examples had not been there; the schedule goes on."""
+        self.course.learning_rate(data, None)
+        self._forget_gradient()
+        self._say("not_finite", f"{self._judge.reason}: the step was passed over", self._judge.rank)
+
+    def _roll_back(self) -> None:
+        """Back to the newest checkpoint, on all ranks."""
+        self._forget_gradient()
+        path = self.saving.roll_back(self._judge.diverged(", and there is no checkpoint to go back to"))
+        self._evaluated_at = -1
+        self._say(
+            "rolled_back",
+            f"{self._judge.reason}: the run went back to step {self.step_count}, {path.name}",
+            self._judge.rank,
+        )
+
+    def _forget_gradient(self) -> None:
+        """Nothing of the step under way stays: its gradient, what quantising it left over, what it did to running statistics."""
+        self.optimizer.zero_grad()
+        self.exchange.forget_left_over()
+        if self._buffers_before is not None:
+            self._buffers_before.bring_back()
 
     def _update(self, rate: float, norm: float) -> None:
         """Clip the gradient of this norm, and step."""
@@ -220,68 +243,62 @@ class Trainer:
         return self.course.has_finished_epochs(section.every_epochs or 1)
 
     def _evaluate(self) -> None:
-        """Both splits, with running statistics averaged over ranks in a copy; training keeps its own."""
-        self._evaluated_at = self.step_count
-        with preserved_random_state():
-            self._evaluate_splits()
-
-    def _evaluate_splits(self) -> None:
-        model = averaged_buffers(self.model.module, world_size=self.world_size)
-        for split, dataset in (("training", self.splits.training_sample), ("validation", self.splits.validation)):
-            loss, metrics, examples = evaluate(
-                self.task,
-                model,
-                dataset,
-                rank=self.rank,
-                world_size=self.world_size,
-                batch_size=max(64, self.plan.micro_batch_size),
-                device=self.device,
-            )
-            record = EvaluationRecord(
-                self.step_count, self.course.epochs_done, time.time(), split, examples, loss, metrics
-            )
+        """Both splits; a signal meanwhile stops the run, whose next part begins with them."""
+        records = evaluate_splits(
+            *(self.task, self.model.module, self.splits),
+            step=self.step_count,
+            epoch=self.course.epochs_done,
+            rank=self.rank,
+            world_size=self.world_size,
+            batch_size=max(64, self.plan.micro_batch_size),
+            device=self.device,
+            asked_to_stop=lambda: self.stop.asked,
+        )
+        if records is None:
+            self._stop_if(_any_rank(self.stop.asked))
+        for record in records or ():
             for sink in self.sinks:
                 sink.evaluation(record)
+            self._evaluated_at, self._metric = self.step_count, record.value(self.job.evaluation.metric)
 
-    def _stop_if_asked(self, rows: list[StepRow]) -> None:
-        """Before an evaluation, which may take longer than a launcher waits after a signal."""
-        asked = [rank for rank, row in enumerate(rows) if row.stop]
-        if asked:
-            path = self.save_checkpoint(self)
-            by = self.stop.signal_name or f"a signal to rank {asked[0]}"
-            raise StoppedError(f"stopped by {by} after step {self.step_count}; go on with --resume {path}")
+    def _metric_now(self) -> float | None:
+        """Of the validation set at the weights as they are now, where it was taken."""
+        return self._metric if self._evaluated_at == self.step_count else None
 
-    def _checkpoint_is_due(self) -> bool:
-        every = self.job.checkpoint.every_steps
-        return every is not None and self.step_count % every == 0 and not self.course.is_over(self.step_count)
+    def _save_if_due(self) -> None:
+        if self.course.is_over(self.step_count) or self.saving.last_step == self.step_count:
+            return  # the end saves; or the run has just come from there
+        value = self._metric_now()
+        is_best = value is not None and self.saving.best.enters(value)
+        if is_best or self.saving.is_due(self.step_count):
+            self.saving.begin(self.step_count, value)
 
-    def _settle_buckets(self) -> None:
-        """One backward whose gradient is thrown away, so that DDP rebuilds its buckets before the first step.
+    def _look_after_saving(self, rows: Sequence[StepRow]) -> None:
+        if (fault := self.saving.observe(rows)) is not None:
+            self._say("save_failed", fault)
 
-        DDP reduces its first backward as one bucket. Sums of squares depend on the buckets in their last
-        bits, so a resumed run would differ from one that went on: this way all steps have the same buckets.
-        """
-        self.exchange.step = self.step_count
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        with preserved_random_state():
-            data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
-            self._losses(data.micro_batches[0]).sum().backward()
-        self.exchange.take()
-        _raise_if_unused(self.model.module)
-        self.optimizer.zero_grad()
-        for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
+    def _stop_if(self, asked: Sequence[bool]) -> None:
+        """Save and stop where any rank was asked to. Before an evaluation, which may take long."""
+        if not any(asked):
+            return
+        path = self.saving.finish(self.step_count, self._metric_now())
+        by = self.stop.signal_name or f"a signal to rank {list(asked).index(True)}"
+        raise StoppedError(f"stopped by {by} after step {self.step_count}; go on with --resume {path}")
+
+    def _say(self, kind: EventKind, text: str, rank: int = -1) -> None:
+        for sink in self.sinks:
+            sink.event(RunEvent(self.step_count, time.time(), kind, rank, text))
+
+    def _first_losses(self) -> torch.Tensor:
+        data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
+        return self._losses(data.micro_batches[0])
 
 
-def _raise_if_unused(module: nn.Module) -> None:
-    """After a first backward: DDP waits for the gradient of every parameter that takes one."""
-    unused = [name for name, each in module.named_parameters() if each.requires_grad and each.grad is None]
-    if unused:
-        rest = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        raise UsageError(
-            f"task: no gradient reaches {', '.join(unused[:3])}{rest} of the model: the loss does not depend on "
-            "them; use them in every forward, or freeze them with requires_grad_(False)"
-        )
+def _any_rank(asked: bool) -> list[bool]:
+    """What each rank says. Collective."""
+    says = [torch.zeros(1) for _ in range(dist.get_world_size())]
+    dist.all_gather(says, torch.tensor([float(asked)]))
+    return [bool(each) for each in says]
 
 
 def _phases(row: StepRow) -> dict[str, float]:

@@ -44,6 +44,9 @@ class StepRow:
     measuring_seconds: float = 0.0  # spent on sampling in the previous step, in whichever phases; 0: it was not sampled
     mean_squared_norm: float = 0.0  # of the averaged gradient; all ranks go by rank 0's, which may round otherwise
     measure_seconds: float = 0.0  # from the row to the optimizer, where the sampled and all other steps are entered
+    part_saved: float = 0.0  # the step whose part of a checkpoint this rank wrote last; minus it where that failed
+    checksum_high: float = 0.0  # of the parameters after the previous step, see ddp.training.replicas; 0: not taken
+    checksum_low: float = 0.0
     projection: tuple[float, ...] = NO_PROJECTION  # of the own gradient: tells shards apart that are not exchangeable
 
     @property

@@ -190,7 +190,7 @@ class SharedMemoryTransport(Transport):
             description[protocol.MEAN_SUMS] = _address(state.mean_squared_norms)
             description[protocol.PARAMETERS] = len(state.ends)
             if self._encodes and self._wire == codec.INT8 and length:
-                residual = state.kept["residual"] = np.zeros(length, dtype=np.float32)
+                residual = state.kept.setdefault("residual", np.zeros(length, dtype=np.float32))
                 description[protocol.RESIDUAL] = residual.ctypes.data
             known = state.kept[self.name] = (description, description.ctypes.data)
         return known

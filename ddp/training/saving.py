@@ -1,0 +1,200 @@
+"""When a run's state is saved, and how the ranks agree on it: in the rows that they exchange anyway.
+
+A save begins with a copy of the state; a thread of each rank writes its part while training goes on. Each rank's row
+says which part it has written last; once all say so, and their parameters were the same, the checkpoint gets its
+name. Only at the end, or to stop, do the ranks wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddp.checkpoint import Manifest, Saver, load, newest, read_manifest
+from ddp.errors import CheckpointError, DivergedError
+from ddp.job import CheckpointSection
+from ddp.tasks.base import Goal
+from ddp.training.agreement import from_rank_zero, together
+from ddp.training.registry import Registry
+from ddp.transport.row import StepRow
+
+logger = logging.getLogger("ddp.training")
+
+
+@dataclass
+class Best:
+    """The best values of the metric that checkpoints were saved for; registers itself, so that a resumed run knows them."""
+
+    count: int
+    goal: Goal
+    values: list[float] = field(default_factory=list)
+
+    def enters(self, value: float) -> bool:
+        """Whether `value` is better than one of the best `count` so far; it then counts among them."""
+        if not self.count or math.isnan(value):
+            return False
+        sign = 1 if self.goal == "max" else -1
+        if len(self.values) == self.count and sign * value <= sign * self.values[-1]:
+            return False
+        self.values = sorted([*self.values, value], reverse=self.goal == "max")[: self.count]
+        return True
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"values": list(self.values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.values = [float(value) for value in state["values"]][: self.count]
+
+
+class Saving:
+    """One rank's part in the checkpoints of a run.
+
+    Args:
+        directory: the run's `checkpoints`, the same on all ranks.
+        registry: what is saved.
+        metric, goal: of evaluations; which checkpoints are the best.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        section: CheckpointSection,
+        registry: Registry,
+        *,
+        metric: str,
+        goal: Goal,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.directory, self.registry, self.metric = directory, registry, metric
+        self.best = Best(section.keep_best, goal)
+        self._rank, self._world_size, self._every_steps = rank, world_size, section.every_steps
+        self._saver = Saver(
+            directory, rank=rank, world_size=world_size, keep=section.keep, keep_best=section.keep_best, goal=goal
+        )
+        registry.add("best", self.best)
+        self.last_step = -1  # whose state was saved, or restored, last
+
+    @property
+    def part_saved(self) -> int:
+        """For this rank's row."""
+        return self._saver.part_saved
+
+    def is_due(self, step: int) -> bool:
+        return self._every_steps is not None and step % self._every_steps == 0
+
+    def begin(self, step: int, value: float | None) -> None:
+        """Save the state as it is now, in the background; all ranks together.
+
+        Args:
+            value: of the metric at these weights, where it was taken.
+        """
+        if self._saver.pending is not None:  # the disk is slower than checkpoints come
+            self._finish_if_it_can_be()
+        self.last_step = step
+        shared = self.registry.shared() if self._rank == 0 else {}
+        metric = None if value is None else (self.metric, value)
+        self._saver.begin(step, shared, self.registry.own(), metric=metric)
+
+    def observe(self, rows: Sequence[StepRow]) -> str | None:
+        """After each step; once all ranks have written their part, what came of the checkpoint, in a sentence.
+
+        Raises nothing: a checkpoint that fails costs that checkpoint, and the next one is tried.
+        """
+        pending = self._saver.pending
+        if pending is None or not all(abs(row.part_saved) == pending for row in rows):
+            return None
+        settled = self._saver.observe([int(row.part_saved) for row in rows])
+        if settled is None or settled.ok:
+            return None
+        failed = ", ".join(map(str, settled.failed_ranks))
+        return f"the checkpoint of step {settled.step} was not saved, rank {failed} could not write its part"
+
+    def finish(self, step: int, value: float | None) -> Path:
+        """Save the state as it is now and wait until it is on the disk; all ranks together.
+
+        Raises:
+            CheckpointError: a rank could not, on all of them.
+        """
+        self.begin(step, value)
+        return self._finish()
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint of this run that verifies; all ranks together."""
+        if self._saver.pending is not None:
+            self._finish_if_it_can_be()
+        found = newest(self.directory) if self._rank == 0 else None
+        said = from_rank_zero("" if found is None else str(found))
+        return Path(said) if said else None
+
+    def restore(self, path: Path) -> None:
+        """Go on from the checkpoint at `path`, written by any number of ranks; all ranks together.
+
+        The same examples follow in the same global batches. With another number of ranks rank r takes over the running
+        statistics of rank r modulo the old number, ranks that are new keep the generators they were seeded with, and
+        sums are rounded otherwise: it is not the same run bit for bit.
+
+        Raises:
+            CheckpointError: it cannot be read, or belongs to another model or other data; nothing is changed then.
+        """
+
+        def load_and_check() -> tuple[dict[str, Any], dict[str, Any], Manifest]:
+            shared, own = load(path, self._rank)
+            self.registry.check(path, shared, own)
+            return shared, own, read_manifest(path)
+
+        shared, own, manifest = together(load_and_check)
+        self.last_step, written_by = manifest.step, manifest.world_size
+        missing = self.registry.restore(path, shared, own, newcomer=self._rank >= written_by)
+        if self._rank != 0:
+            return
+        if missing:
+            logger.info("%s has no state of %s, which begins afresh", path, ", ".join(missing))
+        if written_by != self._world_size:
+            logger.warning(
+                "%s was written by %d rank(s) and goes on with %d: the same examples in the same batches, but rounding, "
+                "random numbers and running statistics differ, so that it is not bit for bit the run that it would have been",
+                path,
+                written_by,
+                self._world_size,
+            )
+
+    def roll_back(self, divergence: DivergedError) -> Path:
+        """Go back to the newest checkpoint; all ranks together.
+
+        Raises:
+            DivergedError: `divergence`, where there is none.
+        """
+        path = self.newest()
+        if path is None:
+            raise divergence
+        self.restore(path)
+        return path
+
+    def close(self) -> None:
+        """Safe to call twice; what is not published then is lost."""
+        self._saver.close()
+
+    def _finish(self) -> Path:
+        return self._saver.finish(_everyones)
+
+    def _finish_if_it_can_be(self) -> None:
+        try:
+            self._finish()
+        except CheckpointError as error:
+            if not error.consequence:
+                logger.warning("%s", error)
+
+
+def _everyones(value: int) -> list[int]:
+    """Each rank's number. Collective."""
+    values = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, torch.tensor([value]))
+    return [int(each) for each in values]
