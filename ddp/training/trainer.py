@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
-from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
+from ddp.telemetry.records import PHASES, EvaluationRecord, StepRecord
+from ddp.telemetry.sinks import Sinks
 from ddp.training.course import Course, say_rate
 from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import averaged_buffers, evaluate
@@ -59,7 +60,7 @@ class Trainer:
     optimizer: Optimizer
     exchange: GradientExchange
     stop: StopRequest
-    sinks: Sequence[Sink]
+    sinks: Sinks
     save_checkpoint: Callable[[Trainer], Path]
     step_count: int = 0
     examples_total: int = 0
@@ -142,13 +143,11 @@ class Trainer:
             global_batch_size=self.plan.global_batch_size,
             noise=noise,
         )
-        for sink in self.sinks:
-            sink.step(record)
+        self.sinks.step(record)
         change = self.course.adapt(data, rows, None if noise is None else noise.readable, self.step_count)
         if change is not None:
             self.watch.restart(self.step_count)
-            for sink in self.sinks:
-                sink.batch_change(change)
+            self.sinks.batch_change(change)
         self._previous_phases = clock.seconds(hook_seconds=blocked, wait_seconds=waited)
         return rows
 
@@ -240,8 +239,7 @@ class Trainer:
             record = EvaluationRecord(
                 self.step_count, self.course.epochs_done, time.time(), split, examples, loss, metrics
             )
-            for sink in self.sinks:
-                sink.evaluation(record)
+            self.sinks.evaluation(record)
 
     def _stop_if_asked(self, rows: list[StepRow]) -> None:
         """Before an evaluation, which may take longer than a launcher waits after a signal."""
