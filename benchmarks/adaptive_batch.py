@@ -32,6 +32,7 @@ from ddp.errors import StoppedError
 from ddp.job import Job, parse_job
 from ddp.process_group import initialise, shutdown
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
+from ddp.telemetry.sinks import Sinks
 from ddp.topology import from_environment
 from ddp.training.plan import plan_run
 from ddp.training.run import build_trainer
@@ -159,7 +160,7 @@ def train(setting: Setting, target: float) -> dict[str, Any]:
     plan = plan_run(job, dist.get_world_size(), allow_import=False)
     exchange = GradientExchange(select_transport("auto", "cpu", 120.0))
     recorder = Recorder(target, PROBLEMS[setting.task].smoothing, stop)
-    sinks = [recorder] if dist.get_rank() == 0 else []
+    sinks = Sinks([recorder] if dist.get_rank() == 0 else [])
     with tempfile.TemporaryDirectory(prefix="ddp-benchmark-") as folder:
         trainer = build_trainer(job, plan, exchange, torch.device("cpu"), stop, sinks, Path(folder))
         trainer.saving.finish = lambda step, value: Path()

@@ -56,8 +56,12 @@ def test_every_name_is_documented_and_none_is_missing() -> None:
     assert {sample.name for family in families for sample in family.samples} == {
         "ddp_all_reduce_bytes_total",
         "ddp_batch_size_changes_total",
+        "ddp_checkpoint_failures_in_a_row",
+        "ddp_checkpoint_save_seconds_total",
+        "ddp_checkpoint_stall_seconds_total",
         "ddp_data_efficiency_ratio",
         "ddp_evaluation_metric",
+        "ddp_events_total",
         "ddp_examples_total",
         "ddp_global_batch_size_examples",
         "ddp_gradient_noise_scale_examples",

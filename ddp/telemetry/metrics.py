@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 
 from ddp.errors import UsageError
 from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.event_metrics import EventMetrics
 from ddp.telemetry.noise_metrics import NoiseMetrics, critical_batch_families, gauge
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
 
@@ -58,6 +59,7 @@ class Metrics(Collector):
     ) -> None:
         self._info, self._critical_batches = info, critical_batches
         self._noise = NoiseMetrics()
+        self._events = EventMetrics()
         self._batch_size_changes = 0
         self._lock = threading.Lock()  # the trainer writes, the server's threads read
         self._last: StepRecord | None = None
@@ -83,7 +85,11 @@ class Metrics(Collector):
             self._evaluations[record.split] = record
 
     def event(self, record: RunEvent) -> None:
-        """Nothing to show of it."""
+        with self._lock:
+            self._events.observe(record)
+            if record.kind == "rolled_back":
+                kept = {split: each for split, each in self._evaluations.items() if each.step <= record.step}
+                self._evaluations = kept
 
     def batch_change(self, record: BatchChange) -> None:
         with self._lock:
@@ -98,6 +104,7 @@ class Metrics(Collector):
                 *_run_families(self._info),
                 *_step_families(self._info, self._last),
                 *self._noise.families(),
+                *self._events.families(),
                 *critical_batch_families(self._critical_batches),
                 CounterMetricFamily(
                     "ddp_batch_size_changes",

@@ -117,6 +117,11 @@ def change_text(info: RunInfo, change: BatchChange) -> str:
     return f"global batch size {change.before:,} -> {change.after:,} at {moment}{rate}: {change.reason}"
 
 
+def event_text(event: RunEvent) -> str:
+    """What happened, in one line."""
+    return f"step {event.step:,}: {event.text}"
+
+
 def number_text(value: float) -> str:
     """Two digits below ten, whole numbers above: 2.1, 54, 1,472."""
     if not math.isfinite(value):
@@ -206,7 +211,11 @@ class Progress:
             self._show(self._record)
 
     def event(self, record: RunEvent) -> None:
-        """Nothing to show of it."""
+        """One line, but for saves that went well: those come again and again."""
+        if record.kind == "rolled_back" and self._evaluation is not None and self._evaluation.step > record.step:
+            self._evaluation = None
+        if record.kind != "saved":
+            self._attempt(lambda: self._put_line(event_text(record)))
 
     def batch_change(self, record: BatchChange) -> None:
         self._attempt(lambda: self._put_line(change_text(self._info, record)))

@@ -60,7 +60,7 @@ class Recorder:
         self._put(record)
 
     def event(self, record: RunEvent) -> None:
-        """Nothing to show of it."""
+        self._put(record)
 
     def batch_change(self, record: BatchChange) -> None:
         self._put(record)

@@ -16,7 +16,7 @@ from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Method, Metric, NoiseReadings, PartReading
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunInfo, Sink, StepRecord
+from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunEvent, RunInfo, Sink, StepRecord
 from ddp.telemetry.schema import FIRST_PART_PLACE, PLAIN_PLACE, PRECONDITIONED_PLACE, READING_COLUMNS, SCHEMA_VERSION
 
 Held = dict[Metric, tuple[int, Reading]]
@@ -127,6 +127,22 @@ def read_batch_changes(database: sqlite3.Connection) -> list[BatchChange]:
             reason=row["reason"],
         )
         for row in database.execute("SELECT * FROM batch_changes ORDER BY step")
+    ]
+
+
+def read_events(database: sqlite3.Connection) -> list[RunEvent]:
+    """All that happened, in the order in which it was told; steps may go back, see `RunEvent`."""
+    return [
+        RunEvent(
+            step=row["step"],
+            unix_time=_float(row["unix_time"]),
+            kind=row["kind"],
+            rank=row["rank"],
+            text=row["text"],
+            duration_seconds=_float(row["duration_seconds"]),
+            stall_seconds=_float(row["stall_seconds"]),
+        )
+        for row in database.execute("SELECT * FROM events ORDER BY id")
     ]
 
 

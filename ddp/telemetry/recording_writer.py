@@ -15,7 +15,7 @@ from typing import Any
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunInfo, StepRecord
+from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
 from ddp.telemetry.schema import (
     FIRST_PART_PLACE,
     PLAIN_PLACE,
@@ -31,7 +31,7 @@ LOCAL_FILESYSTEMS = frozenset(
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "reiserfs", "tmpfs", "ramfs", "overlay"}
 )
 
-Record = StepRecord | EvaluationRecord | BatchChange
+Record = StepRecord | EvaluationRecord | BatchChange | RunEvent
 Row = tuple[Any, ...]
 
 
@@ -51,6 +51,7 @@ INSERT_READING = _insert_into("readings", ("step", "place", "metric", "part", "n
 INSERT_EVALUATION = _insert_into("evaluations", (*EVALUATION_COLUMNS, "part"))
 INSERT_METRIC = _insert_into("evaluation_metrics", ("step", "split", "name", "value"))
 INSERT_CHANGE = _insert_into("batch_changes", tuple(field.name for field in fields(BatchChange)))
+INSERT_EVENT = _insert_into("events", ("part", *(field.name for field in fields(RunEvent))))
 INSERT_CRITICAL = _insert_into("critical_batches", tuple(field.name for field in fields(CriticalBatch)))
 
 step_values, evaluation_values = attrgetter(*OWN_STEP_COLUMNS), attrgetter(*EVALUATION_COLUMNS)
@@ -119,6 +120,11 @@ class Writer:
                         self._database.execute(INSERT_CHANGE, astuple(record))
                     case EvaluationRecord():
                         self._evaluation(record)
+                    case RunEvent():
+                        self._database.execute(INSERT_EVENT, (self._part, *astuple(record)))
+                        if record.kind == "rolled_back":
+                            self._forget_steps_after(record.step)
+                            kept = Kept(parts_step=record.step)
         self._kept = kept  # only now: what is rolled back is not there to be referred to
 
     def close(self) -> None:
@@ -129,11 +135,14 @@ class Writer:
 
     def _begin_part(self, info: RunInfo) -> int:
         """Add this process to the run, forget the steps that it will take again, and return its part's number."""
-        for table in STEP_TABLES:
-            self._database.execute(f"DELETE FROM {table} WHERE step > ?", (info.start_step,))
+        self._forget_steps_after(info.start_step)
         (part,) = self._database.execute("SELECT coalesce(max(part), 0) + 1 FROM run").fetchone()
         self._database.execute(INSERT_RUN, (part, time.time(), *astuple(info)))
         return part
+
+    def _forget_steps_after(self, step: int) -> None:
+        for table in STEP_TABLES:
+            self._database.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
     def _step(self, record: StepRecord, kept: Kept) -> Kept:
         noise, before = record.noise, kept

@@ -5,9 +5,10 @@ A sink lives on rank 0 only; a telemetry failure never stops a run, which is eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
@@ -87,18 +88,27 @@ class BatchChange:
     reason: str  # one sentence with the numbers that decided it
 
 
-EventKind = Literal["not_finite", "rolled_back", "straggler", "replicas_differ", "saved", "save_failed"]
+EventKind = Literal[
+    "not_finite", "rolled_back", "straggler", "straggler_over", "replicas_differ", "saved", "save_failed"
+]
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """Something that happened to the run after `step`."""
+    """Something that happened to the run at `step`.
+
+    `rolled_back` has the step that the run went back to: what was told of later steps is void, and they come again.
+    `saved` and `save_failed` have the step of the checkpoint, which a save beside training may leave behind.
+    """
 
     step: int
     unix_time: float
     kind: EventKind
     rank: int  # that it happened on; -1 where it is no single one
     text: str  # one sentence
+    duration_seconds: float = math.nan  # of a save, from its beginning to the end of writing; NaN: not said
+    stall_seconds: float = math.nan  # of it, for which training waited
 
 
 @dataclass(frozen=True, slots=True)

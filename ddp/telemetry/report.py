@@ -22,10 +22,10 @@ from ddp.telemetry.noise_charts import noise_chart
 from ddp.telemetry.page_file import write_page
 from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
 from ddp.telemetry.recording import PartsMoment
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
 from ddp.telemetry.report_cards import run_cards
 from ddp.telemetry.report_page import Chart, page
-from ddp.telemetry.report_tables import changes_table, critical_table, readings_table
+from ddp.telemetry.report_tables import changes_table, critical_table, events_table, readings_table
 from ddp.telemetry.summary import History
 
 DRAWN_STEPS = 2_000  # more would only make the page heavy
@@ -44,6 +44,7 @@ class Recorded:
     moments: list[PartsMoment]  # thinned to about DRAWN_MOMENTS
     critical_batches: list[CriticalBatch]
     methods: set[Method]  # by which the noise scale was observed
+    events: list[RunEvent]
 
     @property
     def info(self) -> RunInfo:
@@ -82,11 +83,12 @@ def read_recorded(path: Path) -> Recorded:
             moments = recording.read_parts_over_time(database, DRAWN_MOMENTS)
             critical_batches = recording.read_critical_batches(database)
             methods = recording.read_methods(database)
+            events = recording.read_events(database)
         except sqlite3.Error as error:
             raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
     if not parts:
         raise UsageError(f"{path}: the run has not begun to record; try again in a few seconds")
-    return Recorded(parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods)
+    return Recorded(parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods, events)
 
 
 def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
@@ -101,9 +103,10 @@ def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
         title=info.run_id,
         subtitle=subtitle,
         note=_note(recorded),
-        cards=run_cards(info, history, recorded.critical_batches),
+        cards=run_cards(info, history, recorded.critical_batches, recorded.events),
         charts=_charts(recorded),
         tables=(
+            events_table(recorded.events),
             readings_table(history),
             changes_table(info, recorded.changes),
             critical_table(recorded.critical_batches),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
 
 from ddp.noise.noise_scale import LARGEST_WINDOW, Reading, State
 from ddp.noise.readings import Method
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.progress import METRIC_NAMES, moment_text, number_text
-from ddp.telemetry.records import BatchChange, RunInfo
+from ddp.telemetry.records import BatchChange, EventKind, RunEvent, RunInfo
 from ddp.telemetry.report_page import Table
 from ddp.telemetry.summary import History
 
 READINGS_SHOWN = 12
+EVENTS_SHOWN = 50
 
 STATES_IN_WORDS: dict[State, str] = {
     "unresolved": "too few observations, or too much noise to say anything",
@@ -27,6 +30,37 @@ METHODS_IN_WORDS: dict[Method, str] = {
     "split": "halves",
     "none": "none",
 }
+
+
+EVENTS_IN_WORDS: dict[EventKind, str] = {
+    "not_finite": "not finite",
+    "rolled_back": "rolled back",
+    "straggler": "straggler",
+    "straggler_over": "straggler no more",
+    "replicas_differ": "replicas differ",
+    "saved": "saved",
+    "save_failed": "save failed",
+}
+
+
+def events_table(events: Sequence[RunEvent]) -> Table:
+    """What happened, the latest `EVENTS_SHOWN`; saves that went well have a card instead."""
+    told = [event for event in events if event.kind != "saved"]
+    columns = (("When", "state"), ("Step", "number"), ("What", "state"), ("Rank", "number"), ("", ""))
+    rows = [
+        (
+            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(event.unix_time)),
+            f"{event.step:,}",
+            EVENTS_IN_WORDS.get(event.kind, event.kind),
+            str(event.rank) if event.rank >= 0 else "–",
+            event.text,
+        )
+        for event in told[-EVENTS_SHOWN:]
+    ]
+    title = "What happened to the run"
+    if len(told) > EVENTS_SHOWN:
+        title += f", the latest {EVENTS_SHOWN} of {len(told):,}"
+    return Table(title, columns, rows)
 
 
 def readings_table(history: History) -> Table:

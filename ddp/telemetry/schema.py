@@ -8,8 +8,9 @@ A noise scale that no new observation has moved is not written again. `steps.pla
 where only every tenth is read. Readings of layers and groups lie in the same table under their names, with their
 place in the model beside them.
 
-`part` of `run` and `steps` counts the processes that continued one run; the steps of an interrupted part that a
-resume did not start from are replaced by its own.
+`part` of `run`, `steps` and `events` counts the processes that continued one run; the steps of an interrupted part
+that a resume did not start from are replaced by its own, and so are those that a roll-back went behind. Events stay:
+they happened, and those of an interrupted part say why it was interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import fields
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry.records import PHASES
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 WHOLE_MODEL = ""  # `readings.part` where the reading is of no part
 PLAIN_PLACE, PRECONDITIONED_PLACE, FIRST_PART_PLACE = 0, 1, 2  # `readings.place`
@@ -57,6 +58,9 @@ CREATE TABLE IF NOT EXISTS evaluations (
 CREATE TABLE IF NOT EXISTS evaluation_metrics (
     step INTEGER NOT NULL, split TEXT NOT NULL, name TEXT NOT NULL, value REAL,
     PRIMARY KEY (step, split, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, part INTEGER NOT NULL, step INTEGER NOT NULL, unix_time REAL, kind TEXT NOT NULL,
+    rank INTEGER NOT NULL, text TEXT NOT NULL, duration_seconds REAL, stall_seconds REAL);
 CREATE TABLE IF NOT EXISTS critical_batches (
     method TEXT NOT NULL, optimizer TEXT NOT NULL, target TEXT NOT NULL, critical_batch_size REAL, low REAL, high REAL);
 """

@@ -18,9 +18,17 @@ from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.metrics import Metrics, MetricsServer, serve
 from ddp.telemetry.progress import Progress, moment_text
 from ddp.telemetry.recorder import Recorder
-from ddp.telemetry.recording import open_recording, read_batch_changes, read_evaluations, read_steps, replay
-from ddp.telemetry.records import RunInfo, Sink
+from ddp.telemetry.recording import (
+    open_recording,
+    read_batch_changes,
+    read_evaluations,
+    read_events,
+    read_steps,
+    replay,
+)
+from ddp.telemetry.records import RunInfo
 from ddp.telemetry.report import write_report
+from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.summary import History, summary
 from ddp.telemetry.targets import publish
 
@@ -45,11 +53,11 @@ class Station:
         self._history = History(info)
         self._open = ExitStack()
         self._run_directory = Path()
-        self.sinks: list[Sink] = [self._history]
+        self.sinks = Sinks([self._history])
         self.server: MetricsServer | None = None
         if section.enabled:
             registry = CollectorRegistry()
-            self.sinks.append(Metrics(registry, info, critical_batches))
+            self.sinks.add(Metrics(registry, info, critical_batches))
             self.server = serve(registry, section.host, section.port)
             self._open.callback(self.server.close)
 
@@ -59,7 +67,7 @@ class Station:
         self._recall(run_directory / RECORD)
         recorder = Recorder(run_directory / RECORD, self._info, self._critical_batches)
         for sink in (recorder, Progress(self._info)):
-            self.sinks.append(sink)
+            self.sinks.add(sink)
             self._open.callback(sink.close)
         if self.server is not None:
             target = publish(run_directory.parent / "targets", self._info.run_id, self.server.address)
@@ -67,8 +75,7 @@ class Station:
 
     def finish(self) -> str:
         """After the last step: close the record, write the report, and give the summary's text."""
-        for sink in self.sinks:
-            sink.close()
+        self.sinks.close()
         report = self._report()
         return summary(
             self._info,
@@ -98,12 +105,17 @@ class Station:
         return advise(timed.reading, timed.global_batch_size, when, timed.metric, timed.method)
 
     def _recall(self, record: Path) -> None:
-        """After a resume the summary speaks of the whole run: hand it what earlier parts recorded."""
-        if not self._info.start_step or not record.exists():
+        """After a resume the summary speaks of the whole run: hand it what earlier parts recorded.
+
+        What happened is told to the metrics too, also of steps that this part takes again.
+        """
+        if not record.exists():
             return
         until = self._info.start_step
         try:
             with closing(open_recording(record)) as database:
+                for event in read_events(database):
+                    self.sinks.event(event)  # the record and the progress line are not among them yet
                 steps = takewhile(lambda each: each.step <= until, read_steps(database))
                 evaluations = takewhile(lambda each: each.step <= until, read_evaluations(database))
                 changes = takewhile(lambda each: each.step <= until, read_batch_changes(database))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ddp.noise.advice import stands
 from ddp.noise.noise_scale import Reading
@@ -22,6 +24,8 @@ from ddp.telemetry.progress import (
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
 
 KEPT_READINGS = 512
+KEPT_VALIDATIONS = 64  # one of them is the latest again after a roll-back
+KEPT_EVENTS = 1_000
 SHOWN_READINGS = 6
 SHOWN_CHANGES = 6
 SPARKLINE_LENGTH = 32
@@ -42,13 +46,17 @@ class TimedReading:
     moved_epoch: float
 
 
+Kept = TypeVar("Kept", StepRecord, EvaluationRecord, TimedReading)
+
+
 class History:
     """A `Sink` that keeps what `summary` needs, in bounded memory."""
 
     def __init__(self, info: RunInfo) -> None:
         self._info = info
         self.last: StepRecord | None = None
-        self.validation: EvaluationRecord | None = None
+        self._validations: deque[EvaluationRecord] = deque(maxlen=KEPT_VALIDATIONS)
+        self.events: deque[RunEvent] = deque(maxlen=KEPT_EVENTS)  # the latest ones, but for saves that went well
         self.readings: list[TimedReading] = []  # evenly spaced, at most KEPT_READINGS
         self.latest_resolved: TimedReading | None = None
         self.target_reached: EvaluationRecord | None = None
@@ -56,6 +64,11 @@ class History:
         self.changes: list[BatchChange] = []
         self._latest: TimedReading | None = None
         self._stride = 1
+
+    @property
+    def validation(self) -> EvaluationRecord | None:
+        """The latest one."""
+        return self._validations[-1] if self._validations else None
 
     @property
     def latest(self) -> TimedReading | None:
@@ -74,7 +87,9 @@ class History:
     @property
     def global_batch_size(self) -> int:
         """The latest step's; what the run starts with before the first."""
-        return self._info.global_batch_size if self.last is None else self.last.global_batch_size
+        if self.last is not None:
+            return self.last.global_batch_size
+        return self.changes[-1].after if self.changes else self._info.global_batch_size
 
     def step(self, record: StepRecord) -> None:
         self.last = record
@@ -91,7 +106,23 @@ class History:
             self.readings = [kept for kept in self.readings if kept.step % self._stride == 0]
 
     def event(self, record: RunEvent) -> None:
-        """Nothing to show of it."""
+        if record.kind != "saved":
+            self.events.append(record)
+        if record.kind == "rolled_back":
+            self._forget_after(record.step)
+
+    def _forget_after(self, step: int) -> None:
+        """What was told of later steps is void: the run takes them again."""
+        self.readings = [timed for timed in self.readings if timed.step <= step]
+        resolved = [timed for timed in self.readings if timed.reading.state == "resolved"]
+        self.latest_resolved = _until(step, self.latest_resolved) or (resolved[-1] if resolved else None)
+        self._latest = _until(step, self._latest) or (self.readings[-1] if self.readings else None)
+        self.last = _until(step, self.last)
+        self.changes = [change for change in self.changes if change.step <= step]
+        kept = [record for record in self._validations if record.step <= step]
+        self._validations = deque(kept, maxlen=KEPT_VALIDATIONS)
+        if _until(step, self.target_reached) is None:
+            self.target_reached = self.at_target = None
 
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(record)
@@ -110,12 +141,16 @@ class History:
     def evaluation(self, record: EvaluationRecord) -> None:
         if record.split != "validation":
             return
-        self.validation = record
+        self._validations.append(record)
         if self.target_reached is None and self._info.target_reached_by(record.value(self._info.metric)):
             self.target_reached, self.at_target = record, self._latest
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _until(step: int, record: Kept | None) -> Kept | None:
+    return None if record is None or record.step > step else record
 
 
 def summary(

@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,8 @@ from ddp.metering.measurement import has_batch_statistics
 from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
 from ddp.telemetry.critical_batches import read_critical_batches
-from ddp.telemetry.records import RunInfo, Sink
+from ddp.telemetry.records import RunInfo
+from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
@@ -80,7 +81,7 @@ def _train(
     transport = together(lambda: open_transport(job.transport, device))
     exchange = GradientExchange(transport)
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
-        sinks = station.sinks if station else ()
+        sinks = station.sinks if station else Sinks()
         trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints)
         try:
             trainer.settle()
@@ -180,7 +181,7 @@ def build_trainer(
     exchange: GradientExchange,
     device: torch.device,
     stop: StopRequest,
-    sinks: Sequence[Sink],
+    sinks: Sinks,
     checkpoints: Path,
 ) -> Trainer:
     """The trainer of a planned run, its model and buckets ready. Collective."""

@@ -108,8 +108,7 @@ class Saving:
 
         Raises nothing: a checkpoint that fails costs that checkpoint, and the next one is tried.
         """
-        pending = self._saver.pending
-        if pending is None or not all(abs(row.part_saved) == pending for row in rows):
+        if self._saver.pending is None:
             return None
         settled = self._saver.observe([int(row.part_saved) for row in rows])
         if settled is None or settled.ok:

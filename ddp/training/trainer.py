@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from ddp.errors import StoppedError, UsageError
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
-from ddp.telemetry.records import PHASES, EventKind, RunEvent, Sink, StepRecord
+from ddp.telemetry.records import PHASES, EventKind, RunEvent, StepRecord
+from ddp.telemetry.sinks import Sinks
 from ddp.training.course import Course, say_rate
 from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import Splits, evaluate_splits
@@ -50,7 +51,7 @@ class Trainer:
     exchange: GradientExchange
     saving: Saving
     stop: StopRequest
-    sinks: Sequence[Sink]
+    sinks: Sinks
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
@@ -147,13 +148,11 @@ class Trainer:
             global_batch_size=self.plan.global_batch_size,
             noise=noise,
         )
-        for sink in self.sinks:
-            sink.step(record)
+        self.sinks.step(record)
         change = self.course.adapt(data, rows, None if noise is None else noise.readable, self.step_count)
         if change is not None:
             self.watch.restart(self.step_count)
-            for sink in self.sinks:
-                sink.batch_change(change)
+            self.sinks.batch_change(change)
         self._previous_phases = clock.seconds(hook_seconds=blocked, wait_seconds=waited)
         return rows
 
@@ -257,8 +256,7 @@ class Trainer:
         if records is None:
             self._stop_if(_any_rank(self.stop.asked))
         for record in records or ():
-            for sink in self.sinks:
-                sink.evaluation(record)
+            self.sinks.evaluation(record)
             self._evaluated_at, self._metric = self.step_count, record.value(self.job.evaluation.metric)
 
     def _metric_now(self) -> float | None:
@@ -286,8 +284,7 @@ class Trainer:
         raise StoppedError(f"stopped by {by} after step {self.step_count}; go on with --resume {path}")
 
     def _say(self, kind: EventKind, text: str, rank: int = -1) -> None:
-        for sink in self.sinks:
-            sink.event(RunEvent(self.step_count, time.time(), kind, rank, text))
+        self.sinks.event(RunEvent(self.step_count, time.time(), kind, rank, text))
 
     def _first_losses(self) -> torch.Tensor:
         data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
