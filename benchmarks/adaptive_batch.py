@@ -34,8 +34,10 @@ from ddp.process_group import initialise, shutdown
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import from_environment
+from ddp.training.loop import Loop
 from ddp.training.plan import plan_run
 from ddp.training.run import build_trainer
+from ddp.training.saving import SaveNews
 from ddp.training.signals import StopRequest
 from ddp.transport.comm_hook import GradientExchange
 from ddp.transport.select import select_transport
@@ -163,10 +165,10 @@ def train(setting: Setting, target: float) -> dict[str, Any]:
     sinks = Sinks([recorder] if dist.get_rank() == 0 else [])
     with tempfile.TemporaryDirectory(prefix="ddp-benchmark-") as folder:
         trainer = build_trainer(job, plan, exchange, torch.device("cpu"), stop, sinks, Path(folder))
-        trainer.saving.finish = lambda step, value: Path()
+        trainer.saving.finish = lambda step, value: (Path(), SaveNews(step, True, "", 0.0, 0.0))
         trainer.settle()
         try:
-            trainer.run()
+            Loop(trainer).run()
         except StoppedError:
             dist.barrier()
     exchange.transport.close()

@@ -89,7 +89,7 @@ def float64_loop(passed_over: Iterable[int]) -> list[Tensor]:
         ((model(inputs[batch].double())[:, 0] - targets[batch]).square().mean()).backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.05 * parameter.grad  # type: ignore[operator]
+                parameter.sub_(0.05 * parameter.grad)  # type: ignore[operator]
     return [parameter.detach() for parameter in model.parameters()]
 
 

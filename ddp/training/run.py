@@ -32,6 +32,7 @@ from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
+from ddp.training.loop import Loop
 from ddp.training.memory import keep_freed_memory
 from ddp.training.optimizers import build_optimizer
 from ddp.training.plan import Plan, plan_run, size_of
@@ -87,7 +88,7 @@ def _train(
             trainer.settle()
             if origin.checkpoint is not None:
                 trainer.saving.restore(origin.checkpoint)
-            trainer.run()
+            Loop(trainer).run()
         except BaseException as error:  # the task's own errors too
             annotate(error, step=trainer.step_count)
             raise

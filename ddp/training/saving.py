@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,17 @@ class Best:
         self.values = [float(value) for value in state["values"]][: self.count]
 
 
+@dataclass(frozen=True, slots=True)
+class SaveNews:
+    """What came of the checkpoint of `step`."""
+
+    step: int
+    ok: bool
+    text: str  # one sentence
+    duration_seconds: float  # from the copy of the state to everyone's part on the disk
+    stall_seconds: float  # for which training stood still
+
+
 class Saving:
     """One rank's part in the checkpoints of a run.
 
@@ -81,6 +93,7 @@ class Saving:
         )
         registry.add("best", self.best)
         self.last_step = -1  # whose state was saved, or restored, last
+        self._began = self._stalled_before = 0.0  # as of the last save's beginning
 
     @property
     def part_saved(self) -> int:
@@ -98,32 +111,39 @@ class Saving:
         """
         if self._saver.pending is not None:  # the disk is slower than checkpoints come
             self._finish_if_it_can_be()
-        self.last_step = step
+        self.last_step, self._began, self._stalled_before = step, time.monotonic(), self._saver.stall_seconds
         shared = self.registry.shared() if self._rank == 0 else {}
         metric = None if value is None else (self.metric, value)
         self._saver.begin(step, shared, self.registry.own(), metric=metric)
 
-    def observe(self, rows: Sequence[StepRow]) -> str | None:
-        """After each step; once all ranks have written their part, what came of the checkpoint, in a sentence.
+    def observe(self, rows: Sequence[StepRow]) -> SaveNews | None:
+        """After each step: news once all ranks have written their parts, or some could not.
 
-        Raises nothing: a checkpoint that fails costs that checkpoint, and the next one is tried.
+        Raises nothing: what fails costs this checkpoint, and the next one is tried.
         """
         if self._saver.pending is None:
             return None
         settled = self._saver.observe([int(row.part_saved) for row in rows])
-        if settled is None or settled.ok:
+        if settled is None:
             return None
         failed = ", ".join(map(str, settled.failed_ranks))
-        return f"the checkpoint of step {settled.step} was not saved, rank {failed} could not write its part"
+        return self._news(
+            settled.step, settled.ok, f"was not saved: rank {failed} could not write its part" if failed else "is saved"
+        )
 
-    def finish(self, step: int, value: float | None) -> Path:
+    def finish(self, step: int, value: float | None) -> tuple[Path, SaveNews]:
         """Save the state as it is now and wait until it is on the disk; all ranks together.
 
         Raises:
             CheckpointError: a rank could not, on all of them.
         """
         self.begin(step, value)
-        return self._finish()
+        path = self._saver.finish(_everyones)
+        return path, self._news(step, True, "is saved")
+
+    def _news(self, step: int, ok: bool, what: str) -> SaveNews:
+        stalled = self._saver.stall_seconds - self._stalled_before
+        return SaveNews(step, ok, f"the checkpoint of step {step} {what}", time.monotonic() - self._began, stalled)
 
     def newest(self) -> Path | None:
         """The newest checkpoint of this run that verifies; all ranks together."""
@@ -181,12 +201,9 @@ class Saving:
         """Safe to call twice; what is not published then is lost."""
         self._saver.close()
 
-    def _finish(self) -> Path:
-        return self._saver.finish(_everyones)
-
     def _finish_if_it_can_be(self) -> None:
         try:
-            self._finish()
+            self._saver.finish(_everyones)
         except CheckpointError as error:
             if not error.consequence:
                 logger.warning("%s", error)

@@ -1,4 +1,4 @@
-"""The training step, from top to bottom, and the loop around it.
+"""The training step, from top to bottom; `loop` has what goes on around it.
 
 One step: fetch the batch; forward and backward, whose buckets the comm hook averages; exchange the step's row;
 judge it (finite? stop?); enter it into the noise scale; clip and update; hand one record to the sinks.
@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ddp.errors import StoppedError, UsageError
+from ddp.errors import UsageError
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
 from ddp.telemetry.records import PHASES, EventKind, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
-from ddp.training.course import Course, say_rate
+from ddp.training.course import Course
 from ddp.training.data import BatchPlan, StepData, batches, to_device
-from ddp.training.evaluation import Splits, evaluate_splits
+from ddp.training.evaluation import Splits
 from ddp.training.judging import BuffersBefore, Judge, Verdict
 from ddp.training.measuring import GradientWatch
 from ddp.training.optimizers import clip_
@@ -55,8 +54,6 @@ class Trainer:
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
-    _evaluated_at: int = -1
-    _metric: float | None = None  # of the validation set, as of _evaluated_at
 
     @property
     def plan(self) -> BatchPlan:
@@ -77,28 +74,12 @@ class Trainer:
         self.exchange.step = self.step_count
         settle_buckets(self.model, self.exchange, self._first_losses)
 
-    def run(self) -> None:
-        """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
-        self._stop_if(_any_rank(self.stop.asked))
-        if self.step_count and self._evaluation_is_due():
-            self._evaluate()  # a stop in that step came before
-        if self.rank == 0:
-            say_rate(self.course)
-        steps = self.course.batches(
-            self.splits.training, self.rank, lambda: self.watch.least_parts(self.step_count + 1)
-        )
-        while not self.course.is_over(self.step_count):
-            rows = self._step(steps)
-            self._look_after_saving(rows)
-            self._stop_if([bool(row.stop) for row in rows])
-            if self._evaluated_at != self.step_count and self._evaluation_is_due():
-                self._evaluate()
-            self._save_if_due()
-        if self._evaluated_at != self.step_count:
-            self._evaluate()
-        self.saving.finish(self.step_count, self._metric_now())
+    def step(self, steps: Iterator[StepData]) -> list[StepRow]:
+        """Take one step; what all ranks' rows said in it.
 
-    def _step(self, steps: Iterator[StepData]) -> list[StepRow]:
+        Raises:
+            DivergedError: it is not finite, and the job does not want to go on; on all ranks.
+        """
         clock = PhaseClock()
         blocked_before, wait_before = self.exchange.blocked_seconds, self.exchange.transport.wait_seconds
         self.exchange.step = self.step_count + 1
@@ -205,14 +186,13 @@ class Trainer:
         """As if the step's examples had not been there; the schedule goes on."""
         self.course.learning_rate(data, None)
         self._forget_gradient()
-        self._say("not_finite", f"{self._judge.reason}: the step was passed over", self._judge.rank)
+        self.say("not_finite", f"{self._judge.reason}: the step was passed over", self._judge.rank)
 
     def _roll_back(self) -> None:
         """Back to the newest checkpoint, on all ranks."""
         self._forget_gradient()
         path = self.saving.roll_back(self._judge.diverged(", and there is no checkpoint to go back to"))
-        self._evaluated_at = -1
-        self._say(
+        self.say(
             "rolled_back",
             f"{self._judge.reason}: the run went back to step {self.step_count}, {path.name}",
             self._judge.rank,
@@ -235,67 +215,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _evaluation_is_due(self) -> bool:
-        section = self.job.evaluation
-        if section.every_steps is not None:
-            return self.step_count % section.every_steps == 0
-        return self.course.has_finished_epochs(section.every_epochs or 1)
-
-    def _evaluate(self) -> None:
-        """Both splits; a signal meanwhile stops the run, whose next part begins with them."""
-        records = evaluate_splits(
-            *(self.task, self.model.module, self.splits),
-            step=self.step_count,
-            epoch=self.course.epochs_done,
-            rank=self.rank,
-            world_size=self.world_size,
-            batch_size=max(64, self.plan.micro_batch_size),
-            device=self.device,
-            asked_to_stop=lambda: self.stop.asked,
-        )
-        if records is None:
-            self._stop_if(_any_rank(self.stop.asked))
-        for record in records or ():
-            self.sinks.evaluation(record)
-            self._evaluated_at, self._metric = self.step_count, record.value(self.job.evaluation.metric)
-
-    def _metric_now(self) -> float | None:
-        """Of the validation set at the weights as they are now, where it was taken."""
-        return self._metric if self._evaluated_at == self.step_count else None
-
-    def _save_if_due(self) -> None:
-        if self.course.is_over(self.step_count) or self.saving.last_step == self.step_count:
-            return  # the end saves; or the run has just come from there
-        value = self._metric_now()
-        is_best = value is not None and self.saving.best.enters(value)
-        if is_best or self.saving.is_due(self.step_count):
-            self.saving.begin(self.step_count, value)
-
-    def _look_after_saving(self, rows: Sequence[StepRow]) -> None:
-        if (fault := self.saving.observe(rows)) is not None:
-            self._say("save_failed", fault)
-
-    def _stop_if(self, asked: Sequence[bool]) -> None:
-        """Save and stop where any rank was asked to. Before an evaluation, which may take long."""
-        if not any(asked):
-            return
-        path = self.saving.finish(self.step_count, self._metric_now())
-        by = self.stop.signal_name or f"a signal to rank {list(asked).index(True)}"
-        raise StoppedError(f"stopped by {by} after step {self.step_count}; go on with --resume {path}")
-
-    def _say(self, kind: EventKind, text: str, rank: int = -1) -> None:
+    def say(self, kind: EventKind, text: str, rank: int = -1) -> None:
+        """Tell the sinks what happened to the run at this step."""
         self.sinks.event(RunEvent(self.step_count, time.time(), kind, rank, text))
 
     def _first_losses(self) -> torch.Tensor:
         data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
         return self._losses(data.micro_batches[0])
-
-
-def _any_rank(asked: bool) -> list[bool]:
-    """What each rank says. Collective."""
-    says = [torch.zeros(1) for _ in range(dist.get_world_size())]
-    dist.all_gather(says, torch.tensor([float(asked)]))
-    return [bool(each) for each in says]
 
 
 def _phases(row: StepRow) -> dict[str, float]:

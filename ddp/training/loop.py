@@ -1,0 +1,120 @@
+"""From a run's first step to its last: evaluates and saves on the way, and stops where a rank was asked to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ddp.errors import StoppedError
+from ddp.telemetry.records import EventKind, RunEvent
+from ddp.training.course import say_rate
+from ddp.training.evaluation import evaluate_splits
+from ddp.training.saving import SaveNews
+from ddp.training.trainer import Trainer
+
+
+@dataclass
+class Loop:
+    """Around a trainer whose state stands where the run is to go on."""
+
+    trainer: Trainer
+    _evaluated_at: int = -1  # step
+    _metric: float | None = None  # of the validation set then
+
+    def run(self) -> None:
+        """Train to the last step; evaluates and saves at the end, too. All ranks together.
+
+        Raises:
+            StoppedError: a rank was asked to stop, and the state is saved.
+        """
+        trainer, course, saving = self.trainer, self.trainer.course, self.trainer.saving
+        self._stop_if(_every_rank_says(trainer.stop.asked))  # while all was being set up
+        if trainer.step_count and self._evaluation_is_due():
+            self._evaluate()  # a stop in that step came before
+        if trainer.rank == 0:
+            say_rate(course)
+        steps = course.batches(
+            trainer.splits.training, trainer.rank, lambda: trainer.watch.least_parts(trainer.step_count + 1)
+        )
+        while not course.is_over(trainer.step_count):
+            before = trainer.step_count
+            rows = trainer.step(steps)
+            if (news := saving.observe(rows)) is not None:
+                self._say_saved(news)
+            if trainer.step_count <= before:  # it went back
+                self._evaluated_at = -1
+            self._stop_if([bool(row.stop) for row in rows])
+            if trainer.step_count > before and self._evaluation_is_due():
+                self._evaluate()
+            self._save_if_due()
+        if self._evaluated_at != trainer.step_count:
+            self._evaluate()
+        self._save_and_wait()
+
+    def _evaluation_is_due(self) -> bool:
+        section, step = self.trainer.job.evaluation, self.trainer.step_count
+        if section.every_steps is not None:
+            return step % section.every_steps == 0
+        return self.trainer.course.has_finished_epochs(section.every_epochs or 1)
+
+    def _evaluate(self) -> None:
+        """Both splits; a signal meanwhile stops the run, whose next part begins with them."""
+        trainer = self.trainer
+        records = evaluate_splits(
+            *(trainer.task, trainer.model.module, trainer.splits),
+            step=trainer.step_count,
+            epoch=trainer.course.epochs_done,
+            rank=trainer.rank,
+            world_size=trainer.world_size,
+            batch_size=max(64, trainer.plan.micro_batch_size),
+            device=trainer.device,
+            asked_to_stop=lambda: trainer.stop.asked,
+        )
+        if records is None:
+            self._stop_if(_every_rank_says(trainer.stop.asked))
+        for record in records or ():
+            trainer.sinks.evaluation(record)
+            self._evaluated_at, self._metric = trainer.step_count, record.value(trainer.job.evaluation.metric)
+
+    def _metric_now(self) -> float | None:
+        """Of the validation set at the weights as they are now, where it was taken."""
+        return self._metric if self._evaluated_at == self.trainer.step_count else None
+
+    def _save_if_due(self) -> None:
+        step, saving = self.trainer.step_count, self.trainer.saving
+        if self.trainer.course.is_over(step) or saving.last_step == step:
+            return  # the end saves; or the run has just come from there
+        value = self._metric_now()
+        is_best = value is not None and saving.best.enters(value)
+        if is_best or saving.is_due(step):
+            saving.begin(step, value)
+
+    def _save_and_wait(self) -> Path:
+        path, news = self.trainer.saving.finish(self.trainer.step_count, self._metric_now())
+        self._say_saved(news)
+        return path
+
+    def _stop_if(self, asked: Sequence[bool]) -> None:
+        """Save and stop where any rank was asked to. Before an evaluation, which may take long."""
+        if any(asked):
+            path = self._save_and_wait()
+            by = self.trainer.stop.signal_name or f"a signal to rank {list(asked).index(True)}"
+            raise StoppedError(f"stopped by {by} after step {self.trainer.step_count}; go on with --resume {path}")
+
+    def _say_saved(self, news: SaveNews) -> None:
+        kind: EventKind = "saved" if news.ok else "save_failed"
+        self.trainer.sinks.event(
+            RunEvent(news.step, time.time(), kind, -1, news.text, news.duration_seconds, news.stall_seconds)
+        )
+
+
+def _every_rank_says(asked: bool) -> list[bool]:
+    """In rank order. Collective."""
+    says = [torch.zeros(1) for _ in range(dist.get_world_size())]
+    dist.all_gather(says, torch.tensor([float(asked)]))
+    return [bool(each) for each in says]
