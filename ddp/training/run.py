@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddp
+from ddp.checkpoint import check_space
 from ddp.errors import PeerLostError, UsageError
 from ddp.job import Job, run_id_is_given
 from ddp.metering.measurement import has_batch_statistics
@@ -43,7 +44,7 @@ from ddp.training.resume import Origin, find_origin
 from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
 from ddp.training.saving import Saving
 from ddp.training.signals import StopRequest, stop_on_signals
-from ddp.training.state import register_state
+from ddp.training.state import expected_bytes, register_state
 from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 
@@ -84,6 +85,7 @@ def _train(
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
         sinks = station.sinks if station else Sinks()
         trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints)
+        together(lambda: check_space(directory.checkpoints, expected_bytes(trainer)) if station else None)
         try:
             trainer.settle()
             if origin.checkpoint is not None:

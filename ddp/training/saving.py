@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp.checkpoint import Manifest, Saver, load, newest, read_manifest
+from ddp.checkpoint import Manifest, Saver, clear_left_overs, load, newest, read_manifest
 from ddp.errors import CheckpointError, DivergedError
 from ddp.job import CheckpointSection
 from ddp.tasks.base import Goal
@@ -92,6 +92,8 @@ class Saving:
             directory, rank=rank, world_size=world_size, keep=section.keep, keep_best=section.keep_best, goal=goal
         )
         registry.add("best", self.best)
+        if rank == 0:
+            clear_left_overs(directory)
         self.last_step = -1  # whose state was saved, or restored, last
         self._began = self._stalled_before = 0.0  # as of the last save's beginning
 

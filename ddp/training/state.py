@@ -36,6 +36,21 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     registry.add("random", Generators(), owner="rank alone", required=True)
 
 
+MOMENTS = {"adam": 2, "adamw": 2}  # of the size of the parameters, that an optimizer will have; of others one
+
+
+def expected_bytes(trainer: Trainer) -> int:
+    """What a checkpoint will take, over all ranks, without the small parts: before a first step has made the moments."""
+    module, moments = trainer.model.module, MOMENTS.get(trainer.job.optimizer.name, 1)
+    trained = sum(_bytes(each) for each in module.parameters() if each.requires_grad)
+    kept = sum(map(_bytes, module.parameters())) + trainer.world_size * sum(map(_bytes, module.buffers()))
+    return kept + moments * trained
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 @dataclass(frozen=True, slots=True)
 class Parameters:
     """A model's parameters, by name."""
