@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from ddp import checkpoint
 from ddp.job import Job
-from ddp.training import checkpoint, run, state
+from ddp.training import run, state
 from ddp.training.trainer import Trainer
 from ranks import RankPool
 from training_runs import Ended, job, train_one, train_ranks

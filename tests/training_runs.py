@@ -24,13 +24,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ddp import checkpoint
 from ddp.errors import DdpError, UsageError
 from ddp.job import Job, parse_job
 from ddp.tasks.base import Goal, TensorExamples
 from ddp.telemetry.recording import open_recording, read_steps
 from ddp.telemetry.records import StepRecord
 from ddp.topology import Topology
-from ddp.training import checkpoint, run
+from ddp.training import run
 from ranks import RankPool
 
 EXAMPLES, INPUTS = 61, 5
@@ -134,7 +135,7 @@ def losses_of(run_directory: Path) -> list[float]:
 
 def saved(run_directory: Path, step: int, world_size: int) -> dict[str, Any]:
     """All that the checkpoint of `step` holds, each rank's own part included."""
-    path = run_directory / "checkpoints" / f"step-{step:08d}"
+    path = checkpoint.find(run_directory / "checkpoints", step)
     own = {rank: checkpoint.load(path, rank)[1] for rank in range(world_size)}
     return {"shared": checkpoint.load_shared(path), "own": own}
 

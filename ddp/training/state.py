@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ddp import checkpoint
 from ddp.errors import CheckpointError
 from ddp.noise.tracker import NoiseScaleTracker
-from ddp.training import checkpoint
 from ddp.training.agreement import together
 from ddp.training.course import Course
 from ddp.training.random_state import random_state, restore_random_state
@@ -28,8 +28,10 @@ _UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
 def save_state(trainer: Trainer, directory: Path) -> Path:
     """Write the trainer's state as the checkpoint of its step, and return where. All ranks together."""
     module = trainer.model.module
-    return checkpoint.save(
-        directory,
+    saver = checkpoint.Saver(
+        directory, rank=trainer.rank, world_size=trainer.world_size, keep=trainer.job.checkpoint.keep
+    )
+    saver.begin(
         trainer.step_count,
         shared={
             "parameters": {name: parameter.detach() for name, parameter in module.named_parameters()},
@@ -41,11 +43,17 @@ def save_state(trainer: Trainer, directory: Path) -> Path:
             "training_examples": trainer.plan.examples,
         },
         own={"buffers": dict(module.named_buffers()), "random": random_state()},
-        rank=trainer.rank,
-        world_size=trainer.world_size,
-        barrier=dist.barrier,
-        keep=trainer.job.checkpoint.keep,
     )
+    try:
+        return saver.finish(_gather)
+    finally:
+        saver.close()
+
+
+def _gather(mine: int) -> list[int]:
+    everyones = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, torch.tensor([mine]))
+    return [int(each) for each in everyones]
 
 
 def restore_state(trainer: Trainer, path: Path) -> None:
