@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddp import checkpoint
 from ddp.errors import CheckpointError, UsageError
 from ddp.noise.critical_batch import critical_batch
 from ddp.search import branch_plan, branched
@@ -31,7 +32,6 @@ from ddp.search.store import TrialResult, read_trials, write_fact, write_trial
 from ddp.search.sweep_file import Sweep, load_sweep
 from ddp.search.trial import run_trial
 from ddp.search.workload import load_workload
-from ddp.training import checkpoint
 from jobs import python, run_command
 
 TABLES = """

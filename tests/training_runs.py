@@ -136,7 +136,6 @@ def losses_of(run_directory: Path) -> list[float]:
 def saved(run_directory: Path, step: int, world_size: int) -> dict[str, Any]:
     """All that the checkpoint of `step` holds, each rank's own part included."""
     path = checkpoint.find(run_directory / "checkpoints", step)
-    assert path is not None
     own = {rank: checkpoint.load(path, rank)[1] for rank in range(world_size)}
     return {"shared": checkpoint.load_shared(path), "own": own}
 

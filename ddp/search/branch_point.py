@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ddp import checkpoint
 from ddp.errors import UsageError
 from ddp.job import load_job
 from ddp.search.sweep_file import Sweep
-from ddp.training import checkpoint
 
 if TYPE_CHECKING:
     from ddp.search.training_step import TrainingStep
@@ -44,7 +44,7 @@ def read_branch_point(path: Path, sweep: Sweep) -> BranchPoint:
         JobFileError: the run's job file cannot be read.
         UsageError: the run's task or optimizer is not the sweep's, or its learning rate had come down to 0.
     """
-    path = path.resolve()
+    path = checkpoint.resolve(path.resolve())
     manifest = checkpoint.verify(path)
     job = load_job(path.parent.parent / "job.toml")
     for table in ("task", "optimizer"):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from ddp import checkpoint
 from ddp.errors import UsageError
 from ddp.job import Job, generate_run_id, resolve_run_id
-from ddp.training import checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def find_origin(job: Job, environ: Mapping[str, str], resume: str | None, utc: d
                 f"--resume auto: none of the checkpoints in {checkpoints} can be read; choose another run.id"
             )
         return _origin(job, run_id, found)
-    path = Path(resume).resolve()  # "." and "step-00000120" say too little of where they are
+    path = checkpoint.resolve(Path(resume).resolve())  # "." and "step-00000120" say too little of where they are
     if (path / "checkpoints").is_dir():
         found, run_path = checkpoint.newest(path / "checkpoints"), path
     elif (path / checkpoint.MANIFEST).is_file():
