@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def origin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
-    return folder / "runs/run/checkpoints/step-00000012"
+    return checkpoint.find(folder / "runs/run/checkpoints", 12)
 
 
 @pytest.fixture

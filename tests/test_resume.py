@@ -215,7 +215,8 @@ def test_another_model_or_other_data_is_refused_by_all(
     assert "step-00000004" in message and said in message
     assert all_but_times(tmp_path / "run") == records
     assert differences(saved(tmp_path / "run", 4, 2), before) == []
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    (held,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert held.name.startswith("step-00000004-loss=")
     source.write_text("{}")
     assert train_ranks(rank_pool, 2, job(tmp_path, run__steps=8, **task), resume="auto")[1].kind == ""
 
@@ -259,7 +260,7 @@ def test_a_damaged_record_does_not_stop_a_resume(
     assert "44 steps" in ended.printed
     assert logged.count("the summary will not know the steps before this part") == 1, logged
     assert logged.count("the record of the run is incomplete, training goes on") == 1, logged
-    assert saved(tmp_path / "run", 44, 1)["shared"]["step"] == 44
+    assert saved(tmp_path / "run", 44, 1)["shared"]["counters"]["step"] == 44
 
 
 def test_a_finished_run_ends_well_again(rank_pool: RankPool, tmp_path: Path) -> None:

@@ -287,10 +287,13 @@ def test_a_usage_error_in_the_middle_of_a_run_keeps_what_can_be_resumed(
 ) -> None:
     interval = {"checkpoint__every_steps": every_steps} if every_steps else {}
     options = {"action": "extra_metric"}
-    here = job(tmp_path / "runs", task__options=options, evaluation__every_steps=2, **interval)
+    here = job(
+        tmp_path / "runs", task__options=options, run__steps=40, evaluation__every_steps=10, checkpoint__keep_best=0,
+        **interval,
+    )  # fmt: skip
     message = refused(rank_pool, 2, here)
     assert "extra" in message
-    assert [path.name for path in tmp_path.glob("runs/run/checkpoints/*")] == ["step-00000003"] * kept
+    assert bool(list(tmp_path.glob("runs/run/checkpoints/step-*"))) == kept
     assert (tmp_path / "runs").exists() == kept
 
 

@@ -21,11 +21,11 @@ _BRING_BACK = "start a new run, or bring {} back"
 def register_state(trainer: Trainer, registry: Registry) -> None:
     """Register all that `trainer` goes on from; parts that come later register themselves beside these."""
     model = trainer.model.module
+    registry.add("parameters", Parameters(model), remedy=_BRING_BACK.format("the model"), required=True)
+    registry.add("buffers", Buffers(model), owner="rank", remedy=_BRING_BACK.format("the model"), required=True)
     registry.add(
         "optimizer", OptimizerState(trainer.optimizer), remedy=_BRING_BACK.format("the optimizer"), required=True
     )
-    registry.add("parameters", Parameters(model), remedy=_BRING_BACK.format("the model"), required=True)
-    registry.add("buffers", Buffers(model), owner="rank", remedy=_BRING_BACK.format("the model"), required=True)
     registry.add("counters", Counters(trainer), remedy=_BRING_BACK.format("the data"), required=True)
     registry.add("course", trainer.course, required=True)
     if (tracker := trainer.watch.tracker) is not None:
