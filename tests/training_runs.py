@@ -159,7 +159,7 @@ class Misbehaving:
     """Linear regression; when the training example number `example` is fetched or used, `action` happens.
 
     Args:
-        action: none; nan_loss, nan_gradient (of that example); signal (to the rank that fetches it); random
+        action: none; nan_loss, nan_gradient (of that example); signal (to the rank that fetches it in training); random
             (every example is augmented from Python's, numpy's and torch's generators);
             slow (the rank `rank` sleeps in its data set); overhead (a forward takes 5 ms, however few examples it has);
             refuse (the rank `rank` has a usage error); extra_metric (from the third evaluation on there is one that
@@ -211,7 +211,7 @@ class Misbehaving:
     def act(self, indices: Sequence[int]) -> None:
         if self.action == "slow" and self.is_the_one:
             time.sleep(0.05)
-        if self.action == "signal" and self.example in indices and self.example >= 0:
+        if self.action == "signal" and torch.is_grad_enabled() and self.example in indices and self.example >= 0:
             self.example = -1
             os.kill(os.getpid(), signal.SIGTERM)
 
