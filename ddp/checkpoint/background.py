@@ -1,4 +1,4 @@
-"""A thread that does jobs in order at the lowest priority, so that a step is not held up by what is behind it."""
+"""A thread that does jobs in order at a low priority, so that the step goes before what is behind it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-LOWEST_PRIORITY = 19
+# Not the lowest: at 19 a thread that was given the interpreter's lock may wait for a core while the step waits for the
+# lock, up to 0.6 s on busy cores. At 10 no pause was longer than without the thread, and it takes a tenth of a core.
+PRIORITY = 10
 
 
 class Background:
@@ -39,7 +41,7 @@ class Background:
 
     def _work(self) -> None:
         with suppress(OSError, AttributeError):  # a thread's own on Linux alone
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PRIORITY)
         while (job := self._jobs.get()) is not None:
             future, action = job
             try:
