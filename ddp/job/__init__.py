@@ -17,7 +17,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
-from ddp.job.sections import MetricsSection, NoiseScaleSection, TransportSection
+from ddp.job.sections import DataSection, MetricsSection, NoiseScaleSection, TransportSection
 from ddp.job.tasks import (
     TASKS,
     CustomSection,
@@ -34,6 +34,7 @@ __all__ = [
     "UNITS",
     "BatchSection",
     "CustomSection",
+    "DataSection",
     "DigitsSection",
     "Job",
     "MetricsSection",

@@ -28,6 +28,7 @@ from ddp.telemetry.records import PHASES, EvaluationRecord, Sink, StepRecord
 from ddp.training.course import Course, say_rate
 from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import averaged_buffers, evaluate
+from ddp.training.loader import Loader
 from ddp.training.measuring import GradientWatch
 from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
@@ -61,6 +62,7 @@ class Trainer:
     stop: StopRequest
     sinks: Sequence[Sink]
     save_checkpoint: Callable[[Trainer], Path]
+    loader: Loader | None = None
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
@@ -86,7 +88,10 @@ class Trainer:
         if self.rank == 0:
             say_rate(self.course)
         steps = self.course.batches(
-            self.splits.training, self.rank, lambda: self.watch.least_parts(self.step_count + 1)
+            self.splits.training,
+            self.rank,
+            lambda ahead: self.watch.least_parts(self.step_count + 1 + ahead),
+            self.loader,
         )
         while not self.course.is_over(self.step_count):
             self._stop_if_asked(self._step(steps))
