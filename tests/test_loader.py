@@ -201,7 +201,10 @@ def test_what_a_data_set_gives_that_cannot_be_sent_is_said(tmp_path: Path) -> No
         def collate(examples: list[Tensor]) -> Any:
             return examples[:1] * 0 + [torch.zeros(1) for _ in range(20_000)]
 
-    for dataset, said in ((Strange(), "lambda"), (Scattered(), "a batch of 20000 tensors: let the data set's collate")):
+    for dataset, said in (
+        (Strange(), "lambda"),
+        (Scattered(), "a batch of 2000. tensors and arrays: let the data set's collate"),
+    ):
         with loading(dataset) as loader, pytest.raises(LoaderError, match=said):
             next(course.batches(dataset, 0, loader=loader))
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT_BYTES = 64  # what torch's own allocator gives
+MOST_PARTS = 10_000  # their sizes travel in one message
 
 
 def pack(value: Any) -> tuple[int, list[int]]:
@@ -29,6 +30,8 @@ def pack(value: Any) -> tuple[int, list[int]]:
     stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
     parts = [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    if len(parts) > MOST_PARTS:
+        raise ValueError(f"a batch of {len(buffers)} tensors and arrays: let the data set's collate stack them")
     sizes = [part.nbytes for part in parts]
     file = os.memfd_create("ddp batch", os.MFD_CLOEXEC)
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import random
@@ -21,8 +22,9 @@ import socket
 import struct
 import traceback
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -41,7 +43,8 @@ LEFT_TO_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR
 PR_SET_PDEATHSIG = 1
 END_SECONDS = 5.0  # for the kernel to take down a killed process
 _REQUEST = struct.Struct("=qqq")
-_ANSWER_BYTES = 1 << 17  # a message's; the kernel takes no longer ones
+_ANSWER_BYTES = 1 << 17  # a message's, at most; the kernel takes no much longer ones
+_TEXT = 8_000  # characters of an error's text and of its traceback
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +102,18 @@ class Worker:
         """What became of the oldest request, once the worker has seen to it."""
         wait([self._socket, self._process.sentinel])
         try:
-            message, files, *_ = socket.recv_fds(self._socket, _ANSWER_BYTES, 1, socket.MSG_DONTWAIT)
+            message, files, flags, _ = socket.recv_fds(self._socket, _ANSWER_BYTES, 1, socket.MSG_DONTWAIT)
         except OSError as error:  # nothing there: it was the process that ended
             raise self._lost() from error
         if not message:
             raise self._lost()
-        if not files:
+        if flags & socket.MSG_CTRUNC:
             raise LoaderError(
                 f"data: this process has no file descriptor left for what worker {self.number} of rank {self._rank} "
                 "sends: raise the limit (ulimit -n), or lower data.workers or data.prefetch"
             )
+        if not files:
+            return Failed(**json.loads(message))
         try:
             return unpack(files[0], struct.unpack(f"={len(message) // 8}q", message))
         finally:
@@ -178,27 +183,26 @@ def _serve(
     far.close()
     torch.set_num_threads(1)
     if cores:  # the rank may be pinned to one that it needs for itself
-        os.sched_setaffinity(0, cores)
+        with suppress(OSError):  # a container may have lost some meanwhile
+            os.sched_setaffinity(0, cores)
     fetch, epoch, order = fetcher(dataset), -1, plan.order(0)
     while message := near.recv(_REQUEST.size):
         request = Request(*_REQUEST.unpack(message))
         if request.epoch != epoch:
             epoch, order = request.epoch, plan.order(request.epoch)
         seed_micro_batch(plan.seed, request.epoch, request.start)
-        file, sizes = _packed(fetch, order[request.start : request.stop].tolist())
-        socket.send_fds(near, [struct.pack(f"={len(sizes)}q", *sizes)], [file])
-        os.close(file)
+        _send(near, fetch, order[request.start : request.stop].tolist())
 
 
-def _packed(fetch: Any, indices: Sequence[int]) -> tuple[int, list[int]]:
+def _send(near: socket.socket, fetch: Callable[[Sequence[int]], Batch], indices: Sequence[int]) -> None:
     try:
         file, sizes = pack(fetch(indices))
-        if 8 * len(sizes) <= _ANSWER_BYTES:
-            return file, sizes
-        os.close(file)
-        raise ValueError(f"a batch of {len(sizes) - 1} tensors: let the data set's collate stack them")
-    except Exception as error:
-        return pack(Failed(type(error).__name__, str(error), traceback.format_exc()))
+    except Exception as error:  # told without a file: memory may be what is missing
+        failed = Failed(type(error).__name__, str(error)[:_TEXT], traceback.format_exc()[-_TEXT:])
+        near.send(json.dumps(asdict(failed)).encode())
+        return
+    socket.send_fds(near, [struct.pack(f"={len(sizes)}q", *sizes)], [file])
+    os.close(file)
 
 
 def _die_with(parent: int) -> None:
