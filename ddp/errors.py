@@ -8,6 +8,7 @@
     ├── StoppedError             75  a signal asked for it and a checkpoint is saved: run again
     ├── TransportError            1  the gradient exchange failed
     │   └── PeerLostError         1  another rank died, left or did not come in time
+    ├── LoaderError           1  a worker process that fetches data died or could not fetch
     └── CheckpointError           1  a checkpoint cannot be read or written
 
 A message says what was wrong, where (field path, rank, step, bucket) and what to do.
@@ -62,6 +63,10 @@ class PeerLostError(TransportError):
     """
 
     consequence = True
+
+
+class LoaderError(DdpError):
+    """A process that fetches data for this rank died, or its data set raised."""
 
 
 class CheckpointError(DdpError):

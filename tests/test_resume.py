@@ -122,6 +122,17 @@ def test_every_generator_goes_on(rank_pool: RankPool, tmp_path: Path) -> None:
     assert_the_same_run(tmp_path / "run", tmp_path / "whole" / "run", 9, 3)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_with_workers_too_every_generator_goes_on(rank_pool: RankPool, tmp_path: Path, world_size: int) -> None:
+    """Parts that end in the middle of an epoch, each with another number of workers; micro-batches, uneven last batches."""
+    random = {"task__options": {"action": "random"}, "transport__name": "shared_memory", "micro_batch_size": 2}
+    train_ranks(rank_pool, world_size, job(tmp_path / "whole", run__steps=13, data__workers=2, **random))
+    for steps, workers in ((4, 1), (8, 3), (13, 2)):
+        part = job(tmp_path, run__steps=steps, data__workers=workers, data__prefetch=workers, **random)
+        train_ranks(rank_pool, world_size, part, resume="auto")
+    assert_the_same_run(tmp_path / "run", tmp_path / "whole" / "run", 13, world_size)
+
+
 class Noted(Misbehaving):
     """Writes down which examples are trained on, a line a micro-batch, for each rank of each part of the run."""
 

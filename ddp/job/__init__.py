@@ -17,7 +17,14 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
-from ddp.job.sections import CheckpointSection, FaultsSection, MetricsSection, NoiseScaleSection, TransportSection
+from ddp.job.sections import (
+    CheckpointSection,
+    DataSection,
+    FaultsSection,
+    MetricsSection,
+    NoiseScaleSection,
+    TransportSection,
+)
 from ddp.job.tasks import (
     TASKS,
     CustomSection,
@@ -35,6 +42,7 @@ __all__ = [
     "BatchSection",
     "CheckpointSection",
     "CustomSection",
+    "DataSection",
     "DigitsSection",
     "FaultsSection",
     "Job",

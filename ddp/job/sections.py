@@ -98,7 +98,9 @@ class DataSection(Section):
     """How examples are fetched."""
 
     workers: NonNegative = Field(default=0, description="processes a rank that fetch ahead; 0: the rank fetches itself")
-    prefetch: Positive = Field(default=2, description="micro-batches that each worker fetches ahead")
+    prefetch: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=2, description="micro-batches that each worker fetches ahead"
+    )
 
 
 class CheckpointSection(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from ddp.noise.noise_scale import Reading
 from ddp.telemetry.records import BatchChange
 from ddp.training.batch_size import BatchSizeController, Limits
 from ddp.training.data import BatchPlan, StepData, fetch_step, fetcher
+from ddp.training.loader import LeastParts, Loader
 from ddp.training.schedules import LearningRate
 from ddp.transport.row import StepRow
 
@@ -72,18 +73,25 @@ class Course:
         return self.position == 0 and self.epoch > 0 and self.epoch % every == 0
 
     def batches(
-        self, dataset: Dataset[Any], rank: int, least_parts: Callable[[], int] = lambda: 1
+        self,
+        dataset: Dataset[Any],
+        rank: int,
+        least_parts: LeastParts = lambda ahead: 1,
+        loader: Loader | None = None,
     ) -> Iterator[StepData]:
         """Without end: each next step from where the course then stands, by the plan that it then has.
 
-        `least_parts` is asked before each step for the fewest micro-batches it is to have.
+        `least_parts` is asked for the fewest micro-batches that the step so many ahead is to have. A `loader` fetches
+        them ahead; it has the data set already.
         """
+        while loader is not None:
+            yield loader.step(self.plan, self.epoch, self.position, least_parts)
         fetch = fetcher(dataset)
         epoch, order = self.epoch, self.plan.order(self.epoch)
         while True:
             if epoch != self.epoch:
                 epoch, order = self.epoch, self.plan.order(self.epoch)
-            yield fetch_step(fetch, order, self.plan, rank, self.position, least_parts())
+            yield fetch_step(fetch, order, self.plan, rank, self.position, least_parts(0))
 
     def take(self, data: StepData) -> None:
         """Go on by this step's examples."""
@@ -139,8 +147,7 @@ class Course:
             self._follow(self.controller)
 
     def _go_to(self, position: int) -> None:
-        left = self.plan.examples - position
-        self.epoch, self.position = (self.epoch, position) if left >= self.plan.world_size else (self.epoch + 1, 0)
+        self.epoch, self.position = self.plan.after(self.epoch, position)
 
     def _follow(self, controller: BatchSizeController) -> None:
         size, micro = controller.size, controller.micro_batch_size

@@ -3,9 +3,8 @@
 `BatchPlan` is index arithmetic: an epoch is one permutation of the training set that depends on the seed
 and the epoch alone; a global batch is a slice of it, a rank's share a slice of the batch, a micro-batch a
 slice of the share. Whatever the layout, a step sees the same examples. A step is named by the position in the
-epoch where it begins, so that its size may change from one to the next. `batches` fetches them, without
-torch's DataLoader: that draws from torch's global generator at each start of an epoch, which would make a
-resumed run another run, and in one process it fetches no faster.
+epoch where it begins, so that its size may change from one to the next. `batches` fetches them in the rank's own
+process and under its generators; `ddp.training.loader` has processes for that.
 """
 
 from __future__ import annotations
@@ -88,6 +87,10 @@ class BatchPlan:
         while start <= self.examples - self.world_size:
             yield start
             start = self.batch(start).stop
+
+    def after(self, epoch: int, stop: int) -> tuple[int, int]:
+        """Epoch and position of the step that follows one which ends at `stop`; too small a rest is left out."""
+        return (epoch, stop) if self.examples - stop >= self.world_size else (epoch + 1, 0)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The permutation of all examples for `epoch`, shape (examples,): the same on every rank."""

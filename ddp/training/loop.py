@@ -39,7 +39,10 @@ class Loop:
         if trainer.rank == 0:
             say_rate(course)
         steps = course.batches(
-            trainer.splits.training, trainer.rank, lambda: trainer.watch.least_parts(trainer.step_count + 1)
+            trainer.splits.training,
+            trainer.rank,
+            lambda ahead: trainer.watch.least_parts(trainer.step_count + 1 + ahead),
+            trainer.loader,
         )
         while not course.is_over(trainer.step_count):
             before = trainer.step_count

@@ -49,13 +49,14 @@ def threads_per_rank(topology: Topology) -> int:
 
 
 @contextmanager
-def pinned(choice: Choice) -> Iterator[None]:
-    """Keep this rank on cores of its own where that is wanted. Collective at its beginning."""
+def pinned(choice: Choice) -> Iterator[frozenset[int]]:
+    """Keep this rank on cores of its own where that is wanted; yields what it had. Collective at its beginning."""
+    cores = frozenset(os.sched_getaffinity(0))
     binding = pin(choice, None)
     if binding.cores is not None and dist.get_rank() == 0:
         logger.debug("ranks are pinned, rank 0 to cores %s", ", ".join(map(str, sorted(binding.cores))))
     try:
-        yield
+        yield cores
     finally:
         binding.release()
 

@@ -33,6 +33,7 @@ from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
+from ddp.training.loader import Loader, opened_loader
 from ddp.training.loop import Loop
 from ddp.training.memory import keep_freed_memory
 from ddp.training.optimizers import build_optimizer
@@ -70,27 +71,48 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
     initialise(topology, device.type, job.transport.timeout_seconds)
     if topology.restarts and run_id_is_given(job.run.id, os.environ):
         resume = "auto"  # what an earlier attempt saved is newer than what the user named
-    with stop_on_signals() as stop, pinned(job.transport.pin):
-        directory = _train(job, topology, device, resume, allow_import, stop)
+    with stop_on_signals() as stop, pinned(job.transport.pin) as cores:
+        directory = _train(job, topology, device, resume, allow_import, stop, cores)
         shutdown()  # a signal while rank 0 writes the report comes too late to stop anything
     return directory
 
 
 def _train(
-    job: Job, topology: Topology, device: torch.device, resume: str | None, allow_import: bool, stop: StopRequest
+    job: Job,
+    topology: Topology,
+    device: torch.device,
+    resume: str | None,
+    allow_import: bool,
+    stop: StopRequest,
+    cores: frozenset[int],
 ) -> Path:
     plan = together(lambda: plan_run(job, topology.world_size, allow_import=allow_import))
+    with opened_loader(job.data, plan.splits.training, plan.batches, topology.rank, cores) as loader:
+        return _train_planned(job, topology, device, resume, plan, stop, loader)
+
+
+def _train_planned(
+    job: Job,
+    topology: Topology,
+    device: torch.device,
+    resume: str | None,
+    plan: Plan,
+    stop: StopRequest,
+    loader: Loader | None,
+) -> Path:
     transport = together(lambda: open_transport(job.transport, device))
     exchange = GradientExchange(transport)
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
         sinks = station.sinks if station else Sinks()
-        trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints)
+        trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints, loader)
         together(lambda: check_space(directory.checkpoints, expected_bytes(trainer)) if station else None)
         try:
             trainer.settle()
             if origin.checkpoint is not None:
                 trainer.saving.restore(origin.checkpoint)
             Loop(trainer).run()
+            if loader is not None:
+                loader.close()  # before the report, and while the metrics are held
         except BaseException as error:  # the task's own errors too
             annotate(error, step=trainer.step_count)
             raise
@@ -186,6 +208,7 @@ def build_trainer(
     stop: StopRequest,
     sinks: Sinks,
     checkpoints: Path,
+    loader: Loader | None = None,
 ) -> Trainer:
     """The trainer of a planned run, its model and buckets ready. Collective."""
     model = DistributedDataParallel(
@@ -217,6 +240,7 @@ def build_trainer(
         saving=saving,
         stop=stop,
         sinks=sinks,
+        loader=loader,
     )
     register_state(trainer, registry)
     return trainer

@@ -26,6 +26,7 @@ from ddp.training.course import Course
 from ddp.training.data import BatchPlan, StepData, batches, to_device
 from ddp.training.evaluation import Splits
 from ddp.training.judging import BuffersBefore, Judge, Verdict
+from ddp.training.loader import Loader
 from ddp.training.measuring import GradientWatch
 from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
@@ -51,6 +52,7 @@ class Trainer:
     saving: Saving
     stop: StopRequest
     sinks: Sinks
+    loader: Loader | None = None
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
