@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from ddp.board import PhaseBoard
 from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
@@ -61,6 +62,7 @@ class Trainer:
     stop: StopRequest
     sinks: Sequence[Sink]
     save_checkpoint: Callable[[Trainer], Path]
+    board: PhaseBoard
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
@@ -93,24 +95,31 @@ class Trainer:
             if self._evaluation_is_due():
                 self._evaluate()
             if self._checkpoint_is_due():
-                self.save_checkpoint(self)
+                self._save()
         if self._evaluated_at != self.step_count:
             self._evaluate()
-        self.save_checkpoint(self)
+        self._save()
+        self.board.enter("end", self.step_count)
+
+    def _save(self) -> Path:
+        self.board.enter("save", self.step_count)
+        return self.save_checkpoint(self)
 
     def _step(self, steps: Iterator[StepData]) -> list[StepRow]:
-        clock = PhaseClock()
+        step = self.step_count + 1
+        self.board.enter("data", step)
+        clock = PhaseClock(lambda phase: self.board.enter(phase, step))
         blocked_before, wait_before = self.exchange.blocked_seconds, self.exchange.transport.wait_seconds
         self.exchange.step = self.step_count + 1
         bytes_before = self.exchange.bytes_total
         data = next(steps)
-        clock.lap("data")
+        clock.lap("data", then="forward")
 
         self.watch.begin(self.step_count + 1, data, self.plan)
         loss_sum = self._forward_backward(data, clock)
         sums = self.exchange.take()
         rows = self._exchange_rows(data, loss_sum, sums)
-        clock.lap("exchange")
+        clock.lap("exchange", then="measure")
         blocked = self.exchange.blocked_seconds - blocked_before
         waited = self.exchange.transport.wait_seconds - wait_before  # later waiting belongs to measuring
 
@@ -119,12 +128,12 @@ class Trainer:
         self.course.take(data)
         self._raise_if_not_finite(rows)
         noise = self.watch.observe(rows, sums)
-        clock.lap("measure")
+        clock.lap("measure", then="optimizer")
         reading = None if noise is None else noise.reading
         rate = self.course.learning_rate(data, reading)
         norm = math.sqrt(rows[0].mean_squared_norm)  # one rank's for all, whose sums may round otherwise
         self._update(rate, norm)
-        clock.lap("optimizer")
+        clock.lap("optimizer", then="telemetry")
 
         record = StepRecord(
             step=self.step_count,
@@ -161,9 +170,9 @@ class Trainer:
             with nullcontext() if last else self.model.no_sync():
                 losses = self._losses(micro_batch)
                 loss = losses.sum()
-                clock.lap("forward")
+                clock.lap("forward", then="backward")
                 (loss / data.examples).backward()
-                clock.lap("backward")
+                clock.lap("backward", then="exchange" if last else "forward")
             self.watch.end_micro_batch(len(losses), data.examples)
             loss_sum += loss.item()
             count += len(losses)
@@ -222,6 +231,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Both splits, with running statistics averaged over ranks in a copy; training keeps its own."""
         self._evaluated_at = self.step_count
+        self.board.enter("evaluation", self.step_count)
         with preserved_random_state():
             self._evaluate_splits()
 
@@ -247,7 +257,7 @@ class Trainer:
         """Before an evaluation, which may take longer than a launcher waits after a signal."""
         asked = [rank for rank, row in enumerate(rows) if row.stop]
         if asked:
-            path = self.save_checkpoint(self)
+            path = self._save()
             by = self.stop.signal_name or f"a signal to rank {asked[0]}"
             raise StoppedError(f"stopped by {by} after step {self.step_count}; go on with --resume {path}")
 
