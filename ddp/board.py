@@ -59,10 +59,10 @@ class PhaseBoard:
     def make(cls, rank: int) -> Self:
         """This process's page: a file that `launch` can find, where that asked for an outcome, else one without a name."""
         descriptor = _named(page_file(rank)) if OUTCOME_FILE_VARIABLE in os.environ else _nameless()
-        os.ftruncate(descriptor, 0)  # an earlier attempt's
         os.ftruncate(descriptor, PAGE_BYTES)
         board = cls(descriptor)
-        board._words[_NONCE], board._words[_PID] = secrets.randbits(62), os.getpid()
+        board._words[_NONCE] = secrets.randbits(62)
+        board._words[_PID] = os.getpid()  # last: a page with a pid is a page
         return board
 
     @property
@@ -144,7 +144,8 @@ def say_ended(rank: int, how: int) -> None:
 
 def _named(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        path.unlink(missing_ok=True)  # an earlier attempt's, which others may have mapped
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError:  # a rank on another node than `launch`
         return _nameless()
 

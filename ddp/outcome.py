@@ -148,12 +148,15 @@ def clear(run_directory: Path) -> None:
     (run_directory / FILE_NAME).unlink(missing_ok=True)
 
 
-def clear_launched() -> None:
-    """Likewise what an earlier attempt left where `launch` reads; rank 0, before the ranks of a restart have met."""
-    if launched := os.environ.get(OUTCOME_FILE_VARIABLE):
-        file = Path(launched)
-        for each in (file, *file.parent.glob(f"{file.name}.left.*")):
-            each.unlink(missing_ok=True)
+def clear_launched() -> Outcome | None:
+    """Likewise what an earlier attempt left where `launch` reads, which is returned; rank 0, before a restart's ranks meet."""
+    if not (launched := os.environ.get(OUTCOME_FILE_VARIABLE)):
+        return None
+    file = Path(launched)
+    before = read(file)
+    for each in (file, *file.parent.glob(f"{file.name}.left.*")):
+        each.unlink(missing_ok=True)
+    return before
 
 
 def meet(path: Path, rank: int, world_size: int, seconds: float) -> bool:

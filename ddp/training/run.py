@@ -6,6 +6,7 @@ Whatever can be refused is refused before the first step, by all ranks together,
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import secrets
 import sys
@@ -51,6 +52,8 @@ from ddp.training.state import restore_state, save_state
 from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 
+logger = logging.getLogger("ddp.training")
+
 
 def train(
     job: Job,
@@ -80,8 +83,8 @@ def train(
         keep_freed_memory()
     board = board or PhaseBoard.make(topology.rank)
     board.enter("set-up", 0)
-    if topology.restarts and topology.rank == 0:
-        clear_launched()
+    if topology.restarts and topology.rank == 0 and (before := clear_launched()) is not None:
+        logger.info("restart %d; the attempt before ended with %s", topology.restarts, before.message())
     store = initialise(topology, device.type, job.transport.timeout_seconds)
     with stop_on_signals() as stop:
         roll = open_roll(board, store)
