@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from adaptive_analysis import Machine, Run, Way, affine_cost, collective_seconds, neighbours, way_of
+from ddp.board import PhaseBoard
 from ddp.errors import StoppedError
 from ddp.job import Job, parse_job
 from ddp.process_group import initialise, shutdown
@@ -164,7 +165,8 @@ def train(setting: Setting, target: float) -> dict[str, Any]:
     recorder = Recorder(target, PROBLEMS[setting.task].smoothing, stop)
     sinks = Sinks([recorder] if dist.get_rank() == 0 else [])
     with tempfile.TemporaryDirectory(prefix="ddp-benchmark-") as folder:
-        trainer = build_trainer(job, plan, exchange, torch.device("cpu"), stop, sinks, Path(folder))
+        board = PhaseBoard.make(dist.get_rank())
+        trainer = build_trainer(job, plan, exchange, torch.device("cpu"), stop, sinks, Path(folder), board)
         trainer.saving.finish = lambda step, value: (Path(), SaveNews(step, True, "", 0.0, 0.0))
         trainer.settle()
         try:

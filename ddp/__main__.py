@@ -16,8 +16,9 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ddp import outcome, topology
+from ddp.board import PhaseBoard
 from ddp.diagnostics.command import advise
-from ddp.ending import leave, record
+from ddp.ending import leave
 from ddp.errors import DdpError, StoppedError, UsageError
 from ddp.job import Job, load_job
 from ddp.outcome import STDERR_VARIABLE
@@ -53,6 +54,7 @@ def train(
     try:
         _stop_cleanly_outside_training()
         here = topology.from_environment(os.environ)
+        board = PhaseBoard.make(here.rank)
         _show_errors_to_the_user(here)
         _show_log_to_the_user(here)
         job = load_job(job_file, overrides or ())
@@ -61,9 +63,9 @@ def train(
             return
         from ddp.training import run
 
-        run_directory = run.train(job, here, resume=resume, allow_import=allow_import)
+        run_directory = run.train(job, here, resume=resume, allow_import=allow_import, board=board)
         if here.rank == 0:
-            record(outcome.success(here.rank, here.world_size), run_directory)
+            outcome.record(outcome.success(here.rank, here.world_size), run_directory)
     except BaseException as error:
         leave(error, here)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddp import outcome
+from ddp.board import FAILED, say_ended
 from ddp.errors import DdpError, DivergedError, StoppedError, UsageError
 from ddp.outcome import OUTCOME_FILE_VARIABLE, Outcome
 from ddp.topology import Topology
@@ -31,7 +32,9 @@ def leave(error: BaseException, here: Topology) -> NoReturn:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     mine = outcome.failure(error, here.rank, here.world_size, consequence=_is_consequence(error))
-    if _is_heard(mine, record(mine, getattr(error, "run_directory", None))):
+    file = outcome.record(mine, getattr(error, "run_directory", None))
+    say_ended(here.rank, FAILED)
+    if _is_heard(error, mine, file):
         _show(error, mine)
     signal.alarm(EXIT_SECONDS)  # an MPI_Finalize or a thread may wait for ranks that are gone
     _end(mine.code, here)
@@ -43,21 +46,17 @@ def _is_consequence(error: BaseException) -> bool:
     return is_peer_gone is not None and is_peer_gone(error)
 
 
-def record(mine: Outcome, run_directory: Path | None) -> Path | None:
-    """Claim the outcome files there are; the one that decides which rank's cause counts, None without any."""
-    launched = os.environ.get(OUTCOME_FILE_VARIABLE)
-    files = [Path(launched)] if launched else []
-    if run_directory is not None and mine.code != UsageError.exit_code:  # that leaves nothing behind
-        files.append(run_directory / outcome.FILE_NAME)
-    for file in files:
-        with contextlib.suppress(OSError):  # a full disk must not hide the cause
-            outcome.claim(file, mine)
-    return files[0] if files else None
-
-
-def _is_heard(mine: Outcome, file: Path | None) -> bool:
+def _is_heard(error: BaseException, mine: Outcome, file: Path | None) -> bool:
     """Whether this rank's cause is the one to show. Ranks that yield stay a moment: their end would end the others."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(mine.code))  # another rank has ended, and was heard before
+
+    def speak_if_chosen(*_: object) -> NoReturn:
+        """A rank has ended: that was lost, and this one is to say so, or it was heard before."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if file is not None and outcome.read(file) == mine:
+            _show(error, mine)
+        os._exit(mine.code)
+
+    signal.signal(signal.SIGTERM, speak_if_chosen)
     if mine.consequence and mine.code == UsageError.exit_code:  # shared by all, and said by the rank that found it
         return False
     if file is None:  # too early for a file: rank 0 speaks, others if its end has not ended them meanwhile
@@ -74,6 +73,7 @@ def _is_heard(mine: Outcome, file: Path | None) -> bool:
 
 
 def _show(error: BaseException, mine: Outcome) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # said once, and to the end
     expected = isinstance(error, DdpError) or mine.consequence
     if not expected:
         traceback.print_exception(error)

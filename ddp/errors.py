@@ -60,9 +60,16 @@ class PeerLostError(TransportError):
     """Another rank died, left, or did not reach the exchange before the deadline.
 
     Where that rank has an error of its own, that is the one to show.
+
+    Attributes:
+        lost_rank: that rank, where it is known.
     """
 
     consequence = True
+
+    def __init__(self, message: str = "", lost_rank: int | None = None) -> None:
+        super().__init__(message)
+        self.lost_rank = lost_rank
 
 
 class LoaderError(DdpError):

@@ -11,13 +11,14 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ddp.errors import DdpError, StoppedError
+from ddp.errors import DdpError, StoppedError, UsageError
 
 OUTCOME_FILE_VARIABLE = "DDP_OUTCOME_FILE"  # set by `launch` for the ranks it starts
 STDERR_VARIABLE = "DDP_STDERR"  # likewise: where the user reads errors, while the launcher's own go to a file
@@ -31,12 +32,18 @@ _TYPES: Mapping[str, Any] = {
     "step": int | None,
     "cause": str,
     "consequence": bool,
+    "lost_rank": int | None,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one rank ended. `consequence`: only because another rank failed, or went away without a word."""
+    """How one rank ended.
+
+    Attributes:
+        consequence: only because another rank failed, or was lost in a way that nobody saw.
+        lost_rank: the rank without which it could not go on.
+    """
 
     code: int
     rank: int
@@ -45,6 +52,7 @@ class Outcome:
     step: int | None
     cause: str
     consequence: bool = False
+    lost_rank: int | None = None
 
     @property
     def weight(self) -> int:
@@ -78,6 +86,7 @@ def failure(error: BaseException, rank: int, world_size: int, *, consequence: bo
         step=getattr(error, "step", None),
         cause=str(error) if expected else f"{type(error).__name__}: {error}".rstrip(": "),
         consequence=consequence or getattr(error, "consequence", False),
+        lost_rank=getattr(error, "lost_rank", None),
     )
 
 
@@ -95,7 +104,7 @@ def claim(path: Path, outcome: Outcome) -> bool:
     several ranks with a cause, the first wins.
     """
     # Linking a finished file is atomic and fails where the name is taken: no reader sees half an outcome.
-    temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}.{threading.get_ident()}")
     temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
     try:
         with contextlib.suppress(FileExistsError):
@@ -108,6 +117,18 @@ def claim(path: Path, outcome: Outcome) -> bool:
         return True
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def record(mine: Outcome, run_directory: Path | None) -> Path | None:
+    """Claim the outcome files there are; the one that decides which rank's cause counts, None without any."""
+    launched = os.environ.get(OUTCOME_FILE_VARIABLE)
+    files = [Path(launched)] if launched else []
+    if run_directory is not None and mine.code != UsageError.exit_code:  # that leaves nothing behind
+        files.append(run_directory / FILE_NAME)
+    for file in files:
+        with contextlib.suppress(OSError):  # a full disk must not hide the cause
+            claim(file, mine)
+    return files[0] if files else None
 
 
 def read(path: Path) -> Outcome | None:
@@ -125,6 +146,17 @@ def read(path: Path) -> Outcome | None:
 def clear(run_directory: Path) -> None:
     """Forget how an earlier attempt at this run ended; for the rank that owns the directory, before it starts."""
     (run_directory / FILE_NAME).unlink(missing_ok=True)
+
+
+def clear_launched() -> Outcome | None:
+    """Likewise what an earlier attempt left where `launch` reads, which is returned; rank 0, before a restart's ranks meet."""
+    if not (launched := os.environ.get(OUTCOME_FILE_VARIABLE)):
+        return None
+    file = Path(launched)
+    before = read(file)
+    for each in (file, *file.parent.glob(f"{file.name}.left.*")):
+        each.unlink(missing_ok=True)
+    return before
 
 
 def meet(path: Path, rank: int, world_size: int, seconds: float) -> bool:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,11 @@ _PEER_GONE = (
 )
 
 
-def initialise(topology: Topology, device_type: str, timeout_seconds: float) -> None:
+def initialise(topology: Topology, device_type: str, timeout_seconds: float) -> dist.Store:
     """Set up the default process group over all ranks: gloo, and nccl besides where `device_type` is cuda.
+
+    Returns:
+        The store that the ranks met at, with room for other keys; of this attempt alone.
 
     Raises:
         UsageError: the launcher needs something that is not there (mpi4py, MASTER_ADDR); says what to do.
@@ -52,19 +56,32 @@ def initialise(topology: Topology, device_type: str, timeout_seconds: float) -> 
     """
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    store: dist.Store | None = None
     try:
-        store = _store(topology, timeout)
+        # An agent's store outlives its ranks, and holds what an earlier attempt's said.
+        store = dist.PrefixStore(f"attempt-{topology.restarts}", _store(topology, timeout))
+        store.set(f"here/{topology.rank}", "")
         dist.init_process_group(
             backend,
-            init_method=None if store is not None else "env://",
-            store=store,
+            store=dist.PrefixStore("default", store),
             rank=topology.rank,
             world_size=topology.world_size,
             timeout=timeout,
         )
     except RuntimeError as error:  # what c10d raises, its own types included
         kind = PeerLostError if isinstance(error, dist.DistStoreError) or is_peer_gone(error) else TransportError
-        raise kind(f"the process group of {topology.world_size} ranks cannot be set up: {error}") from error
+        raise kind(
+            f"the process group of {topology.world_size} ranks cannot be set up{_who_did_not_come(store, topology)}: {error}"
+        ) from error
+    return store
+
+
+def _who_did_not_come(store: dist.Store | None, topology: Topology) -> str:
+    absent: list[str] = []
+    with suppress(RuntimeError):  # the store is gone
+        if store is not None:
+            absent = [str(rank) for rank in range(topology.world_size) if not store.check([f"here/{rank}"])]
+    return f": rank {', '.join(absent)} did not come" if absent else ""
 
 
 def shutdown() -> None:
@@ -127,8 +144,8 @@ def interface_towards(host: str) -> str | None:
     return next((name for name, address in _interfaces().items() if address == source), None)
 
 
-def _store(topology: Topology, timeout: timedelta) -> dist.Store | None:
-    """The store to start from; None where torch is to make it from MASTER_ADDR and MASTER_PORT."""
+def _store(topology: Topology, timeout: timedelta) -> dist.Store:
+    """The store to start from: in this process, on rank 0, or of the agent of torchrun that did not leave it to rank 0."""
     if topology.world_size == 1:
         _use_interface_towards(LOOPBACK)
         return dist.HashStore()
@@ -139,8 +156,19 @@ def _store(topology: Topology, timeout: timedelta) -> dist.Store | None:
             f"{' and '.join(missing)} not set: export the first node's host name as MASTER_ADDR and a free port "
             f"as MASTER_PORT before srun, so that {topology.world_size} ranks can find each other"
         )
-    _use_interface_towards(LOOPBACK if topology.one_node else os.environ["MASTER_ADDR"])
-    return None
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UsageError(f"MASTER_PORT={port} is not a port, 1 to 65535: the launcher should set it")
+    _use_interface_towards(LOOPBACK if topology.one_node else host)
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        host,
+        int(port),
+        is_master=topology.rank == 0 and not is_agents,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def _mpi_store(topology: Topology, timeout: timedelta) -> dist.Store:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ddp.errors import TopologyError
@@ -54,9 +54,12 @@ class _Family:
     local_rank: str
     local_world_size: str
     node: str | None
-    restarts: str
+    restarts: str = ""
     also_needed: tuple[str, ...] = ()
 
+
+# Counted by whoever starts the launcher: a scheduler that puts a job into its queue again, and `launch`.
+RESTARTED_FROM_OUTSIDE = ("SLURM_RESTART_COUNT", "DDP_RESTART_COUNT")
 
 FAMILIES = (
     _Family(
@@ -83,7 +86,6 @@ FAMILIES = (
         local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
         local_world_size="OMPI_COMM_WORLD_LOCAL_SIZE",
         node=None,
-        restarts="SLURM_RESTART_COUNT",
     ),
     _Family(
         "pmi",
@@ -93,7 +95,6 @@ FAMILIES = (
         local_rank="MPI_LOCALRANKID",
         local_world_size="MPI_LOCALNRANKS",
         node=None,
-        restarts="SLURM_RESTART_COUNT",
     ),
     # SLURM_PROCID alone is no trace: a batch script has it too, and a plain process there is one process.
     _Family(
@@ -104,7 +105,6 @@ FAMILIES = (
         local_rank="SLURM_LOCALID",
         local_world_size="SLURM_STEP_TASKS_PER_NODE",  # of every node: "2(x3),1"
         node="SLURM_NODEID",
-        restarts="SLURM_RESTART_COUNT",
     ),
 )
 
@@ -118,7 +118,7 @@ def from_environment(environ: Mapping[str, str]) -> Topology:
     for family in FAMILIES:
         if any(name in environ for name in family.traces) and not _is_slurms_pmi(family, environ):
             return _read(family, environ)
-    return SINGLE_PROCESS
+    return replace(SINGLE_PROCESS, restarts=_restarts("", environ))
 
 
 def _is_slurms_pmi(family: _Family, environ: Mapping[str, str]) -> bool:
@@ -142,10 +142,15 @@ def _read(family: _Family, environ: Mapping[str, str]) -> Topology:
         local_world_size=_local_world_size(family, environ),
         node=_node(family, environ),
         launcher=family.launcher,
-        restarts=_integer(environ, family.restarts) if family.restarts in environ else 0,
+        restarts=_restarts(family.restarts, environ),
     )
     _check(topology, family, environ)
     return topology
+
+
+def _restarts(own: str, environ: Mapping[str, str]) -> int:
+    """How often this run was started before, by the launcher's own count and by those around it."""
+    return sum(_integer(environ, name) for name in (own, *RESTARTED_FROM_OUTSIDE) if name in environ)
 
 
 def _node(family: _Family, environ: Mapping[str, str]) -> int | None:

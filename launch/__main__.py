@@ -39,6 +39,7 @@ class Command:
     argv: list[str]
     environment: dict[str, str]
     signals: Mapping[int, int]
+    max_restarts: int = 0  # left to us; torchrun restarts ranks itself
 
     def text(self) -> str:
         """One line that a POSIX shell runs alike."""
@@ -63,6 +64,9 @@ def launch(
         bool, typer.Option("--allow-import", help="Admit a task named module:attr, which runs that module's code.")
     ] = False,
     run_id: Annotated[str | None, typer.Option(help="The run's id, in place of the job file's.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="How often all ranks are started again when one is lost.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job, print the command, and stop.")] = False,
 ) -> None:
     """Run a job's ranks on this node and exit with the run's own code."""
@@ -76,11 +80,11 @@ def launch(
     if resume == "auto" and run == generated:
         raise UsageError("--resume auto: which run? Give its id, --run-id ID, or its directory, --resume PATH")
     worker = worker_arguments(job_file, settings, resume, allow_import)
-    command = render(launcher, worker, nproc_per_node, {RUN_ID_VARIABLE: run})
+    command = render(launcher, worker, nproc_per_node, {RUN_ID_VARIABLE: run}, max_restarts)
     if dry_run:
         print(command.text())
         return
-    raise typer.Exit(submit(command.argv, command.environment, command.signals))
+    raise typer.Exit(submit(command.argv, command.environment, command.signals, max_restarts=command.max_restarts))
 
 
 def worker_arguments(job_file: Path, settings: Sequence[str], resume: str | None, allow_import: bool) -> list[str]:
@@ -93,17 +97,21 @@ def worker_arguments(job_file: Path, settings: Sequence[str], resume: str | None
     return [*arguments, "--allow-import"] if allow_import else arguments
 
 
-def render(launcher: Launcher, worker: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Command:
+def render(
+    launcher: Launcher, worker: Sequence[str], ranks: int, environment: Mapping[str, str], max_restarts: int = 0
+) -> Command:
     """The launcher's command on this machine: its free port, its cores, its mpirun."""
     if launcher is Launcher.torchrun:
-        argv = torchrun.render(worker, ranks=ranks, port=free_port(), interpreter=sys.executable)
+        argv = torchrun.render(
+            worker, ranks=ranks, port=free_port(), interpreter=sys.executable, max_restarts=max_restarts
+        )
         return Command(argv, {**torchrun.environment(os.environ), **environment}, torchrun.SIGNALS)
     found = mpirun.find(sys.executable, os.environ.get("PATH"))
     flavour = mpirun.flavour_of(found)
     argv = mpirun.render(
         worker, flavour=flavour, ranks=ranks, cores=core_count(), mpirun=found, interpreter=sys.executable
     )
-    return Command(argv, {**mpirun.environment(flavour, os.geteuid()), **environment}, mpirun.SIGNALS)
+    return Command(argv, {**mpirun.environment(flavour, os.geteuid()), **environment}, mpirun.SIGNALS, max_restarts)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

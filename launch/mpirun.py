@@ -19,6 +19,7 @@ SIGNALS: Mapping[int, int] = {
     signal.SIGTERM: signal.SIGUSR1,
     signal.SIGINT: signal.SIGUSR1,
     signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGUSR1,
 }
 
 

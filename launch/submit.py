@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -26,10 +27,12 @@ from typing import IO
 from ddp import outcome
 from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.outcome import Outcome
+from launch.deaths import DeathWatch
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 RUN_CODES = frozenset(kind.exit_code for kind in (UsageError, DivergedError, StoppedError))
+RESTARTS_VARIABLE = "DDP_RESTART_COUNT"  # tells the ranks that they are started again
 STOP_SECONDS = 40.0  # after a signal to stop; torchrun itself gives the ranks 30
 END_SECONDS = 3.0  # between SIGTERM and SIGKILL for what a launcher left behind
 
@@ -39,6 +42,7 @@ def submit(
     environment: Mapping[str, str],
     signals: Mapping[int, int],
     stop_seconds: float = STOP_SECONDS,
+    max_restarts: int = 0,
 ) -> int:
     """Run `argv` to its end and return the exit code of the run; its cause, if any, goes to stderr last.
 
@@ -47,20 +51,51 @@ def submit(
         environment: variables to set on top of this process's.
         signals: what is passed on to the launcher for each signal that this process gets.
         stop_seconds: how long everything may go on after SIGTERM or SIGINT; a second SIGINT ends it at once.
+        max_restarts: how often the command is run again after a failure that may not come again: not a usage error, a
+            divergence or a stop.
     """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    earlier = int(os.environ.get(RESTARTS_VARIABLE, "0"))
+    for attempt in range(max_restarts + 1):
+        counted = {RESTARTS_VARIABLE: str(earlier + attempt)} if earlier + attempt else {}
+        seen: list[int] = []
+        code = _attempt(argv, {**os.environ, **environment, **counted}, signals, stop_seconds, seen)
+        if code == 0 or code in RUN_CODES or seen or attempt == max_restarts:
+            return code
+        print(f"starting the ranks again ({attempt + 1} of {max_restarts})", file=sys.stderr)
+    raise AssertionError("the last attempt returns")
+
+
+def _attempt(
+    argv: Sequence[str],
+    variables: dict[str, str],
+    signals: Mapping[int, int],
+    stop_seconds: float,
+    seen: list[int],
+) -> int:
+    """One run of the command; the signals that came meanwhile are put into `seen`."""
     with tempfile.TemporaryDirectory(prefix="ddp-launch-") as folder:
         file = Path(folder, outcome.FILE_NAME)
         noise = Path(folder, "launcher.log")
-        variables = {**os.environ, **environment, outcome.OUTCOME_FILE_VARIABLE: str(file)}
-        with noise.open("w+b") as log:
+        variables[outcome.OUTCOME_FILE_VARIABLE] = str(file)
+        with noise.open("w+b") as log, DeathWatch(file) as deaths:
             stderr = _users_stderr()
             if stderr is not None:
                 variables[outcome.STDERR_VARIABLE] = stderr
-            code = _run(argv, variables, signals, stop_seconds, log if stderr is not None else None)
+            code = _run(argv, variables, signals, stop_seconds, log if stderr is not None else None, seen)
+        said = noise.read_text(errors="replace")
         ended = outcome.read(file)
+        is_answer = ended is not None and not (ended.code == StoppedError.exit_code and not seen)
+        account = None if is_answer or code == 0 or seen else deaths.account(said, code)
+        if account is not None:
+            print(f"error: {account}", file=sys.stderr)
+            return 1
         if ended is None or (ended.code == 0 and code != 0):
-            _show_noise(noise)
+            sys.stderr.write(said)  # for want of a better account
+            sys.stderr.flush()
+        if ended is not None and ended.lost_rank is not None:
+            by = deaths.signal_of(ended.lost_rank, said, code)
+            ended = replace(ended, cause=f"{ended.cause}, by {by}") if by else ended
         return conclude(ended, code, argv[0])
 
 
@@ -97,11 +132,12 @@ def _run(
     signals: Mapping[int, int],
     stop_seconds: float,
     log: IO[bytes] | None,
+    seen: list[int],
 ) -> int:
     inherited = frozenset(
         descendants(os.getpid())
     )  # a shell's `> >(tee log)` comes with an exec; it is not ours to end
-    with _signals_passed_on(signals, stop_seconds, inherited) as watch:
+    with _signals_passed_on(signals, stop_seconds, inherited, seen) as watch:
         try:
             child = subprocess.Popen(
                 argv,
@@ -119,11 +155,10 @@ def _run(
 
 @contextlib.contextmanager
 def _signals_passed_on(
-    signals: Mapping[int, int], stop_seconds: float, inherited: frozenset[int]
+    signals: Mapping[int, int], stop_seconds: float, inherited: frozenset[int], seen: list[int]
 ) -> Generator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Handlers that pass signals on to the child once it is known, and see that it ends."""
+    """Handlers that pass signals on to the child once it is known, note them in `seen`, and see that it ends."""
     child: subprocess.Popen[bytes] | None = None
-    seen: list[int] = []
 
     def watch(started: subprocess.Popen[bytes]) -> None:
         nonlocal child
@@ -134,7 +169,7 @@ def _signals_passed_on(
     def handle(number: int, _: FrameType | None) -> None:
         is_impatient = number == signal.SIGINT and number in seen
         seen.append(number)
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.alarm(max(1, round(stop_seconds)))
         if is_impatient:
             _signal_descendants(signal.SIGKILL, inherited)
@@ -144,7 +179,9 @@ def _signals_passed_on(
     def give_up(_number: int, _: FrameType | None) -> None:
         _signal_descendants(signal.SIGKILL, inherited)
 
-    before = {number: signal.signal(number, handle) for number in signals}
+    # nohup ignores SIGHUP for us, and we for the launcher
+    heeded = [each for each in signals if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heeded}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, give_up)
     try:
         yield watch
@@ -206,12 +243,6 @@ def _users_stderr() -> str | None:
     except OSError:
         return None
     return path
-
-
-def _show_noise(log: Path) -> None:
-    """What the launcher itself wrote, for want of a better account."""
-    sys.stderr.write(log.read_text(errors="replace"))
-    sys.stderr.flush()
 
 
 def _die_with(parent: int) -> Callable[[], None]:

@@ -10,11 +10,13 @@ SIGNALS: Mapping[int, int] = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
 }
 
 
-def render(worker: Sequence[str], *, ranks: int, port: int, interpreter: str) -> list[str]:
+def render(worker: Sequence[str], *, ranks: int, port: int, interpreter: str, max_restarts: int = 0) -> list[str]:
     """The argv that runs `interpreter *worker` as `ranks` ranks which meet on 127.0.0.1:`port`."""
+    restarts = [f"--max-restarts={max_restarts}"] if max_restarts else []
     return [
         interpreter,
         "-m",
@@ -22,6 +24,7 @@ def render(worker: Sequence[str], *, ranks: int, port: int, interpreter: str) ->
         f"--nproc-per-node={ranks}",
         "--master-addr=127.0.0.1",
         f"--master-port={port}",
+        *restarts,
         "--no-python",
         interpreter,
         *worker,

@@ -42,11 +42,16 @@ def test_every_folder_with_code_is_a_package() -> None:
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-def test_the_launchers_are_kept_from_all_of_ddp_but_three_modules() -> None:
+def test_the_launchers_are_kept_from_all_of_ddp_but_four_modules() -> None:
     contracts = PROJECT["tool"]["importlinter"]["contracts"]
     (forbidden,) = [each["forbidden_modules"] for each in contracts if each["name"].startswith("The launchers")]
     modules = {f"ddp.{path.stem}" for path in (ROOT / "ddp").iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert modules - set(forbidden) - {"ddp.__init__", "ddp.__pycache__"} == {"ddp.errors", "ddp.job", "ddp.outcome"}
+    assert modules - set(forbidden) - {"ddp.__init__", "ddp.__pycache__"} == {
+        "ddp.board",
+        "ddp.errors",
+        "ddp.job",
+        "ddp.outcome",
+    }
 
 
 def test_the_version_is_said_once() -> None:

@@ -58,6 +58,7 @@ class Loop:
         if self._evaluated_at != trainer.step_count:
             self._evaluate()
         self._save_and_wait()
+        trainer.board.enter("end", trainer.step_count)
 
     def _evaluation_is_due(self) -> bool:
         section, step = self.trainer.job.evaluation, self.trainer.step_count
@@ -68,6 +69,7 @@ class Loop:
     def _evaluate(self) -> None:
         """Both splits; a signal meanwhile stops the run, whose next part begins with them."""
         trainer = self.trainer
+        trainer.board.enter("evaluation", trainer.step_count)
         records = evaluate_splits(
             *(trainer.task, trainer.model.module, trainer.splits),
             step=trainer.step_count,
@@ -95,9 +97,11 @@ class Loop:
         value = self._metric_now()
         is_best = value is not None and saving.best.enters(value)
         if is_best or saving.is_due(step):
+            self.trainer.board.enter("save", step)
             saving.begin(step, value)
 
     def _save_and_wait(self) -> Path:
+        self.trainer.board.enter("save", self.trainer.step_count)
         path, news = self.trainer.saving.finish(self.trainer.step_count, self._metric_now())
         self._say_saved(news)
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -23,17 +24,24 @@ class PhaseSeconds:
 
 
 class PhaseClock:
-    """A stopwatch that is told when a phase ends; one object a step."""
+    """A stopwatch that is told when a phase ends; one object a step.
 
-    def __init__(self) -> None:
+    Args:
+        enter: told the phase that begins, where that is known.
+    """
+
+    def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+        self._enter = enter
         self._began = self._last = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
-    def lap(self, phase: str) -> None:
-        """Add the time since the last call to `phase`."""
+    def lap(self, phase: str, then: str | None = None) -> None:
+        """Add the time since the last call to `phase`; `then` is what begins now."""
         now = time.perf_counter()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
+        if then is not None:
+            self._enter(then)
 
     @property
     def elapsed_seconds(self) -> float:

@@ -6,6 +6,7 @@ Whatever can be refused is refused before the first step, by all ranks together,
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import secrets
 import sys
@@ -21,18 +22,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddp
+from ddp.board import PhaseBoard
 from ddp.checkpoint import check_space
 from ddp.errors import PeerLostError, UsageError
 from ddp.job import Job, run_id_is_given
 from ddp.metering.measurement import has_batch_statistics
-from ddp.outcome import annotate, clear
+from ddp.outcome import annotate, clear, clear_launched
 from ddp.process_group import initialise, shutdown
+from ddp.roll import Roll, open_roll
 from ddp.telemetry.critical_batches import read_critical_batches
 from ddp.telemetry.records import RunInfo
 from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.station import Station
 from ddp.topology import Topology
 from ddp.training.agreement import from_rank_zero, together
+from ddp.training.attempt import (
+    LOCK_PATIENCE_SECONDS,
+    environment_of_the_run,
+    note_run,
+    refuse_to_diverge_again,
+)
 from ddp.training.loader import Loader, opened_loader
 from ddp.training.loop import Loop
 from ddp.training.memory import keep_freed_memory
@@ -49,14 +58,24 @@ from ddp.training.state import expected_bytes, register_state
 from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 
+logger = logging.getLogger("ddp.training")
 
-def train(job: Job, topology: Topology, *, resume: str | None = None, allow_import: bool = False) -> Path:
+
+def train(
+    job: Job,
+    topology: Topology,
+    *,
+    resume: str | None = None,
+    allow_import: bool = False,
+    board: PhaseBoard | None = None,
+) -> Path:
     """Train `job` as one of its ranks; returns the run directory once every rank is done.
 
     Args:
         resume: None for a new run; "auto" to go on with the run of this id, if there is one; or the path of
             a run directory or of one checkpoint.
         allow_import: whether a task of the form `module:attr` may be imported.
+        board: where this rank says what it is doing; a new one where left out.
 
     Raises:
         UsageError: the job cannot run here; on all ranks, and nothing is left behind.
@@ -68,12 +87,16 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
     torch.set_num_threads(job.run.threads_per_rank or threads_per_rank(topology))
     if device.type == "cpu":
         keep_freed_memory()
-    initialise(topology, device.type, job.transport.timeout_seconds)
-    if topology.restarts and run_id_is_given(job.run.id, os.environ):
-        resume = "auto"  # what an earlier attempt saved is newer than what the user named
-    with stop_on_signals() as stop, pinned(job.transport.pin) as cores:
-        directory = _train(job, topology, device, resume, allow_import, stop, cores)
-        shutdown()  # a signal while rank 0 writes the report comes too late to stop anything
+    board = board or PhaseBoard.make(topology.rank)
+    board.enter("set-up", 0)
+    if topology.restarts and topology.rank == 0 and (before := clear_launched()) is not None:
+        logger.info("restart %d; the attempt before ended with %s", topology.restarts, before.message())
+    store = initialise(topology, device.type, job.transport.timeout_seconds)
+    with stop_on_signals() as stop:
+        roll = open_roll(board, store)
+        with roll.naming_the_lost(), pinned(job.transport.pin) as cores:
+            directory = _train(job, topology, device, resume, allow_import, stop, cores, roll)
+            shutdown()  # a signal while rank 0 writes the report comes too late to stop anything
     return directory
 
 
@@ -85,10 +108,11 @@ def _train(
     allow_import: bool,
     stop: StopRequest,
     cores: frozenset[int],
+    roll: Roll,
 ) -> Path:
     plan = together(lambda: plan_run(job, topology.world_size, allow_import=allow_import))
     with opened_loader(job.data, plan.splits.training, plan.batches, topology.rank, cores) as loader:
-        return _train_planned(job, topology, device, resume, plan, stop, loader)
+        return _train_planned(job, topology, device, resume, plan, stop, loader, roll)
 
 
 def _train_planned(
@@ -99,12 +123,13 @@ def _train_planned(
     plan: Plan,
     stop: StopRequest,
     loader: Loader | None,
+    roll: Roll,
 ) -> Path:
     transport = together(lambda: open_transport(job.transport, device))
     exchange = GradientExchange(transport)
     with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
         sinks = station.sinks if station else Sinks()
-        trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints, loader)
+        trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints, roll.board, loader)
         together(lambda: check_space(directory.checkpoints, expected_bytes(trainer)) if station else None)
         try:
             trainer.settle()
@@ -142,14 +167,20 @@ def _opened(
     def open_on_rank_zero() -> tuple[RunDirectory, Origin, Station] | None:
         if topology.rank != 0:
             return None
-        origin = find_origin(job, os.environ, resume, datetime.now(UTC), secrets.token_hex(2))
+        origin = _origin(job, topology, resume)
         measured = read_critical_batches(job.noise_scale.critical_batch_result)
         station = Station(job.metrics, _run_info(job, topology, plan, origin, transport), measured)
         try:
-            directory = open_run_directory(origin.job, origin.run_id, resume=resume is not None)
+            directory = open_run_directory(
+                origin.job,
+                origin.run_id,
+                resume=resume is not None or topology.restarts > 0,
+                patience_seconds=LOCK_PATIENCE_SECONDS if topology.restarts else 0.0,
+            )
         except UsageError:
             station.close()
             raise
+        note_run(origin.run_id, os.environ)
         return directory, origin, station
 
     opened = together(open_on_rank_zero)
@@ -163,6 +194,7 @@ def _opened(
     try:
         with discarded_on_usage_error(directory), _naming(directory.path):
             try:
+                refuse_to_diverge_again(directory.path, topology)
                 clear(directory.path)
                 station.open(directory.path)
                 yield directory, origin, station
@@ -170,6 +202,17 @@ def _opened(
                 station.close()  # before the directory may go
     finally:
         directory.close()
+
+
+def _origin(job: Job, topology: Topology, resume: str | None) -> Origin:
+    """Where this attempt starts: from what an earlier one saved, which is newer than what the user named, if anything."""
+    environ = environment_of_the_run(job, topology, os.environ)
+    arguments = (datetime.now(UTC), secrets.token_hex(2))
+    if topology.restarts and run_id_is_given(job.run.id, environ):
+        origin = find_origin(job, environ, "auto", *arguments)
+        if origin.checkpoint is not None or resume is None:
+            return origin
+    return find_origin(job, environ, resume, *arguments)
 
 
 @contextmanager
@@ -208,9 +251,11 @@ def build_trainer(
     stop: StopRequest,
     sinks: Sinks,
     checkpoints: Path,
+    board: PhaseBoard,
     loader: Loader | None = None,
 ) -> Trainer:
     """The trainer of a planned run, its model and buckets ready. Collective."""
+    exchange.board = board
     model = DistributedDataParallel(
         plan.module.to(device),
         **_keep_buffers_apart(),
@@ -241,6 +286,7 @@ def build_trainer(
         stop=stop,
         sinks=sinks,
         loader=loader,
+        board=board,
     )
     register_state(trainer, registry)
     return trainer

@@ -18,6 +18,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,8 +83,10 @@ class RunDirectory:
                 os.close(self._lock)
 
 
-def open_run_directory(job: Job, run_id: str, *, resume: bool) -> RunDirectory:
+def open_run_directory(job: Job, run_id: str, *, resume: bool, patience_seconds: float = 0.0) -> RunDirectory:
     """Make the run's directory, or open it again where `resume` is true. Rank 0 alone calls this.
+
+    Waits `patience_seconds` for another process to let go of it.
 
     Raises:
         UsageError: it exists and `resume` is false; it cannot be made; it is a link, another user's, or open to
@@ -98,7 +101,7 @@ def open_run_directory(job: Job, run_id: str, *, resume: bool) -> RunDirectory:
         raise UsageError(f"run.directory: cannot make {path}: {fault.strerror}") from None
     run = RunDirectory(path, not made, made)
     try:
-        run = replace(run, _lock=_take_lock(path))
+        run = replace(run, _lock=_take_lock(path, patience_seconds))
         if run.job_file.exists():
             _check_same_numbers(run, job)
         _write_job(run.job_file, job)
@@ -186,20 +189,25 @@ def _check_reopened(path: Path, resume: bool) -> None:
         raise UsageError(f"{path} exists: continue that run with --resume auto, or choose another run.id")
 
 
-def _take_lock(path: Path) -> int | None:
+def _take_lock(path: Path, patience_seconds: float) -> int | None:
     """A record lock: it goes with this process, and is not handed to data-loader workers. None where unsupported."""
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.close(descriptor)
-        raise UsageError(
-            f"{path} is in use by a run that has not ended: wait for it, or choose another run.id"
-        ) from None
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            os.close(descriptor)
+            raise UsageError(
+                f"{path} is in use by a run that has not ended: wait for it, or choose another run.id"
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            return None
 
 
 def _check_same_numbers(run: RunDirectory, job: Job) -> None:

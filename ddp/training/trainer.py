@@ -17,6 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ddp.board import PhaseBoard
 from ddp.errors import UsageError
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
@@ -52,6 +53,7 @@ class Trainer:
     saving: Saving
     stop: StopRequest
     sinks: Sinks
+    board: PhaseBoard
     loader: Loader | None = None
     step_count: int = 0
     examples_total: int = 0
@@ -82,18 +84,20 @@ class Trainer:
         Raises:
             DivergedError: it is not finite, and the job does not want to go on; on all ranks.
         """
-        clock = PhaseClock()
+        step = self.step_count + 1
+        self.board.enter("data", step)
+        clock = PhaseClock(lambda phase: self.board.enter(phase, step))
         blocked_before, wait_before = self.exchange.blocked_seconds, self.exchange.transport.wait_seconds
         self.exchange.step = self.step_count + 1
         bytes_before = self.exchange.bytes_total
         data = next(steps)
-        clock.lap("data")
+        clock.lap("data", then="forward")
 
         self.watch.begin(self.step_count + 1, data, self.plan)
         loss_sum = self._forward_backward(data, clock)
         sums = self.exchange.take()
         rows = self._exchange_rows(data, loss_sum, sums)
-        clock.lap("exchange")
+        clock.lap("exchange", then="measure")
         blocked = self.exchange.blocked_seconds - blocked_before
         waited = self.exchange.transport.wait_seconds - wait_before  # later waiting belongs to measuring
 
@@ -108,12 +112,12 @@ class Trainer:
             self._pass_over(data)
             return rows
         noise = self.watch.observe(rows, sums)
-        clock.lap("measure")
+        clock.lap("measure", then="optimizer")
         reading = None if noise is None else noise.reading
         rate = self.course.learning_rate(data, reading)
         norm = math.sqrt(rows[0].mean_squared_norm)  # one rank's for all, whose sums may round otherwise
         self._update(rate, norm)
-        clock.lap("optimizer")
+        clock.lap("optimizer", then="telemetry")
 
         record = StepRecord(
             step=self.step_count,
@@ -150,9 +154,9 @@ class Trainer:
             with nullcontext() if last else self.model.no_sync():
                 losses = self._losses(micro_batch)
                 loss = losses.sum()
-                clock.lap("forward")
+                clock.lap("forward", then="backward")
                 (loss / data.examples).backward()
-                clock.lap("backward")
+                clock.lap("backward", then="exchange" if last else "forward")
             self.watch.end_micro_batch(len(losses), data.examples)
             loss_sum += loss.item()
             count += len(losses)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp.board import PhaseBoard
 from ddp.errors import TransportError, UsageError
 from ddp.outcome import annotate
 from ddp.transport.base import BucketState, Reduction, Transport
@@ -62,7 +63,10 @@ class GradientExchange:
         weight: this rank's weight in the mean, set before backward; 1 / world_size unless told.
         step: the number of the step under way, from a trainer that counts them and shows it beside an error.
         bytes_total: gradient bytes handed to the transport so far.
+        board: where the trainer says which phase this rank is in; the hook comes in the middle of one.
     """
+
+    board: PhaseBoard | None = None
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
@@ -120,6 +124,7 @@ class GradientExchange:
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Send one bucket; a new backward's first bucket drops what the previous one left."""
         began = time.perf_counter()
+        phase = self.board.interrupt("all-reduce") if self.board else ""
         if self._complete:
             self._error = self._error or self._error_on_the_way()
             self._reductions, self._detached = [], False
@@ -129,6 +134,8 @@ class GradientExchange:
         future = self.attempt(lambda: self._send(bucket, buffer))
         if self._complete:
             self._complete_all()
+        if self.board:
+            self.board.interrupt(phase)
         self._hook_seconds += time.perf_counter() - began
         return _completed(buffer) if future is None else future
 

@@ -90,11 +90,14 @@ class Mailbox(ABC):
         return PeerLostError(
             f"{self.places[peer]} did not bring {self.subject} within {self._timeout_seconds:g} s "
             f"(transport.timeout_seconds) to rank {self.rank}: it hangs, is stopped, or took another path "
-            "through the program"
+            "through the program",
+            lost_rank=peer,
         )
 
     def _gone(self, peer: int, how: str) -> PeerLostError:
-        return PeerLostError(f"{self.places[peer]} {how} while rank {self.rank} waited for it with {self.subject}")
+        return PeerLostError(
+            f"{self.places[peer]} {how} while rank {self.rank} waited for it with {self.subject}", lost_rank=peer
+        )
 
 
 class MpiMailbox(Mailbox):

@@ -58,7 +58,7 @@ def nodes(group: dist.ProcessGroup | None) -> list[list[int]]:
     descriptor, offer = create(8)
     try:
         pid, remote, nonce, _ = offer.tolist()
-        probes = gather(np.array([_kernel(), pid, remote, nonce]), group)
+        probes = gather(np.array([kernel_number(), pid, remote, nonce]), group)
         first = next((other for other in range(rank) if _reaches(probes[other], probes[rank])), rank)
         leaders = [int(leader) for leader in gather(np.array([first]), group)[:, 0]]  # also: all have tried
     finally:
@@ -76,7 +76,7 @@ def _reaches(probe: NDArray[np.int64], own: NDArray[np.int64]) -> bool:
     return descriptor >= 0
 
 
-def _kernel() -> int:
+def kernel_number() -> int:
     """A number that all processes under this running kernel have in common, and hardly any others."""
     identity = ""
     with suppress(OSError):

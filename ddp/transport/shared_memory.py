@@ -236,17 +236,21 @@ class SharedMemoryTransport(Transport):
                 progress, began, gone = now, time.monotonic(), ""
             where = f"rank {self._names[late]} (pid {self._pids[late]}, host {socket.gethostname()})"
             if gone:
-                raise PeerLostError(f"{where} {gone} while rank {here} waited for it with {what}")
+                raise PeerLostError(
+                    f"{where} {gone} while rank {here} waited for it with {what}", lost_rank=self._names[late]
+                )
             gone = self._how_gone(late)  # and once more: what it published before it went still counts
             if time.monotonic() - began > self._timeout_seconds:
                 if elsewhere := kernels.load(self._line(late) + protocol.WAITS_ELSEWHERE):
                     raise PeerLostError(
                         f"rank {elsewhere - 1} did not bring {what} within {self._timeout_seconds:g} s "
-                        f"(transport.timeout_seconds) to {where}, for which rank {here} waits in turn"
+                        f"(transport.timeout_seconds) to {where}, for which rank {here} waits in turn",
+                        lost_rank=elsewhere - 1,
                     )
                 raise PeerLostError(
                     f"{where} did not bring {what} within {self._timeout_seconds:g} s (transport.timeout_seconds) "
-                    f"to rank {here}: it hangs, is stopped, or took another path through the program"
+                    f"to rank {here}: it hangs, is stopped, or took another path through the program",
+                    lost_rank=self._names[late],
                 )
 
     def waits_for(self, name: int | None) -> None:
