@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ddp import outcome, topology
+from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave, record
 from ddp.errors import DdpError, StoppedError, UsageError
@@ -77,6 +78,8 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
 
 
 app.command()(advise)
+app.command()(checkpoints)
+app.command()(export)
 
 
 @app.command("critical-batch")

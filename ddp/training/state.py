@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddp import checkpoint
@@ -41,6 +41,7 @@ def save_state(trainer: Trainer, directory: Path) -> Path:
             "step": trainer.step_count,
             "examples_total": trainer.examples_total,
             "training_examples": trainer.plan.examples,
+            "state_dict": _state_dict_names(module),
         },
         own={"buffers": dict(module.named_buffers()), "random": random_state()},
     )
@@ -48,6 +49,13 @@ def save_state(trainer: Trainer, directory: Path) -> Path:
         return saver.finish(_gather)
     finally:
         saver.close()
+
+
+def _state_dict_names(module: nn.Module) -> dict[str, str]:
+    """For whoever exports the model: what its own state_dict has, tied weights twice, and what each is saved as."""
+    saved = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    state = module.state_dict(keep_vars=True)
+    return {name: saved[id(tensor)] for name, tensor in state.items() if id(tensor) in saved}
 
 
 def _gather(mine: int) -> list[int]:
