@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from ddp.errors import CheckpointError, UsageError
 from ranks import RankPool, connect_store, run_ranks
 
 DEADLINE_SECONDS = 30.0
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def _until(condition: Callable[[], object]) -> None:
@@ -130,6 +133,19 @@ def test_a_failure_is_a_warning_and_the_next_save_works(tmp_path: Path, caplog: 
     here.begin(3, {}, {"fine": 1})
     assert here.finish(_alone) == newest(tmp_path) == here.published
     here.close()
+
+
+def test_settling_waits_and_a_failure_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    here = Saver(tmp_path, rank=0, world_size=1, keep=9)
+    assert here.settle(_alone) is None
+    for step, bad in ((1, None), (2, object()), (3, None)):
+        here.begin(step, {"weight": torch.zeros(1_000_000)}, {"bad": bad})
+        assert here.settle(_alone) == Settled(step, step != 2, (0,) if step == 2 else ())
+        assert here.pending is None
+    assert "rank 0 could not save step 2" in caplog.text
+    assert here.finish(_alone) == newest(tmp_path)
+    here.close()
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
 def test_a_publication_that_fails_in_the_background_is_a_warning(
@@ -303,3 +319,11 @@ def test_a_kill_at_any_moment_leaves_a_valid_newest_one() -> None:
     assert cases.faults == ()
     assert cases.kills == 24 and cases.while_saving > 0
     assert cases.row().startswith("| kill at 24 random points inside saving")
+
+
+def test_the_benchmark_of_what_saving_holds_up_runs(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "checkpoint_stall.py"
+    options = ["--parameters", "1001", "--saves", "2", "--alone-seconds", "0.01", "--directory", str(tmp_path)]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()][2:] == ["| 1", "| 2"]
