@@ -140,12 +140,11 @@ def _age(seconds: float) -> str:
 
 
 def _folder(run_directory: Path) -> Path:
-    for folder in (run_directory / "checkpoints", run_directory):
-        if folder.is_dir() and (folder.name == "checkpoints" or folder.resolve().name == "checkpoints"):
-            return folder
-    if run_directory.is_dir():
-        return run_directory / "checkpoints"
-    raise UsageError(f"{run_directory}: no such run directory")
+    """A run's `checkpoints`, which may be given itself."""
+    if not run_directory.is_dir():
+        raise UsageError(f"{run_directory}: no such run directory")
+    inside = run_directory / "checkpoints"
+    return run_directory if run_directory.resolve().name == "checkpoints" and not inside.exists() else inside
 
 
 def _checkpoint(path: Path) -> Path:
