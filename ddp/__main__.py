@@ -17,6 +17,7 @@ import typer
 
 from ddp import outcome, topology
 from ddp.board import PhaseBoard
+from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
 from ddp.errors import DdpError, StoppedError, UsageError
@@ -79,6 +80,8 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
 
 
 app.command()(advise)
+app.command()(checkpoints)
+app.command()(export)
 
 
 @app.command("critical-batch")

@@ -63,8 +63,15 @@ def part_names(world_size: int) -> list[str]:
 
 
 def candidates(directory: Path) -> list[Candidate]:
-    """The newest first; of one step the one that was not replaced."""
-    paths = sorted(directory.iterdir(), reverse=True) if directory.is_dir() else []
+    """The newest first; of one step the one that was not replaced.
+
+    Raises:
+        CheckpointError: the directory cannot be read.
+    """
+    try:
+        paths = sorted(directory.iterdir(), reverse=True) if directory.is_dir() else []
+    except OSError as fault:
+        raise CheckpointError(f"{directory}: cannot be read: {fault.strerror}") from None
     matches = ((STEP_DIRECTORY.fullmatch(path.name), path) for path in paths)
     found = [Candidate(int(match["step"]), match["replaced"] is not None, path) for match, path in matches if match]
     return sorted(found, key=lambda each: (-each.step, each.is_replaced))

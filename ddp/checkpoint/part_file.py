@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ddp.checkpoint.layout import LENGTH_BYTES, Place, header_length, parse
 from ddp.checkpoint.manifest import FileEntry
@@ -43,7 +43,7 @@ def write_file(path: Path, *contents: bytes | memoryview, go_on: Callable[[], No
     return FileEntry(size_bytes, digest.hexdigest())
 
 
-def check_content(path: Path, file: BinaryIO, entry: FileEntry) -> None:
+def check_content(path: Path, file: BufferedReader, entry: FileEntry) -> None:
     """Compare with what was written; leaves the file at its beginning.
 
     Raises:

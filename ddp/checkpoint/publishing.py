@@ -57,7 +57,9 @@ def write_parts(partial: Path, parts: Sequence[Part], go_on: Callable[[], None] 
     Raises:
         CheckpointError, OSError: they could not be written.
     """
-    partial.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not partial.parent.is_dir():
+        partial.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _flush_directory(partial.parent.parent)
     check_folder(partial.parent, partial.parent.stat())
     headers = {part.name: part.header() for part in parts}
     need_bytes = sum(len(headers[part.name]) + len(part.data) for part in parts)

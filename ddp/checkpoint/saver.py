@@ -126,6 +126,14 @@ class Saver:
             logger.warning("%s; the run goes on", self._own_failure(save, self._fault))
         return self._settle(save, everyones, quiet=False)
 
+    def settle(self, gather: Callable[[int], list[int]]) -> Settled | None:
+        """What `observe` does, waited for; None where nothing is pending. A failure is a warning and the run goes on."""
+        with self._stalling():
+            if self._pending is None:
+                return None
+            self._await(self._writing)
+            return self.observe(gather(self.part_saved))
+
     def finish(self, gather: Callable[[int], list[int]]) -> Path:
         """Wait until what was begun last is published; all ranks together.
 
@@ -194,7 +202,7 @@ class Saver:
         self.published = save.final
         try:
             remove_others(self._directory, save.step, self._retention)
-        except OSError as fault:
+        except (OSError, CheckpointError) as fault:
             logger.warning("%s: cannot look for old checkpoints: %s", self._directory, reason(fault))
 
     def _raise_if_closing(self) -> None:

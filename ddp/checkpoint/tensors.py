@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,10 @@ def make(dtype: str, shape: tuple[int, ...]) -> tuple[Tensor, memoryview]:
         tensor = torch.empty(shape, dtype=_DTYPE_OF[dtype])
     except (RuntimeError, TypeError, OverflowError) as fault:
         raise ValueError(str(fault)) from None
-    return tensor, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(
-        bytearray()
-    )
+    return tensor, tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Of tensors alike, in float64 on the way, as evaluation averages running statistics."""
+    total = torch.stack([tensor.double() for tensor in tensors]).sum(dim=0)
+    return (total / len(tensors)).to(tensors[0].dtype)

@@ -3,7 +3,7 @@
     runs/                   0755, so that a Prometheus server may list runs/targets
       <run id>/             0700
         job.toml            the job as resolved
-        checkpoints/        see checkpoint.py
+        checkpoints/        see ddp/checkpoint
         run.db, outcome.json, report.html
         .lock               held by rank 0 while the run lasts
 

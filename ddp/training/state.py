@@ -31,6 +31,7 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     if (tracker := trainer.watch.tracker) is not None:
         off = "start a new run, or resume without it, --set noise_scale.enabled=false"
         registry.add("noise_scale", tracker, remedy=off)
+    registry.add("state_dict", Names(model))
     registry.add("shards", trainer.watch.shards)
     registry.add("exchange", trainer.exchange, owner="rank alone")
     registry.add("random", Generators(), owner="rank alone", required=True)
@@ -138,6 +139,25 @@ class Counters:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.trainer.step_count, self.trainer.examples_total = state["step"], state["examples_total"]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """For whoever exports the model: what its own state_dict has, tied weights twice, and what each is saved as."""
+
+    module: nn.Module
+
+    def state_dict(self) -> dict[str, str]:
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        saved = {id(tensor): name for name, tensor in tensors}
+        state = self.module.state_dict(keep_vars=True)
+        return {name: saved[id(tensor)] for name, tensor in state.items() if id(tensor) in saved}
+
+    def check_state(self, state: Mapping[str, str]) -> None:
+        """The parameters and buffers tell whether it is the same model."""
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Nothing to take."""
 
 
 class Generators:
