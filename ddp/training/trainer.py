@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +33,7 @@ from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
 from ddp.training.random_state import preserved_random_state
 from ddp.training.signals import StopRequest
+from ddp.training.straggler import StragglerWatch, straggler_event
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.row import StepRow
 
@@ -78,6 +78,7 @@ class Trainer:
             *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
             steady=self.course.follows_readings,
         )
+        self.straggler = StragglerWatch(self.world_size)
 
     def run(self) -> None:
         """Train from where `step_count` stands to the last step; evaluates and saves on the way and at the end."""
@@ -126,6 +127,7 @@ class Trainer:
         norm = math.sqrt(rows[0].mean_squared_norm)  # one rank's for all, whose sums may round otherwise
         self._update(rate, norm)
         clock.lap("optimizer")
+        straggler = self.straggler.observe([row.own_seconds for row in rows])
 
         record = StepRecord(
             step=self.step_count,
@@ -139,11 +141,14 @@ class Trainer:
             duration_seconds=clock.elapsed_seconds,
             phase_seconds=tuple(_phases(row) for row in rows),
             all_reduce_bytes=self.exchange.bytes_total - bytes_before,
-            straggler_rank=_straggler(rows),
+            straggler_rank=self.straggler.rank,
+            slowdown_ratio=self.straggler.slowdown_ratio,
             global_batch_size=self.plan.global_batch_size,
             noise=noise,
         )
         self.sinks.step(record)
+        if straggler is not None:
+            self.sinks.event(straggler_event(self.straggler, straggler, self.step_count, record.unix_time))
         change = self.course.adapt(data, rows, None if noise is None else noise.readable, self.step_count)
         if change is not None:
             self.watch.restart(self.step_count)
@@ -284,9 +289,3 @@ def _raise_if_unused(module: nn.Module) -> None:
 
 def _phases(row: StepRow) -> dict[str, float]:
     return {phase: getattr(row, f"{phase}_seconds") for phase in PHASES}
-
-
-def _straggler(rows: list[StepRow]) -> int:
-    """The rank with the longest way to its last gradient in the previous step, waiting not counted."""
-    own = [row.data_seconds + row.forward_seconds + row.backward_seconds for row in rows]
-    return int(np.argmax(own)) if len(rows) > 1 and any(own) else -1
