@@ -50,8 +50,11 @@ def record(mine: Outcome, run_directory: Path | None) -> Path | None:
     if run_directory is not None and mine.code != UsageError.exit_code:  # that leaves nothing behind
         files.append(run_directory / outcome.FILE_NAME)
     for file in files:
-        with contextlib.suppress(OSError):  # a full disk must not hide the cause
+        try:
             outcome.claim(file, mine)
+        except OSError as error:  # a full disk must not hide the cause, nor make a failure of a success
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"warning: {file}: how this rank ended cannot be noted there: {error.strerror}\n")
     return files[0] if files else None
 
 

@@ -96,8 +96,8 @@ def claim(path: Path, outcome: Outcome) -> bool:
     """
     # Linking a finished file is atomic and fails where the name is taken: no reader sees half an outcome.
     temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
     try:
+        temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
             return True
