@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -105,8 +106,8 @@ def claim(path: Path, outcome: Outcome) -> bool:
     """
     # Linking a finished file is atomic and fails where the name is taken: no reader sees half an outcome.
     temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
     try:
+        temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
             return True
@@ -126,8 +127,11 @@ def record(mine: Outcome, run_directory: Path | None) -> Path | None:
     if run_directory is not None and mine.code != UsageError.exit_code:  # that leaves nothing behind
         files.append(run_directory / FILE_NAME)
     for file in files:
-        with contextlib.suppress(OSError):  # a full disk must not hide the cause
+        try:
             claim(file, mine)
+        except OSError as error:  # a full disk must not hide the cause, nor make a failure of a success
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"warning: {file}: how this rank ended cannot be noted there: {error.strerror}\n")
     return files[0] if files else None
 
 

@@ -78,12 +78,15 @@ def test_every_name_is_documented_and_none_is_missing() -> None:
         "ddp_loss",
         "ddp_phase_seconds_total",
         "ddp_restarts_total",
+        "ddp_run_finished",
         "ddp_run_info",
         "ddp_step_duration_seconds_bucket",
         "ddp_step_duration_seconds_count",
         "ddp_step_duration_seconds_sum",
+        "ddp_step_longest_interval_seconds",
         "ddp_steps_total",
         "ddp_straggler_rank",
+        "ddp_straggler_slowdown_ratio",
         "ddp_world_size",
     }
 

@@ -12,6 +12,7 @@ import bisect
 import errno
 import itertools
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from wsgiref.simple_server import WSGIServer
@@ -29,6 +30,7 @@ from prometheus_client.registry import Collector
 from ddp.errors import UsageError
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.event_metrics import EventMetrics
+from ddp.telemetry.goodput import Goodput
 from ddp.telemetry.noise_metrics import NoiseMetrics, critical_batch_families, gauge
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
 
@@ -55,8 +57,19 @@ class Metrics(Collector):
     """A `Sink` that answers scrapes of `registry` with the latest step and evaluation."""
 
     def __init__(
-        self, registry: CollectorRegistry, info: RunInfo, critical_batches: Sequence[CriticalBatch] = ()
+        self,
+        registry: CollectorRegistry,
+        info: RunInfo,
+        critical_batches: Sequence[CriticalBatch] = (),
+        goodput: Goodput | None = None,
     ) -> None:
+        """
+        Args:
+            goodput: kept up to date by its owner; None leaves its series out.
+        """
+        self._goodput = goodput
+        self._finished = False
+        self._longest_interval_seconds = 0.0
         self._info, self._critical_batches = info, critical_batches
         self._noise = NoiseMetrics()
         self._events = EventMetrics()
@@ -71,6 +84,9 @@ class Metrics(Collector):
 
     def step(self, record: StepRecord) -> None:
         with self._lock:
+            if self._last is not None:
+                interval = record.unix_time - self._last.unix_time
+                self._longest_interval_seconds = max(self._longest_interval_seconds, interval)
             self._last = record
             if record.noise is not None:
                 self._noise.observe(record.noise, record.global_batch_size)
@@ -96,12 +112,14 @@ class Metrics(Collector):
             self._batch_size_changes += 1
 
     def close(self) -> None:
-        """Nothing to release: the server belongs to whoever started it."""
+        """The run is over. Nothing to release: the server belongs to whoever started it."""
+        self._finished = True
 
     def collect(self) -> Iterable[Metric]:
         with self._lock:
             return [
-                *_run_families(self._info),
+                *_run_families(self._info, finished=self._finished),
+                *_goodput_families(self._goodput),
                 *_step_families(self._info, self._last),
                 *self._noise.families(),
                 *self._events.families(),
@@ -111,12 +129,30 @@ class Metrics(Collector):
                     "Times the global batch size has adapted itself, in this process.",
                     self._batch_size_changes,
                 ),
+                GaugeMetricFamily(
+                    "ddp_step_longest_interval_seconds",
+                    "Longest time between the ends of two steps in this process, evaluating and saving included.",
+                    self._longest_interval_seconds,
+                ),
                 *_time_families(self._durations, self._phase_seconds, self._all_reduce_bytes),
                 *_evaluation_families(self._last, self._evaluations),
             ]
 
 
-def _run_families(info: RunInfo) -> Iterator[Metric]:
+def _goodput_families(goodput: Goodput | None) -> Iterator[Metric]:
+    if goodput is None:
+        return
+    yield GaugeMetricFamily(
+        "ddp_goodput_ratio",
+        "Time of steps that count, each once, over all time since the run first began, being down included.",
+        goodput.ratio(time.time()),
+    )
+    yield GaugeMetricFamily(
+        "ddp_run_began_timestamp_seconds", "Unix time at which the run first began.", goodput.began_unix_time
+    )
+
+
+def _run_families(info: RunInfo, *, finished: bool) -> Iterator[Metric]:
     yield InfoMetricFamily(
         "ddp_run",
         "What is trained and how.",
@@ -124,6 +160,7 @@ def _run_families(info: RunInfo) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily("ddp_world_size", "Ranks that train together.", info.world_size)
     yield CounterMetricFamily("ddp_restarts", "Times the run was restarted by its launcher.", info.restarts)
+    yield GaugeMetricFamily("ddp_run_finished", "1 once the last step is done, 0 before.", float(finished))
 
 
 def _step_families(info: RunInfo, last: StepRecord | None) -> Iterator[Metric]:
@@ -143,7 +180,12 @@ def _step_families(info: RunInfo, last: StepRecord | None) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily("ddp_learning_rate", "Learning rate of the latest step.", last.learning_rate)
     yield GaugeMetricFamily(
-        "ddp_straggler_rank", "Rank whose own work took longest in the previous step; -1 unknown.", last.straggler_rank
+        "ddp_straggler_rank", "Rank that is slow by itself, step after step; -1 none.", last.straggler_rank
+    )
+    yield GaugeMetricFamily(
+        "ddp_straggler_slowdown_ratio",
+        "Own time of the slowest rank over the median of the others', named or not, over the latest steps.",
+        last.slowdown_ratio,
     )
     yield GaugeMetricFamily(
         "ddp_last_step_timestamp_seconds", "Unix time at the end of the latest step.", last.unix_time

@@ -6,6 +6,7 @@ few seconds and at each validation. Rank 0 only.
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections import deque
@@ -186,14 +187,15 @@ class Progress:
             interval_seconds: between two lines where `stream` is not a terminal.
         """
         self._info = info
-        self._console = Console(file=stream or sys.stderr, highlight=False)
+        stream = stream or sys.stderr  # None where the process was started without one
+        self._console = Console(file=stream or io.StringIO(), highlight=False)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._interval_seconds = REDRAW_SECONDS if self._live else interval_seconds
         self._rate = Rate(info)
         self._record: StepRecord | None = None
         self._evaluation: EvaluationRecord | None = None
         self._shown_unix_time = -math.inf
-        self._usable = True
+        self._usable = stream is not None
         if self._live is not None:
             self._attempt(self._live.start)
 

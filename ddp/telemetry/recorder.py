@@ -12,6 +12,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ddp.telemetry.critical_batches import CriticalBatch
@@ -92,6 +93,9 @@ class Recorder:
             while True:
                 closing = self._closing.is_set()
                 try:
+                    if writer is not None and not writer.is_in_place():
+                        self._begin_anew(writer)
+                        writer = None
                     if writer is None:
                         writer = Writer(self._path, self._info, self._critical_batches, self._busy_seconds)
                         stack.callback(writer.close)
@@ -109,6 +113,12 @@ class Recorder:
                     return
                 self._wake.wait(self._interval_seconds)
                 self._wake.clear()
+
+    def _begin_anew(self, writer: Writer) -> None:
+        """Somebody has removed the file, or put another in its place, whose steps so far stay as they are."""
+        log.warning("%s: was removed or replaced: it begins anew after step %d", self._path, writer.last_step)
+        writer.close()
+        self._info = replace(self._info, start_step=max(self._info.start_step, writer.last_step))
 
     def _drain(self, limit: int) -> list[Record]:
         records: list[Record] = []

@@ -20,6 +20,7 @@ from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunEven
 from ddp.telemetry.schema import FIRST_PART_PLACE, PLAIN_PLACE, PRECONDITIONED_PLACE, READING_COLUMNS, SCHEMA_VERSION
 
 Held = dict[Metric, tuple[int, Reading]]
+TIMED_TABLES = ("steps", "evaluations", "events")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,23 @@ def replay(
                 sink.batch_change(record)
 
 
+def read_times(database: sqlite3.Connection, until_step: int | None = None) -> tuple[float, float, float] | None:
+    """Unix time of the run's first beginning and of the latest record, and the seconds of all steps; None before a part.
+
+    Args:
+        until_step: steps after this one do not count.
+    """
+    (began,) = database.execute("SELECT min(started_unix_time) FROM run").fetchone()
+    if began is None:
+        return None
+    counted = -1 if until_step is None else until_step
+    (seconds,) = database.execute(
+        "SELECT total(duration_seconds) FROM steps WHERE step <= :step OR :step < 0", {"step": counted}
+    ).fetchone()
+    latest = [database.execute(f"SELECT max(unix_time) FROM {table}").fetchone()[0] for table in TIMED_TABLES]
+    return began, max([began, *(each for each in latest if each is not None)]), seconds
+
+
 def mean_phase_seconds(database: sqlite3.Connection) -> list[dict[str, float]]:
     """Mean time of each phase over all steps, one mapping a rank."""
     means = ", ".join(f"avg({phase}_seconds) AS {phase}" for phase in PHASES)
@@ -217,6 +235,7 @@ def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...], held
         straggler_rank=row["straggler_rank"],
         global_batch_size=row["global_batch_size"],
         noise=_noise(row, held),
+        slowdown_ratio=_float(row["slowdown_ratio"]),
     )
 
 

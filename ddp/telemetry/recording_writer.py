@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -93,6 +94,7 @@ class Writer:
     def __init__(
         self, path: Path, info: RunInfo, critical_batches: Sequence[CriticalBatch], busy_seconds: float
     ) -> None:
+        self._path = path
         self._database = sqlite3.connect(path, timeout=busy_seconds)
         self._kept = Kept(parts_step=info.start_step)
         try:
@@ -102,8 +104,10 @@ class Writer:
             with self._database:
                 create_schema(self._database)
                 self._part = self._begin_part(info)
+                self._last_step = info.start_step
                 self._database.execute("DELETE FROM critical_batches")
                 self._database.executemany(INSERT_CRITICAL, [astuple(each) for each in critical_batches])
+            self._identity = os.stat(path)
         except BaseException:
             self._database.close()
             raise
@@ -126,6 +130,19 @@ class Writer:
                             self._forget_steps_after(record.step)
                             kept = Kept(parts_step=record.step)
         self._kept = kept  # only now: what is rolled back is not there to be referred to
+        self._last_step = max([self._last_step, *(record.step for record in records)])
+
+    @property
+    def last_step(self) -> int:
+        """Of all that was written."""
+        return self._last_step
+
+    def is_in_place(self) -> bool:
+        """Whether what is written still comes to be under the path; SQLite writes on to a file that is removed."""
+        try:
+            return os.path.samestat(os.stat(self._path), self._identity)
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Leave one plain file, which also opens from a read-only directory."""

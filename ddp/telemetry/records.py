@@ -65,9 +65,10 @@ class StepRecord:
     duration_seconds: float
     phase_seconds: tuple[Mapping[str, float], ...]  # one mapping of PHASES a rank, of the previous step
     all_reduce_bytes: int  # gradient bytes this rank averaged in this step
-    straggler_rank: int  # rank whose own work took longest in the previous step; -1 unknown
+    straggler_rank: int  # rank that is slow by itself, step after step, up to the previous step; -1: none
     global_batch_size: int  # what the run aims at; `examples` is less in an epoch's last step
     noise: NoiseReadings | None  # None where the noise scale is switched off
+    slowdown_ratio: float = math.nan  # own time of the slowest rank over the others', latest steps; NaN: not known
 
     @property
     def reading(self) -> Reading | None:

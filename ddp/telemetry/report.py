@@ -24,8 +24,9 @@ from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
 from ddp.telemetry.recording import PartsMoment
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
 from ddp.telemetry.report_cards import run_cards
+from ddp.telemetry.report_health import health_cards
 from ddp.telemetry.report_page import Chart, page
-from ddp.telemetry.report_tables import changes_table, critical_table, events_table, readings_table
+from ddp.telemetry.report_tables import changes_table, critical_table, events_table, ranks_table, readings_table
 from ddp.telemetry.summary import History
 
 DRAWN_STEPS = 2_000  # more would only make the page heavy
@@ -45,6 +46,7 @@ class Recorded:
     critical_batches: list[CriticalBatch]
     methods: set[Method]  # by which the noise scale was observed
     events: list[RunEvent]
+    times: tuple[float, float, float] | None  # began, latest record, seconds of all steps: see `read_times`
 
     @property
     def info(self) -> RunInfo:
@@ -84,11 +86,14 @@ def read_recorded(path: Path) -> Recorded:
             critical_batches = recording.read_critical_batches(database)
             methods = recording.read_methods(database)
             events = recording.read_events(database)
+            times = recording.read_times(database)
         except sqlite3.Error as error:
             raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
     if not parts:
         raise UsageError(f"{path}: the run has not begun to record; try again in a few seconds")
-    return Recorded(parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods, events)
+    return Recorded(
+        parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods, events, times
+    )
 
 
 def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
@@ -103,10 +108,14 @@ def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
         title=info.run_id,
         subtitle=subtitle,
         note=_note(recorded),
-        cards=run_cards(info, history, recorded.critical_batches, recorded.events),
+        cards=[
+            *run_cards(info, history, recorded.critical_batches),
+            *health_cards(recorded.parts, history.last, recorded.events, recorded.times),
+        ],
         charts=_charts(recorded),
         tables=(
             events_table(recorded.events),
+            ranks_table(recorded.phase_seconds),
             readings_table(history),
             changes_table(info, recorded.changes),
             critical_table(recorded.critical_batches),

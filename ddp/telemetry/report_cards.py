@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.progress import METRIC_NAMES, metric_text, moment_text, number_text, reading_text
-from ddp.telemetry.records import EvaluationRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card
 from ddp.telemetry.report_tables import STATES_IN_WORDS, needed_text
 from ddp.telemetry.summary import History, TimedReading, as_of_text
@@ -15,9 +15,7 @@ from ddp.telemetry.summary import History, TimedReading, as_of_text
 CRITICAL_CARDS = 2
 
 
-def run_cards(
-    info: RunInfo, history: History, critical_batches: Sequence[CriticalBatch], events: Sequence[RunEvent] = ()
-) -> list[Card]:
+def run_cards(info: RunInfo, history: History, critical_batches: Sequence[CriticalBatch]) -> list[Card]:
     """What the run came to: validation, target, noise scale, batch size, what runs measured, the latest step."""
     cards = [] if history.validation is None else [_validation_card(info, history.validation)]
     if info.target is not None:
@@ -28,7 +26,6 @@ def run_cards(
     cards += [_critical_card(each) for each in critical_batches[:CRITICAL_CARDS]]
     if history.last is not None:
         cards.append(_step_card(history.last))
-    cards += _saves_card(events)
     return cards
 
 
@@ -88,18 +85,6 @@ def _critical_card(measured: CriticalBatch) -> Card:
     interval = f"[{number_text(measured.low)}, {number_text(measured.high)}] examples"
     detail = f"{interval}, by {measured.method} with {measured.optimizer} to {measured.target}"
     return Card("Critical batch size, measured", number_text(measured.critical_batch_size), detail)
-
-
-def _saves_card(events: Sequence[RunEvent]) -> list[Card]:
-    saved = [event for event in events if event.kind == "saved"]
-    failed = [event for event in events if event.kind == "save_failed"]
-    if not saved and not failed:
-        return []
-    times = sorted(event.duration_seconds for event in saved if event.duration_seconds >= 0)
-    detail = [f"the newest of step {saved[-1].step:,}"] if saved else []
-    detail += [f"{times[len(times) // 2]:.2g} s each"] if times else []
-    detail += [f"{len(failed)} failed"] if failed else []
-    return [Card("Checkpoints saved", f"{len(saved):,}", "; ".join(detail))]
 
 
 def _step_card(last: StepRecord) -> Card:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ddp.noise.noise_scale import LARGEST_WINDOW, Reading, State
 from ddp.noise.readings import Method
@@ -61,6 +61,27 @@ def events_table(events: Sequence[RunEvent]) -> Table:
     if len(told) > EVENTS_SHOWN:
         title += f", the latest {EVENTS_SHOWN} of {len(told):,}"
     return Table(title, columns, rows)
+
+
+def ranks_table(phase_seconds: Sequence[Mapping[str, float]]) -> Table:
+    """What each rank did by itself in a step, and what it waited for the others; left out for one rank."""
+    own = ("data", "forward", "backward")
+    columns = (
+        *(("Rank", "number"), ("To its last gradient", "number"), *((name.capitalize(), "number") for name in own)),
+        ("Waiting for others", "number"),
+    )
+    rows = [
+        (
+            str(rank),
+            *(
+                f"{1000 * value:.3g}"
+                for value in (sum(seconds[name] for name in own), *(seconds[name] for name in own))
+            ),
+            f"{1000 * seconds['wait']:.3g}",
+        )
+        for rank, seconds in enumerate(phase_seconds)
+    ]
+    return Table("Time of each rank in a step, mean in milliseconds", columns, rows if len(rows) > 1 else ())
 
 
 def readings_table(history: History) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from itertools import takewhile
@@ -15,15 +16,18 @@ from ddp.errors import UsageError
 from ddp.job import MetricsSection
 from ddp.noise.advice import advise
 from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.goodput import Goodput
 from ddp.telemetry.metrics import Metrics, MetricsServer, serve
-from ddp.telemetry.progress import Progress, moment_text
+from ddp.telemetry.progress import Progress, duration_text, moment_text
 from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.recording import (
     open_recording,
     read_batch_changes,
     read_evaluations,
     read_events,
+    read_parts,
     read_steps,
+    read_times,
     replay,
 )
 from ddp.telemetry.records import RunInfo
@@ -53,11 +57,13 @@ class Station:
         self._history = History(info)
         self._open = ExitStack()
         self._run_directory = Path()
-        self.sinks = Sinks([self._history])
+        self._interruptions = 0
+        self.goodput = Goodput(time.time())  # its state belongs into checkpoints
+        self.sinks = Sinks([self._history, self.goodput])
         self.server: MetricsServer | None = None
         if section.enabled:
             registry = CollectorRegistry()
-            self.sinks.add(Metrics(registry, info, critical_batches))
+            self.sinks.add(Metrics(registry, info, critical_batches, self.goodput))
             self.server = serve(registry, section.host, section.port)
             self._open.callback(self.server.close)
 
@@ -81,6 +87,7 @@ class Station:
             self._info,
             self._history,
             advice=self._advice(),
+            goodput=self._goodput_text(),
             report_path=report,
             metrics_address=self.server.address if self.server else None,
         )
@@ -96,6 +103,17 @@ class Station:
         except Exception as error:
             logger.warning("no report of this run: %s", error)
             return None
+
+    def _goodput_text(self) -> str | None:
+        """Where the run was interrupted; without that it only says how long start-up and evaluations take."""
+        rolled_back = sum(event.kind == "rolled_back" for event in self._history.events)
+        if not self._interruptions and not rolled_back:
+            return None
+        now = time.time()
+        again = [f"{self._interruptions} interruption{'s' * (self._interruptions > 1)}"] if self._interruptions else []
+        again += [f"{rolled_back} roll-back{'s' * (rolled_back > 1)}"] if rolled_back else []
+        all_time = duration_text(now - self.goodput.began_unix_time)
+        return f"{100 * self.goodput.ratio(now):.1f} % of {all_time} went into steps that count; {', '.join(again)}"
 
     def _advice(self) -> str | None:
         timed = self._history.advised
@@ -114,8 +132,11 @@ class Station:
         until = self._info.start_step
         try:
             with closing(open_recording(record)) as database:
+                self._interruptions = len(read_parts(database))
                 for event in read_events(database):
                     self.sinks.event(event)  # the record and the progress line are not among them yet
+                if (times := read_times(database, until)) is not None:
+                    self.goodput.recall(times[0], times[2], until)
                 steps = takewhile(lambda each: each.step <= until, read_steps(database))
                 evaluations = takewhile(lambda each: each.step <= until, read_evaluations(database))
                 changes = takewhile(lambda each: each.step <= until, read_batch_changes(database))

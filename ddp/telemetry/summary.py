@@ -158,6 +158,7 @@ def summary(
     history: History,
     *,
     advice: str | None = None,
+    goodput: str | None = None,
     report_path: Path | None = None,
     metrics_address: str | None = None,
 ) -> str:
@@ -165,10 +166,12 @@ def summary(
 
     Args:
         advice: one sentence from `History.advised`.
+        goodput: how much of the run's time counted, where that is worth a line.
         metrics_address: host:port that metrics were served on.
     """
     rows = [("run", _run_text(info, history)), *_validation_rows(info, history), *_noise_rows(info, history)]
     rows += [("advice", advice)] if advice else []
+    rows += [("goodput", goodput)] if goodput else []
     rows += [("report", str(report_path))] if report_path else []
     rows += [("metrics", f"http://{metrics_address}/metrics")] if metrics_address else []
     width = max(len(name) for name, _ in rows)

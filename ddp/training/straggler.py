@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW_STEPS = 20
+from ddp.telemetry.records import RunEvent
+
+WINDOW_STEPS = 25
 JUDGED_EVERY_STEPS = 5  # a judgement takes tens of microseconds, as long as some steps' data
 NAMED_ABOVE = 1.25  # of the others' median
 NAMED_ABOVE_SECONDS = 0.002  # and at least so much longer
 NAMED_SHARE = 0.8  # of the window's steps in which it was slower than the others' median
 LET_GO_BELOW = 1.15
-CONFIRMATIONS = 4  # judgements in a row that agree: the last of them has a window of its own
+CONFIRMATIONS = 5  # judgements in a row that agree: the last window shares nothing but a few steps with the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,11 @@ class StragglerWatch:
         self._candidate = -1
         self.rank = -1
         self.slowest: Slowest | None = None  # None until a window is full
+
+    @property
+    def slowdown_ratio(self) -> float:
+        """The slowest rank's, named or not; NaN until it is known."""
+        return math.nan if self.slowest is None else self.slowest.ratio
 
     def observe(self, own_seconds: Sequence[float]) -> Slowest | None:
         """Enter one step, one time a rank; the news where a rank is named or the named one is no straggler any more.
@@ -87,3 +94,10 @@ class StragglerWatch:
         if slowest.ratio > least_ratio and longer > NAMED_ABOVE_SECONDS and share >= NAMED_SHARE:
             return rank
         return -1
+
+
+def straggler_event(watch: StragglerWatch, news: Slowest, step: int, unix_time: float) -> RunEvent:
+    """What `observe` has just told, for the sinks."""
+    if watch.rank >= 0:
+        return RunEvent(step, unix_time, "straggler", news.rank, news.in_words())
+    return RunEvent(step, unix_time, "straggler_over", news.rank, f"no straggler any more: {news.in_words()}")

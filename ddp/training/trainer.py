@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -34,6 +33,7 @@ from ddp.training.phases import PhaseClock, PhaseSeconds
 from ddp.training.saving import Saving
 from ddp.training.settling import settle_buckets
 from ddp.training.signals import StopRequest
+from ddp.training.straggler import StragglerWatch, straggler_event
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 from ddp.transport.row import StepRow
 
@@ -72,6 +72,7 @@ class Trainer:
         )
         self._judge = Judge(self.job.faults)
         self._buffers_before = BuffersBefore(self.model.module) if self.job.faults.on_not_finite != "stop" else None
+        self.straggler = StragglerWatch(self.world_size)
 
     def settle(self) -> None:
         """Before a state is restored and before the first step; leaves everything as it is. Collective."""
@@ -118,6 +119,7 @@ class Trainer:
         norm = math.sqrt(rows[0].mean_squared_norm)  # one rank's for all, whose sums may round otherwise
         self._update(rate, norm)
         clock.lap("optimizer", then="telemetry")
+        straggler = self.straggler.observe([row.own_seconds for row in rows])
 
         record = StepRecord(
             step=self.step_count,
@@ -131,11 +133,14 @@ class Trainer:
             duration_seconds=clock.elapsed_seconds,
             phase_seconds=tuple(_phases(row) for row in rows),
             all_reduce_bytes=self.exchange.bytes_total - bytes_before,
-            straggler_rank=_straggler(rows),
+            straggler_rank=self.straggler.rank,
+            slowdown_ratio=self.straggler.slowdown_ratio,
             global_batch_size=self.plan.global_batch_size,
             noise=noise,
         )
         self.sinks.step(record)
+        if straggler is not None:
+            self.sinks.event(straggler_event(self.straggler, straggler, self.step_count, record.unix_time))
         change = self.course.adapt(data, rows, None if noise is None else noise.readable, self.step_count)
         if change is not None:
             self.watch.restart(self.step_count)
@@ -232,9 +237,3 @@ class Trainer:
 
 def _phases(row: StepRow) -> dict[str, float]:
     return {phase: getattr(row, f"{phase}_seconds") for phase in PHASES}
-
-
-def _straggler(rows: list[StepRow]) -> int:
-    """The rank with the longest way to its last gradient in the previous step, waiting not counted."""
-    own = [row.data_seconds + row.forward_seconds + row.backward_seconds for row in rows]
-    return int(np.argmax(own)) if len(rows) > 1 and any(own) else -1

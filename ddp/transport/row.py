@@ -50,9 +50,14 @@ class StepRow:
     projection: tuple[float, ...] = NO_PROJECTION  # of the own gradient: tells shards apart that are not exchangeable
 
     @property
+    def own_seconds(self) -> float:
+        """This rank's way to its last gradient in the previous step, waiting not counted."""
+        return self.data_seconds + self.forward_seconds + self.backward_seconds
+
+    @property
     def step_seconds(self) -> float:
         """What the previous step took on this rank, `measuring_seconds` and all."""
-        own = self.data_seconds + self.forward_seconds + self.backward_seconds + self.optimizer_seconds
+        own = self.own_seconds + self.optimizer_seconds
         return own + self.all_reduce_seconds + self.wait_seconds + self.measure_seconds
 
     def pack(self) -> NDArray[np.float64]:
