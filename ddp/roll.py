@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -161,7 +162,12 @@ class Roll:
             missing = [suspect]
         stopped = [rank for rank in missing if rank in self._near and self._near[rank].is_stopped()]
         if stopped:
-            return self._lost(stopped, STOPPED)
+            found = self._lost(stopped, STOPPED)
+            found.consequence = False  # what it says itself when it goes on is none of a cause
+            for rank in stopped:  # torchrun's SIGTERM would not reach it, and 30 s pass
+                with suppress(OSError):
+                    os.kill(self._ranks[rank].pid, signal.SIGCONT)
+            return found
         idle = [rank for rank in missing if rank not in self._near or not self._waits(rank)]
         return self._lost(idle or missing, SILENT)
 
