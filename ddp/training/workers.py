@@ -43,7 +43,7 @@ LEFT_TO_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR
 PR_SET_PDEATHSIG = 1
 END_SECONDS = 5.0  # for the kernel to take down a killed process
 _REQUEST = struct.Struct("=qqq")
-_ANSWER_BYTES = 1 << 17  # a message's, at most; the kernel takes no much longer ones
+_ANSWER_BYTES = 1 << 18  # a message's, at most; the kernel takes no much longer ones
 _TEXT = 8_000  # characters of an error's text and of its traceback
 
 
