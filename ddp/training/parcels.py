@@ -61,7 +61,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         plain = value.resolve_conj().resolve_neg().contiguous()
         flat = plain.reshape(-1).view(torch.uint8).numpy()
-        return _tensor, (pickle.PickleBuffer(memoryview(flat)), plain.dtype, tuple(plain.shape))
+        return _tensor, (pickle.PickleBuffer(flat.data), plain.dtype, tuple(plain.shape))
 
 
 def _tensor(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -43,7 +43,7 @@ LEFT_TO_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR
 PR_SET_PDEATHSIG = 1
 END_SECONDS = 5.0  # for the kernel to take down a killed process
 _REQUEST = struct.Struct("=qqq")
-_ANSWER_BYTES = 1 << 17  # a message's, at most; the kernel takes no much longer ones
+_ANSWER_BYTES = 1 << 18  # a message's, at most; the kernel takes no much longer ones
 _TEXT = 8_000  # characters of an error's text and of its traceback
 
 
@@ -100,13 +100,7 @@ class Worker:
 
     def answer(self) -> Batch | Failed:
         """What became of the oldest request, once the worker has seen to it."""
-        wait([self._socket, self._process.sentinel])
-        try:
-            message, files, flags, _ = socket.recv_fds(self._socket, _ANSWER_BYTES, 1, socket.MSG_DONTWAIT)
-        except OSError as error:  # nothing there: it was the process that ended
-            raise self._lost() from error
-        if not message:
-            raise self._lost()
+        message, files, flags = self._receive()
         if flags & socket.MSG_CTRUNC:
             raise LoaderError(
                 f"data: this process has no file descriptor left for what worker {self.number} of rank {self._rank} "
@@ -118,6 +112,22 @@ class Worker:
             return unpack(files[0], struct.unpack(f"={len(message) // 8}q", message))
         finally:
             os.close(files[0])
+
+    def _receive(self) -> tuple[bytes, list[int], int]:
+        has_ended = False
+        try:
+            while True:
+                with suppress(BlockingIOError):
+                    message, files, flags, _ = socket.recv_fds(self._socket, _ANSWER_BYTES, 1, socket.MSG_DONTWAIT)
+                    break
+                if has_ended:  # and what it sent before that is taken
+                    raise self._lost()
+                has_ended = self._process.sentinel in wait([self._socket, self._process.sentinel])
+        except OSError as error:
+            raise self._lost() from error
+        if not message:
+            raise self._lost()
+        return message, files, flags
 
     def end(self) -> None:
         """At once, whatever it is doing: it has nothing to put in order. Safe to call twice."""
