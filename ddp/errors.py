@@ -9,7 +9,8 @@
     ├── TransportError            1  the gradient exchange failed
     │   └── PeerLostError         1  another rank died, left or did not come in time
     ├── LoaderError           1  a worker process that fetches data died or could not fetch
-    └── CheckpointError           1  a checkpoint cannot be read or written
+    ├── CheckpointError           1  a checkpoint cannot be read or written
+    └── ReplicaError              1  the ranks' parameters are no longer the same
 
 A message says what was wrong, where (field path, rank, step, bucket) and what to do.
 Whoever catches a `DdpError` at the edge prints the message without a traceback; any other
@@ -78,3 +79,9 @@ class LoaderError(DdpError):
 
 class CheckpointError(DdpError):
     """A checkpoint cannot be written, read or verified."""
+
+
+class ReplicaError(DdpError):
+    """The ranks' parameters are no longer the same: every rank raises this in the same step."""
+
+    rank = -1  # whose are wrong; -1 where that cannot be told

@@ -98,10 +98,12 @@ class Loop:
         is_best = value is not None and saving.best.enters(value)
         if is_best or saving.is_due(step):
             self.trainer.board.enter("save", step)
+            self.trainer.replicas.take(step)  # compared in the next row, before the checkpoint gets its name
             saving.begin(step, value)
 
     def _save_and_wait(self) -> Path:
         self.trainer.board.enter("save", self.trainer.step_count)
+        self.trainer.replicas.compare_now(self.trainer.step_count)
         path, news = self.trainer.saving.finish(self.trainer.step_count, self._metric_now())
         self._say_saved(news)
         return path

@@ -132,6 +132,8 @@ def _train_planned(
         trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints, roll.board, loader)
         together(lambda: check_space(directory.checkpoints, expected_bytes(trainer)) if station else None)
         try:
+            if station is not None:
+                trainer.saving.registry.add("goodput", station.goodput)
             trainer.settle()
             if origin.checkpoint is not None:
                 trainer.saving.restore(origin.checkpoint)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ddp.board import PhaseBoard
-from ddp.errors import UsageError
+from ddp.errors import ReplicaError, UsageError
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
 from ddp.telemetry.records import PHASES, EventKind, RunEvent, StepRecord
@@ -30,6 +30,7 @@ from ddp.training.loader import Loader
 from ddp.training.measuring import GradientWatch
 from ddp.training.optimizers import clip_
 from ddp.training.phases import PhaseClock, PhaseSeconds
+from ddp.training.replica_watch import ReplicaWatch
 from ddp.training.saving import Saving
 from ddp.training.settling import settle_buckets
 from ddp.training.signals import StopRequest
@@ -73,6 +74,8 @@ class Trainer:
         self._judge = Judge(self.job.faults)
         self._buffers_before = BuffersBefore(self.model.module) if self.job.faults.on_not_finite != "stop" else None
         self.straggler = StragglerWatch(self.world_size)
+        every = self.job.faults.check_replicas_every_steps
+        self.replicas = ReplicaWatch(self.model.module, every, rank=self.rank, world_size=self.world_size)
 
     def settle(self) -> None:
         """Before a state is restored and before the first step; leaves everything as it is. Collective."""
@@ -102,6 +105,7 @@ class Trainer:
         blocked = self.exchange.blocked_seconds - blocked_before
         waited = self.exchange.transport.wait_seconds - wait_before  # later waiting belongs to measuring
 
+        self._compare_replicas(rows)
         verdict = self._judge.judge(rows, self.step_count + 1, self.course.epochs_done)
         if verdict is Verdict.ROLL_BACK:
             self._roll_back()
@@ -145,6 +149,7 @@ class Trainer:
         if change is not None:
             self.watch.restart(self.step_count)
             self.sinks.batch_change(change)
+        self.replicas.take_if_due(self.step_count)
         self._previous_phases = clock.seconds(hook_seconds=blocked, wait_seconds=waited)
         return rows
 
@@ -189,9 +194,17 @@ class Trainer:
             **self.watch.row_fields(sums),
             measure_seconds=phases.measure,
             part_saved=self.saving.part_saved,
+            **self.replicas.row_fields(),
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
         )
         return self.exchange.exchange_row(row)
+
+    def _compare_replicas(self, rows: list[StepRow]) -> None:
+        try:
+            self.replicas.observe(rows)
+        except ReplicaError as error:
+            self.say("replicas_differ", str(error), error.rank)
+            raise
 
     def _pass_over(self, data: StepData) -> None:
         """As if the step's examples had not been there; the schedule goes on."""
