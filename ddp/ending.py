@@ -12,11 +12,13 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from ddp import outcome
 from ddp.errors import DdpError, DivergedError, StoppedError, UsageError
+from ddp.job import redact
 from ddp.outcome import OUTCOME_FILE_VARIABLE, Outcome
 from ddp.topology import Topology
 from ddp.training.signals import STOP_SIGNALS
@@ -31,6 +33,7 @@ def leave(error: BaseException, here: Topology) -> NoReturn:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     mine = outcome.failure(error, here.rank, here.world_size, consequence=_is_consequence(error))
+    mine = replace(mine, cause=redact(mine.cause))
     if _is_heard(mine, record(mine, getattr(error, "run_directory", None))):
         _show(error, mine)
     signal.alarm(EXIT_SECONDS)  # an MPI_Finalize or a thread may wait for ranks that are gone
@@ -76,7 +79,7 @@ def _is_heard(mine: Outcome, file: Path | None) -> bool:
 def _show(error: BaseException, mine: Outcome) -> None:
     expected = isinstance(error, DdpError) or mine.consequence
     if not expected:
-        traceback.print_exception(error)
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
     is_said = not expected and mine.line() == mine.cause
     if OUTCOME_FILE_VARIABLE not in os.environ and not is_said:
         sys.stderr.write(f"{mine.message()}\n")

@@ -23,7 +23,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.metrics import Metrics, serve
+from ddp.telemetry.metrics import Metrics
+from ddp.telemetry.metrics_server import serve
 from ddp.telemetry.recording import open_recording, read_steps
 from ddp.telemetry.targets import publish
 from telemetry_records import adam_steps, feed, run_info, step_records

@@ -15,7 +15,8 @@ from ddp.errors import UsageError
 from ddp.job import MetricsSection
 from ddp.noise.advice import advise
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.metrics import Metrics, MetricsServer, serve
+from ddp.telemetry.metrics import Metrics
+from ddp.telemetry.metrics_server import MetricsServer, serve
 from ddp.telemetry.progress import Progress, moment_text
 from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.recording import open_recording, read_batch_changes, read_evaluations, read_steps, replay
@@ -23,6 +24,7 @@ from ddp.telemetry.records import RunInfo, Sink
 from ddp.telemetry.report import write_report
 from ddp.telemetry.summary import History, summary
 from ddp.telemetry.targets import publish
+from ddp.telemetry.tls import tls_context
 
 RECORD = "run.db"
 
@@ -50,7 +52,13 @@ class Station:
         if section.enabled:
             registry = CollectorRegistry()
             self.sinks.append(Metrics(registry, info, critical_batches))
-            self.server = serve(registry, section.host, section.port)
+            self.server = serve(
+                registry,
+                section.host,
+                section.port,
+                tls=tls_context(section),
+                another_port_if_taken=info.restarts > 0,
+            )
             self._open.callback(self.server.close)
 
     def open(self, run_directory: Path) -> None:
@@ -62,7 +70,9 @@ class Station:
             self.sinks.append(sink)
             self._open.callback(sink.close)
         if self.server is not None:
-            target = publish(run_directory.parent / "targets", self._info.run_id, self.server.address)
+            target = publish(
+                run_directory.parent / "targets", self._info.run_id, self.server.address, self.server.scheme
+            )
             self._open.callback(target.close)
 
     def finish(self) -> str:
@@ -75,7 +85,7 @@ class Station:
             self._history,
             advice=self._advice(),
             report_path=report,
-            metrics_address=self.server.address if self.server else None,
+            metrics_url=self.server.url if self.server else None,
         )
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ddp
 from ddp.errors import PeerLostError, UsageError
-from ddp.job import Job, run_id_is_given
+from ddp.job import Job, check_exposure, redact, run_id_is_given
 from ddp.metering.measurement import has_batch_statistics
 from ddp.outcome import annotate, clear
 from ddp.process_group import initialise, shutdown
@@ -44,19 +44,28 @@ from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 
 
-def train(job: Job, topology: Topology, *, resume: str | None = None, allow_import: bool = False) -> Path:
+def train(
+    job: Job,
+    topology: Topology,
+    *,
+    resume: str | None = None,
+    allow_import: Sequence[str] = (),
+    insecure: bool = False,
+) -> Path:
     """Train `job` as one of its ranks; returns the run directory once every rank is done.
 
     Args:
         resume: None for a new run; "auto" to go on with the run of this id, if there is one; or the path of
             a run directory or of one checkpoint.
-        allow_import: whether a task of the form `module:attr` may be imported.
+        allow_import: modules from which, and from below which, a task of the form `module:attr` may be imported.
+        insecure: whether metrics may be served to other machines without TLS.
 
     Raises:
         UsageError: the job cannot run here; on all ranks, and nothing is left behind.
         DivergedError, StoppedError, TransportError, CheckpointError: see `ddp.errors`; each carries the
             attributes `step` and `run_directory`.
     """
+    check_exposure(job.metrics, insecure=insecure)
     device = choose_device(job.run.device, topology)
     refuse_worlds_of_one(job.transport, topology)
     torch.set_num_threads(job.run.threads_per_rank or threads_per_rank(topology))
@@ -72,7 +81,12 @@ def train(job: Job, topology: Topology, *, resume: str | None = None, allow_impo
 
 
 def _train(
-    job: Job, topology: Topology, device: torch.device, resume: str | None, allow_import: bool, stop: StopRequest
+    job: Job,
+    topology: Topology,
+    device: torch.device,
+    resume: str | None,
+    allow_import: Sequence[str],
+    stop: StopRequest,
 ) -> Path:
     plan = together(lambda: plan_run(job, topology.world_size, allow_import=allow_import))
     transport = together(lambda: open_transport(job.transport, device))
@@ -96,7 +110,7 @@ def _train(
 def _say(text: str) -> None:
     """Print it where that can be done: a closed pipe does not make a finished run fail."""
     try:
-        print(text, flush=True)
+        print(redact(text), flush=True)
     except OSError:  # what is left in the buffer would fail again when the interpreter ends
         with suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
