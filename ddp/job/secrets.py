@@ -33,8 +33,10 @@ _known: set[str] = set()  # every way in which a value that this process has rea
 
 def is_reference(value: object) -> bool:
     """Whether it stands for a secret: a table with one key, `env` or `file`, that names one."""
-    table = cast(Mapping[object, object], value) if isinstance(value, Mapping) else {}
-    return len(table) == 1 and next(iter(table)) in ("env", "file") and isinstance(next(iter(table.values())), str)
+    if not isinstance(value, Mapping) or len(cast(Mapping[object, object], value)) != 1:
+        return False
+    ((kind, name),) = cast(Mapping[object, object], value).items()
+    return kind in ("env", "file") and isinstance(name, str)
 
 
 def literal_secrets(options: Mapping[str, Any], where: str) -> list[str]:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -23,35 +24,41 @@ from prometheus_client.exposition import choose_encoder
 from ddp.errors import UsageError
 from ddp.job import is_loopback
 from ddp.telemetry.http_connection import Answer, Connection, Next
-from ddp.telemetry.work_budget import WorkBudget
+from ddp.telemetry.work_budget import SHARE, WorkBudget
 
+THREAD_NAME = "ddp-metrics"
 MOST_CONNECTIONS = 64
-CONNECTION_SECONDS = 5.0
+CONNECTION_SECONDS = 10.0
 PAGE_SECONDS = 0.5
+SILENT_SECONDS = 10  # that the kernel keeps a client which says nothing
 BACKLOG = 1024  # connections that wait in the kernel for their turn
-ACCEPTED_AT_ONCE = 8
+ACCEPTED_AT_ONCE = 8  # between two looks at the budget
 
 log = logging.getLogger(__name__)
 
 
 class Page:
-    """The registry as text, rendered at most every `PAGE_SECONDS` for each format."""
+    """The registry as text, rendered at most every `PAGE_SECONDS` for each format, and with half of the budget at most."""
 
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
         self._registry, self._clock = registry, clock
-        self._rendered: dict[str, tuple[float, Answer]] = {}  # by content type: there are a handful
+        self._held: dict[
+            str, tuple[float, Answer]
+        ] = {}  # by content type, of which there are a handful: until when, what
 
     def __call__(self, accept: str) -> Answer:
         encode, content_type = choose_encoder(accept)
         now = self._clock()
-        held = self._rendered.get(content_type)
-        if held is None or now - held[0] > PAGE_SECONDS:
+        held = self._held.get(content_type)
+        if held is None or now >= held[0]:
+            before = time.thread_time()
             try:
                 answer = Answer("200 OK", encode(self._registry), content_type)
             except Exception as error:  # a reading that cannot be shown must not end the endpoint
                 log.warning("metrics cannot be rendered: %s", error)
                 answer = Answer("500 Internal Server Error", b"metrics cannot be rendered; the log says why\n")
-            held = self._rendered[content_type] = (now, answer)
+            seconds = max(PAGE_SECONDS, 2 * (time.thread_time() - before) / SHARE)
+            held = self._held[content_type] = (now + seconds, answer)
         return held[1]
 
 
@@ -70,7 +77,7 @@ class MetricsServer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     @property
@@ -104,6 +111,8 @@ class MetricsServer:
 
     def _run(self) -> None:
         """The thread. Whatever goes wrong here is a warning: training does not depend on being watched."""
+        with suppress(OSError):  # so that `top -H` shows what it takes
+            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD_NAME, encoding="ascii")
         try:
             self._serve(WorkBudget())
         except Exception as error:
@@ -209,13 +218,16 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError:
+        raise socket.gaierror(socket.EAI_NONAME, "not a host's name") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if (defer := getattr(socket, "TCP_DEFER_ACCEPT", None)) is not None:
             # Linux keeps those who connect and say nothing to itself: they cost this process nothing.
-            listener.setsockopt(socket.IPPROTO_TCP, defer, int(CONNECTION_SECONDS))
+            listener.setsockopt(socket.IPPROTO_TCP, defer, SILENT_SECONDS)
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-SHARE = 0.005  # of one core
+SHARE = 0.01  # of one core
 BURST_SECONDS = 0.05  # of work without a pause: a scrape and its handshake are served at once
 SLICE_SECONDS = 0.001  # of work that has to be there before the thread goes on: fewer, longer pauses
 
