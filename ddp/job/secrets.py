@@ -21,7 +21,7 @@ HIDDEN = "***"
 SHORTEST = 4  # characters: a shorter value cannot be told from other text, nor hidden in it
 SECRET_KEY = re.compile(
     r"(?:^|_)(?:token|password|passwd|pass|passphrase|pwd|secret|credential|authorization|bearer"
-    r"|apikey|(?:api|access|private|secret|account|encryption|signing|auth)_key)s?$"
+    r"|apikey|(?:api|access|private|secret|account|encryption|signing|auth)_key)(?P<plural>s?)$"
 )
 TOKENS_OF_TEXT = frozenset(
     f"{kind}_token" for kind in ("bos", "cls", "end", "eos", "mask", "pad", "sep", "special", "start", "stop", "unk")
@@ -72,12 +72,12 @@ class RedactingFormatter(logging.Formatter):
 
 
 def _leaves(value: object, path: str, key: str = "") -> Iterator[tuple[str, str, object]]:
-    """Every value that is no table and no list, with its path and the nearest key above it."""
+    """Every value that is no table and no list, with its path and its key: of several above it one that hides a secret."""
     if is_reference(value):
         return
     if isinstance(value, Mapping):
         for name, each in cast(Mapping[str, object], value).items():
-            yield from _leaves(each, f"{path}.{name}", name)
+            yield from _leaves(each, f"{path}.{name}", key if SECRET_KEY.search(_plain(key)) else name)
     elif isinstance(value, list):
         for each in cast(Sequence[object], value):
             yield from _leaves(each, path, key)
@@ -88,11 +88,16 @@ def _leaves(value: object, path: str, key: str = "") -> Iterator[tuple[str, str,
 def _is_secret(key: str, value: object) -> bool:
     if isinstance(value, str) and PASSWORD_IN_URL.search(value):
         return True
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(".", "_")
-    if not SECRET_KEY.search(name) or name.removesuffix("s") in TOKENS_OF_TEXT:
+    match = SECRET_KEY.search(_plain(key))
+    if match is None or _plain(key).removesuffix("s") in TOKENS_OF_TEXT:
         return False
-    counts = name.endswith("s") and not isinstance(value, str)  # tokens = 128: how many
+    counts = match["plural"] and not isinstance(value, str)  # tokens = 128: how many
     return value != "" and not isinstance(value, bool) and not counts
+
+
+def _plain(key: str) -> str:
+    """Words in small letters with underscores between them."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(".", "_")
 
 
 def _resolved(value: Any, environ: Mapping[str, str], where: str) -> Any:
