@@ -29,6 +29,7 @@ from ddp.job.tasks import TaskSection
 from ddp.job.toml_file import DEEPEST, is_too_deep, read_toml, toml_value
 
 MOST_FAULTS = 20  # that are told of at once
+LONGEST_FAULT = 1000  # characters
 
 
 class Job(Section):
@@ -86,8 +87,12 @@ def parse_job(table: Mapping[str, Any], source: str = "job") -> Job:
     except ValidationError as error:
         faults = in_words(error.errors(include_url=False), Job)
         more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
-        lines = [f"{source}: {fault}" for fault in (*faults[:MOST_FAULTS], *more)]
+        lines = [f"{source}: {_shortened(fault)}" for fault in (*faults[:MOST_FAULTS], *more)]
         raise JobFileError("\n".join(lines)) from None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_FAULT else f"{text[: LONGEST_FAULT // 2]} ... {text[-LONGEST_FAULT // 2 :]}"
 
 
 def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -97,12 +102,12 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         path, equals, text = override.partition("=")
         keys = [key.strip() for key in path.split(".")]
         if not equals or len(keys) < 2 or not all(keys):
-            raise JobFileError(f"--set {override}: write section.key=value, for example run.epochs=3")
+            raise JobFileError(f"--set {_shortened(override)}: write section.key=value, for example run.epochs=3")
         target = result
         for key in keys[:-1]:
             child: object = target.setdefault(key, {})
             if not isinstance(child, dict):
-                raise JobFileError(f"--set {override}: {key} is not a table")
+                raise JobFileError(f"--set {_shortened(override)}: {key[:80]} is not a table")
             target = cast(dict[str, Any], child)
         target[keys[-1]] = toml_value(text.strip())
     if is_too_deep(result):
