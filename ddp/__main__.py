@@ -63,11 +63,11 @@ def train(
         _show_errors_to_the_user(here)
         _show_log_to_the_user(here)
         job = load_job(job_file, overrides or ())
-        check_import(job.task, allow_import or ())
-        check_exposure(job.metrics, insecure=insecure)
         if print_config or dry_run:
             _print_on_rank_0(job.to_toml() if print_config else plan(job, here), here)
             return
+        check_import(job.task, allow_import or ())
+        check_exposure(job.metrics, insecure=insecure)
         from ddp.training import run
 
         run_directory = run.train(job, here, resume=resume, allow_import=allow_import or (), insecure=insecure)

@@ -74,8 +74,9 @@ def launch(
     named = [f'run.id="{run_id}"'] if run_id is not None else []
     settings = [*(overrides or ()), *named]
     job = load_job(job_file, settings)
-    check_import(job.task, allow_import or ())
-    check_exposure(job.metrics, insecure=insecure)
+    if not dry_run:  # which runs no code and serves nothing
+        check_import(job.task, allow_import or ())
+        check_exposure(job.metrics, insecure=insecure)
     now, token = datetime.now(UTC), secrets.token_hex(2)
     generated = generate_run_id(job_file.stem, now, token)
     run = resolve_run_id(job.run.id, os.environ, generated)

@@ -55,12 +55,36 @@ def test_a_file_that_is_no_job(tmp_path: Path, command: list[str], text: str | N
 
 def test_an_error_that_only_the_ranks_can_find_comes_back_through_launch(tmp_path: Path) -> None:
     write_job(tmp_path)
+    settings = ["--set", "task.name=misbehaving:Nothing", "--allow-import", "misbehaving"]
     for launcher in ("torchrun", "mpirun"):
-        ended = run_command(python("-m", "launch", launcher, "job.toml", "--nproc-per-node", "2"), tmp_path)
+        ended = run_command(python("-m", "launch", launcher, "job.toml", "--nproc-per-node", "2", *settings), tmp_path)
         assert ended.code == 2, ended
         assert ended.stderr.count("\n") == 1, ended.stderr
-        assert "--allow-import misbehaving" in ended.stderr
+        assert "has no attribute 'Nothing'" in ended.stderr
         assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", [TRAIN, ["-m", "launch", "torchrun", "job.toml"]])
+def test_what_only_the_command_line_may_allow(tmp_path: Path, command: list[str]) -> None:
+    write_job(tmp_path)
+    told = (
+        ([], "give --allow-import misbehaving to allow it"),
+        (
+            ["--allow-import", "misbehaving.task", "--allow-import", "misbehav"],
+            "give --allow-import misbehaving to allow",
+        ),
+        (["--allow-import", ""], "--allow-import : not a module's name"),
+        (["--allow-import", "job.toml/"], "--allow-import job.toml/: not a module's name"),
+        (
+            ["--allow-import", "misbehaving", "--set", "metrics.enabled=true", "--set", "metrics.host=0.0.0.0"],
+            "--insecure",
+        ),
+    )
+    for options, message in told:
+        ended = run_command(python(*command, *options), tmp_path, timeout=30)
+        assert (ended.code, ended.stderr.count("\n")) == (2, 1), ended
+        assert message in ended.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_port_in_use_on_rank_0_ends_all_ranks(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -179,6 +181,9 @@ def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: Sequence[str
     except DdpError as error:
         pipe.send(Unusable(type(error).__name__, redact(str(error))))
         return
+    except Exception as error:
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        raise SystemExit(1) from None
     pipe.send(Ready(workload.training_examples, workload.device.type))
     attempt = _attempt if workload.device.type != "cpu" else _attempt_in_a_child
     with contextlib.suppress(EOFError, OSError):
