@@ -35,9 +35,9 @@ from ddp.process_group import initialise, shutdown
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import from_environment
+from ddp.training.building import build_trainer
 from ddp.training.loop import Loop
 from ddp.training.plan import plan_run
-from ddp.training.run import build_trainer
 from ddp.training.saving import SaveNews
 from ddp.training.signals import StopRequest
 from ddp.transport.comm_hook import GradientExchange
@@ -160,13 +160,15 @@ class Recorder:
 def train(setting: Setting, target: float) -> dict[str, Any]:
     """One run on all ranks, to the target or to the most steps; rank 0 has what it recorded."""
     job, stop = setting.job(), StopRequest()
-    plan = plan_run(job, dist.get_world_size(), allow_import=False)
+    plan = plan_run(job, dist.get_world_size(), allow_import=())
     exchange = GradientExchange(select_transport("auto", "cpu", 120.0))
     recorder = Recorder(target, PROBLEMS[setting.task].smoothing, stop)
     sinks = Sinks([recorder] if dist.get_rank() == 0 else [])
     with tempfile.TemporaryDirectory(prefix="ddp-benchmark-") as folder:
         board = PhaseBoard.make(dist.get_rank())
-        trainer = build_trainer(job, plan, exchange, torch.device("cpu"), stop, sinks, Path(folder), board)
+        trainer = build_trainer(
+            job, plan, exchange, torch.device("cpu"), stop, sinks=sinks, checkpoints=Path(folder), board=board
+        )
         trainer.saving.finish = lambda step, value: (Path(), SaveNews(step, True, "", 0.0, 0.0))
         trainer.settle()
         try:

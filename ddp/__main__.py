@@ -21,10 +21,12 @@ from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
 from ddp.errors import DdpError, StoppedError, UsageError
-from ddp.job import Job, load_job
+from ddp.job import Job, RedactingFormatter, check_exposure, check_import, load_job
 from ddp.outcome import STDERR_VARIABLE
 from ddp.topology import SINGLE_PROCESS, Topology
 from ddp.training.signals import STOP_SIGNALS
+
+PRIVATE = 0o077  # what a run writes is its owner's alone, whatever the umask was
 
 app = typer.Typer(
     help="Data-parallel training that measures the gradient noise scale.",
@@ -43,7 +45,11 @@ def train(
         str | None, typer.Option(metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from PATH.")
     ] = None,
     allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Admit a task named module:attr, which runs that module's code.")
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve metrics to other machines without TLS, where metrics.host does.")
     ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the job as resolved, as TOML, and stop.")
@@ -53,6 +59,7 @@ def train(
     """Train a job, as one process or as one rank of several (torchrun, mpirun, srun)."""
     here = SINGLE_PROCESS
     try:
+        os.umask(PRIVATE)
         _stop_cleanly_outside_training()
         here = topology.from_environment(os.environ)
         board = PhaseBoard.make(here.rank)
@@ -62,9 +69,13 @@ def train(
         if print_config or dry_run:
             _print_on_rank_0(job.to_toml() if print_config else plan(job, here), here)
             return
+        check_import(job.task, allow_import or ())
+        check_exposure(job.metrics, insecure=insecure)
         from ddp.training import run
 
-        run_directory = run.train(job, here, resume=resume, allow_import=allow_import, board=board)
+        run_directory = run.train(
+            job, here, resume=resume, allow_import=allow_import or (), insecure=insecure, board=board
+        )
         if here.rank == 0:
             outcome.record(outcome.success(here.rank, here.world_size), run_directory)
     except BaseException as error:
@@ -76,6 +87,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
     """Write RUN_DIR/report.html, one self-contained page, from the run's record."""
     from ddp.telemetry.report import write_report
 
+    os.umask(PRIVATE)
     print(write_report(run_directory))
 
 
@@ -109,8 +121,9 @@ def critical_batch(
         ),
     ] = None,
     allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Admit a task named module:attr, which runs that module's code.")
-    ] = False,
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
+    ] = None,
 ) -> None:
     """Measure the critical batch size by running: steps to a training loss over batch sizes and learning rates."""
     from ddp.search.branched import search_branches
@@ -127,12 +140,12 @@ def critical_batch(
         raise UsageError("--against SWEEP_DIR goes with --method branched")
     sweep = load_sweep(sweep_file, overrides or ())
     if checkpoint is None:
-        directory = search(sweep, resume=resume, workers=workers, allow_import=allow_import)
+        directory = search(sweep, resume=resume, workers=workers, allow_import=allow_import or ())
     else:
         if against is not None:
             check_comparable(sweep, against)
         directory = search_branches(
-            sweep, checkpoint, against=against, resume=resume, workers=workers, allow_import=allow_import
+            sweep, checkpoint, against=against, resume=resume, workers=workers, allow_import=allow_import or ()
         )
     found = [in_words(each) for each in read_findings(directory)]
     print(directory, *found, *(each.in_words() for each in compare_in(directory, against)), sep="\n")
@@ -228,7 +241,9 @@ def _show_errors_to_the_user(here: Topology) -> None:
 def _show_log_to_the_user(here: Topology) -> None:
     """Rank 0 says on standard error what it chose for the run; the others speak up only where something is wrong."""
     log = logging.getLogger("ddp")
-    log.addHandler(logging.StreamHandler())
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter())
+    log.addHandler(handler)
     log.setLevel(logging.INFO if here.rank == 0 else logging.WARNING)
 
 

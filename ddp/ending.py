@@ -12,12 +12,14 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from ddp import outcome
 from ddp.board import FAILED, say_ended
 from ddp.errors import DdpError, DivergedError, StoppedError, UsageError
+from ddp.job import redact
 from ddp.outcome import OUTCOME_FILE_VARIABLE, Outcome
 from ddp.topology import Topology
 from ddp.training.signals import STOP_SIGNALS
@@ -32,6 +34,7 @@ def leave(error: BaseException, here: Topology) -> NoReturn:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     mine = outcome.failure(error, here.rank, here.world_size, consequence=_is_consequence(error))
+    mine = replace(mine, cause=redact(mine.cause))
     file = outcome.record(mine, getattr(error, "run_directory", None))
     say_ended(here.rank, FAILED)
     if _is_heard(error, mine, file):
@@ -76,7 +79,7 @@ def _show(error: BaseException, mine: Outcome) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # said once, and to the end
     expected = isinstance(error, DdpError) or mine.consequence
     if not expected:
-        traceback.print_exception(error)
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
     is_said = not expected and mine.line() == mine.cause
     if OUTCOME_FILE_VARIABLE not in os.environ and not is_said:
         sys.stderr.write(f"{mine.message()}\n")

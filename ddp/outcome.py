@@ -24,6 +24,7 @@ from ddp.errors import DdpError, StoppedError, UsageError
 OUTCOME_FILE_VARIABLE = "DDP_OUTCOME_FILE"  # set by `launch` for the ranks it starts
 STDERR_VARIABLE = "DDP_STDERR"  # likewise: where the user reads errors, while the launcher's own go to a file
 FILE_NAME = "outcome.json"  # in the run directory
+MOST_BYTES = 1 << 20  # that are read of one
 
 _TYPES: Mapping[str, Any] = {
     "code": int,
@@ -106,8 +107,11 @@ def claim(path: Path, outcome: Outcome) -> bool:
     """
     # Linking a finished file is atomic and fails where the name is taken: no reader sees half an outcome.
     temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}.{threading.get_ident()}")
+    temporary.unlink(missing_ok=True)
+    private = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        temporary.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
+        with open(private, "w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
             return True
@@ -138,13 +142,20 @@ def record(mine: Outcome, run_directory: Path | None) -> Path | None:
 def read(path: Path) -> Outcome | None:
     """The outcome in `path`; None where there is none, or something else."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # A link leads out of the directory, and whoever opens a pipe waits.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            fields = json.loads(file.read(MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(fields, dict) or fields.keys() != _TYPES.keys():
         return None
     known = cast(dict[str, Any], fields)
-    return Outcome(**known) if all(isinstance(known[name], kind) for name, kind in _TYPES.items()) else None
+    return Outcome(**known) if all(_is(known[name], kind) for name, kind in _TYPES.items()) else None
+
+
+def _is(value: object, kind: Any) -> bool:
+    """A true is a number to Python, and none in JSON."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def clear(run_directory: Path) -> None:

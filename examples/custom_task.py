@@ -2,7 +2,7 @@
 
 From the repository's root:
 
-    torchrun --nproc-per-node 2 -m ddp train --allow-import examples/custom_task.toml
+    torchrun --nproc-per-node 2 -m ddp train --allow-import examples examples/custom_task.toml
 
 The job file's `options` arrive as the keyword arguments of `Spirals`.
 """

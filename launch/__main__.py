@@ -20,7 +20,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ddp.errors import DdpError, UsageError
-from ddp.job import RUN_ID_VARIABLE, generate_run_id, load_job, resolve_run_id
+from ddp.job import RUN_ID_VARIABLE, check_exposure, check_import, generate_run_id, load_job, resolve_run_id
 from launch import mpirun, torchrun
 from launch.submit import core_count, free_port, submit
 
@@ -61,7 +61,11 @@ def launch(
         str | None, typer.Option(metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from PATH.")
     ] = None,
     allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Admit a task named module:attr, which runs that module's code.")
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve metrics to other machines without TLS, where metrics.host does.")
     ] = False,
     run_id: Annotated[str | None, typer.Option(help="The run's id, in place of the job file's.")] = None,
     max_restarts: Annotated[
@@ -74,12 +78,15 @@ def launch(
     named = [f'run.id="{run_id}"'] if run_id is not None else []
     settings = [*(overrides or ()), *named]
     job = load_job(job_file, settings)
+    if not dry_run:  # which runs no code and serves nothing
+        check_import(job.task, allow_import or ())
+        check_exposure(job.metrics, insecure=insecure)
     now, token = datetime.now(UTC), secrets.token_hex(2)
     generated = generate_run_id(job_file.stem, now, token)
     run = resolve_run_id(job.run.id, os.environ, generated)
     if resume == "auto" and run == generated:
         raise UsageError("--resume auto: which run? Give its id, --run-id ID, or its directory, --resume PATH")
-    worker = worker_arguments(job_file, settings, resume, allow_import)
+    worker = worker_arguments(job_file, settings, resume, allow_import or (), insecure=insecure)
     command = render(launcher, worker, nproc_per_node, {RUN_ID_VARIABLE: run}, max_restarts)
     if dry_run:
         print(command.text())
@@ -87,14 +94,18 @@ def launch(
     raise typer.Exit(submit(command.argv, command.environment, command.signals, max_restarts=command.max_restarts))
 
 
-def worker_arguments(job_file: Path, settings: Sequence[str], resume: str | None, allow_import: bool) -> list[str]:
+def worker_arguments(
+    job_file: Path, settings: Sequence[str], resume: str | None, allow_import: Sequence[str], *, insecure: bool = False
+) -> list[str]:
     """The interpreter's arguments for one rank."""
     arguments = ["-m", "ddp", "train", str(job_file)]
     for setting in settings:
         arguments += ["--set", setting]
     if resume is not None:
         arguments += ["--resume", resume]
-    return [*arguments, "--allow-import"] if allow_import else arguments
+    for module in allow_import:
+        arguments += ["--allow-import", module]
+    return [*arguments, "--insecure"] if insecure else arguments
 
 
 def render(

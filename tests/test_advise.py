@@ -221,7 +221,11 @@ def test_where_there_is_no_run_that_is_said(tmp_path: Path) -> None:
     ("job", "task", "words"),
     [
         ("", "digits", "there is no .*job.toml"),
-        (JOB.replace("digits", "mine:Task"), "mine:Task", "mine:Task runs code from outside ddp; give --allow-import"),
+        (
+            JOB.replace("digits", "mine:Task"),
+            "mine:Task",
+            "mine:Task runs code from outside ddp; give --allow-import mine to",
+        ),
     ],
 )
 def test_why_batches_were_not_tried(tmp_path: Path, job: str, task: str, words: str) -> None:

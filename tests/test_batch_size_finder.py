@@ -139,7 +139,9 @@ def test_memory_that_is_refused_and_a_child_that_is_killed_are_too_large(tmp_pat
     """40 MiB an example, of 1,536: 8 fit beside torch, and 40 do not fit by themselves. Then a child that dies."""
     limit = 1536 * MEBIBYTE
     path = job_file(tmp_path, mebibytes=40, most=9, action="die")
-    with closing(BatchTrials(path, memory_bytes=limit, allow_import=True, seconds=120)) as batch_trials:
+    with closing(
+        BatchTrials(path, memory_bytes=limit, allow_import=["test_batch_size_finder"], seconds=120)
+    ) as batch_trials:
         assert batch_trials.facts() == TaskFacts("cpu", limit, EXAMPLES, 7, None)
         held = batch_trials.try_batch(8)
         assert held.fits and held.seconds > 0
@@ -151,7 +153,9 @@ def test_memory_that_is_refused_and_a_child_that_is_killed_are_too_large(tmp_pat
 
 
 def test_a_trial_that_takes_too_long_is_given_up_and_ended(tmp_path: Path, importable: None) -> None:
-    batch_trials = BatchTrials(job_file(tmp_path, most=8, action="sleep"), allow_import=True, seconds=120)
+    batch_trials = BatchTrials(
+        job_file(tmp_path, most=8, action="sleep"), allow_import=["test_batch_size_finder"], seconds=120
+    )
     with closing(batch_trials):
         assert batch_trials.try_batch(8).fits
         child = batch_trials._child
@@ -164,16 +168,16 @@ def test_a_trial_that_takes_too_long_is_given_up_and_ended(tmp_path: Path, impor
 def test_what_a_task_itself_does_wrong_is_no_lack_of_memory(tmp_path: Path, importable: None) -> None:
     path = job_file(tmp_path, most=8, action="fail")
     with pytest.raises(TrialError, match="a batch of 16 cannot be tried: ValueError: no such batch"):
-        largest_batch(BatchTrials(path, allow_import=True), start=16)
+        largest_batch(BatchTrials(path, allow_import=["test_batch_size_finder"]), start=16)
 
 
 def test_code_from_outside_needs_leave(tmp_path: Path, importable: None) -> None:
-    with pytest.raises(TrialError, match="give --allow-import to allow it"):
+    with pytest.raises(TrialError, match="give --allow-import test_batch_size_finder to allow it"):
         largest_batch(BatchTrials(job_file(tmp_path)), start=8)
 
 
 def test_a_child_is_the_first_to_go_where_the_machine_runs_short(tmp_path: Path, importable: None) -> None:
-    with closing(BatchTrials(job_file(tmp_path), allow_import=True)) as batch_trials:
+    with closing(BatchTrials(job_file(tmp_path), allow_import=["test_batch_size_finder"])) as batch_trials:
         facts = batch_trials.facts()
         assert batch_trials._child is not None
         process = Path(f"/proc/{batch_trials._child.pid}")

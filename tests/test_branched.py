@@ -106,7 +106,7 @@ def test_a_branch_goes_on_with_the_runs_weights_and_moments(origin: Path, sweep:
     from ddp.search.training_step import stream
 
     trial = Trial("branched", 48, 0.01, 1, (), 2, origin=str(origin), multiple=3.0)
-    workload = load_workload(sweep, allow_import=False)
+    workload = load_workload(sweep, allow_import=())
     result = run_trial(workload, trial)
     assert (result.origin, result.multiple, result.steps) == (str(origin), 3.0, 2)
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_something_else_is_refused(origin: Path, sweep: Sweep) -
     with pytest.raises(
         UsageError, match=r"belongs to another model: 0.weight is \[3, 1, 3, 3\] there and \[4, 1, 3, 3\]"
     ):
-        run_trial(load_workload(wider, allow_import=False), trial)
+        run_trial(load_workload(wider, allow_import=()), trial)
 
 
 def test_a_run_whose_schedule_is_over_is_no_beginning(origin: Path, sweep: Sweep) -> None:

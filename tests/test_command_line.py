@@ -55,19 +55,43 @@ def test_a_file_that_is_no_job(tmp_path: Path, command: list[str], text: str | N
 
 def test_an_error_that_only_the_ranks_can_find_comes_back_through_launch(tmp_path: Path) -> None:
     write_job(tmp_path)
+    settings = ["--set", "task.name=misbehaving:Nothing", "--allow-import", "misbehaving"]
     for launcher in ("torchrun", "mpirun"):
-        ended = run_command(python("-m", "launch", launcher, "job.toml", "--nproc-per-node", "2"), tmp_path)
+        ended = run_command(python("-m", "launch", launcher, "job.toml", "--nproc-per-node", "2", *settings), tmp_path)
         assert ended.code == 2, ended
         assert ended.stderr.count("\n") == 1, ended.stderr
-        assert "--allow-import" in ended.stderr
+        assert "has no attribute 'Nothing'" in ended.stderr
         assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", [TRAIN, ["-m", "launch", "torchrun", "job.toml"]])
+def test_what_only_the_command_line_may_allow(tmp_path: Path, command: list[str]) -> None:
+    write_job(tmp_path)
+    told = (
+        ([], "give --allow-import misbehaving to allow it"),
+        (
+            ["--allow-import", "misbehaving.task", "--allow-import", "misbehav"],
+            "give --allow-import misbehaving to allow",
+        ),
+        (["--allow-import", ""], "--allow-import : not a module's name"),
+        (["--allow-import", "job.toml/"], "--allow-import job.toml/: not a module's name"),
+        (
+            ["--allow-import", "misbehaving", "--set", "metrics.enabled=true", "--set", "metrics.host=0.0.0.0"],
+            "--insecure",
+        ),
+    )
+    for options, message in told:
+        ended = run_command(python(*command, *options), tmp_path, timeout=30)
+        assert (ended.code, ended.stderr.count("\n")) == (2, 1), ended
+        assert message in ended.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_port_in_use_on_rank_0_ends_all_ranks(tmp_path: Path) -> None:
     write_job(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        settings = ["--set", "metrics.enabled=true", "--set", f"metrics.port={port}", "--allow-import"]
+        settings = ["--set", "metrics.enabled=true", "--set", f"metrics.port={port}", "--allow-import", "misbehaving"]
         for command in (python(*TRAIN), python("-m", "launch", "torchrun", "job.toml", "--nproc-per-node", "2")):
             ended = run_command([*command, *settings], tmp_path)
             assert ended.code == 2, ended
@@ -90,7 +114,7 @@ def test_a_missing_job_is_said_once_by_bare_ranks(tmp_path: Path) -> None:
 def test_the_same_command_under_any_launcher(tmp_path: Path, launcher: list[str]) -> None:
     write_job(tmp_path, steps=2)
     worker = TRAIN if launcher is TORCHRUN else python(*TRAIN)
-    ended = run_command([*launcher, *worker, "--allow-import"], tmp_path)
+    ended = run_command([*launcher, *worker, "--allow-import", "misbehaving"], tmp_path)
     assert ended.code == 0, ended
     assert ended.stdout.count("2 steps") == 1
     assert (tmp_path / "runs" / "run" / "outcome.json").exists()
@@ -217,7 +241,7 @@ def test_without_loading_torch(tmp_path: Path, module: str, arguments: list[str]
 def test_launch_dry_run_prints_a_command_that_a_shell_can_run(tmp_path: Path) -> None:
     write_job(tmp_path)
     (tmp_path / "my job.toml").write_text((tmp_path / "job.toml").read_text())
-    options = ["--nproc-per-node", "2", "--run-id", "12", "--allow-import", "--dry-run"]
+    options = ["--nproc-per-node", "2", "--run-id", "12", "--allow-import", "misbehaving", "--dry-run"]
     for launcher in ("torchrun", "mpirun"):
         ended = run_command(python("-m", "launch", launcher, "my job.toml", *options), tmp_path, timeout=30)
         assert ended.code == 0, ended
@@ -230,9 +254,9 @@ def test_launch_dry_run_prints_a_command_that_a_shell_can_run(tmp_path: Path) ->
 
 
 def test_the_worker_gets_all_that_launch_was_given() -> None:
-    assert worker_arguments(Path("a.toml"), ["run.seed=3", "x.y=z"], "auto", True) == [
+    assert worker_arguments(Path("a.toml"), ["run.seed=3", "x.y=z"], "auto", ["misbehaving"]) == [
         *["-m", "ddp", "train", "a.toml", "--set", "run.seed=3", "--set", "x.y=z"],
-        *["--resume", "auto", "--allow-import"],
+        *["--resume", "auto", "--allow-import", "misbehaving"],
     ]
 
 

@@ -155,10 +155,10 @@ def test_a_finished_search_is_neither_mixed_nor_repeated(finished: tuple[Path, E
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_search_leaves_nobody_behind_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     write_sweep(tmp_path, "sleepy:Task", "options = { seconds = 0.001 }", "[0.05, 0.1]")
-    with started(command("--allow-import"), tmp_path) as process:
+    with started(command("--allow-import", "sleepy"), tmp_path) as process:
         wait_until(lambda: len(safely(tmp_path)) >= 3)
         if number == signal.SIGTERM:
-            refused = run(tmp_path, "--allow-import", "--resume")
+            refused = run(tmp_path, "--allow-import", "sleepy", "--resume")
             assert refused.code == 2 and "running here already" in refused.stderr
         below = descendants(process.pid)
         assert len(below) >= 2
@@ -174,7 +174,7 @@ def test_a_stopped_search_leaves_nobody_behind_and_goes_on(tmp_path: Path, numbe
     assert 3 <= len(before) < 30
     if number == signal.SIGINT:
         return
-    after = run(tmp_path, "--allow-import", "--resume", "--set", "sweep.workers=3")
+    after = run(tmp_path, "--allow-import", "sleepy", "--resume", "--set", "sweep.workers=3")
     assert after.code == 0, after.stderr
     found = trials(tmp_path)
     assert list(map(repr, found[: len(before)])) == list(map(repr, before))
@@ -188,7 +188,7 @@ def safely(folder: Path) -> list[TrialResult]:
 
 def test_a_trial_that_is_killed_is_named_and_the_search_goes_on(tmp_path: Path) -> None:
     write_sweep(tmp_path, "sleepy:Task", "options = { kill_above = 24 }", "[0.05, 0.1]")
-    ended = run(tmp_path, "--allow-import", "--set", "sweep.batch_sizes=[2, 4, 8, 16, 128]")
+    ended = run(tmp_path, "--allow-import", "sleepy", "--set", "sweep.batch_sizes=[2, 4, 8, 16, 128]")
     assert ended.code == 0, ended.stderr
     assert "batch 128  learning rate 0.05  seed 0  failed: was killed by SIGKILL (out of memory?)" in ended.stderr
     found = trials(tmp_path)
@@ -204,7 +204,7 @@ def test_a_trial_that_is_killed_is_named_and_the_search_goes_on(tmp_path: Path) 
 
 def test_when_all_trials_fail_the_search_says_why(tmp_path: Path) -> None:
     write_sweep(tmp_path, "sleepy:Task", "options = { kill_above = 0 }", "[0.05, 0.1]")
-    ended = run(tmp_path, "--allow-import")
+    ended = run(tmp_path, "--allow-import", "sleepy")
     assert ended.code == 1 and "every trial so far failed, the last one: was killed by SIGKILL" in ended.stderr
 
 

@@ -48,7 +48,7 @@ def workload(
         }
     )
     section = SweepSection.model_validate({"subset_examples": 32, "batch_sizes": [4, 16, 32, 64, 256], **sweep})
-    return load_workload(Sweep(section, job, "sweep"), allow_import=False)
+    return load_workload(Sweep(section, job, "sweep"), allow_import=())
 
 
 def bowl(**options: Any) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_malformed_overrides_are_named(override: str) -> None:
         ("run.id=..", "run.id", ["'..' is not a run id"]),
         ("run.id=", "run.id", ["'' is not a run id"]),
         ("metrics.port=65536", "metrics.port", ["65535"]),
-        ("metrics.host=0.0.0.0", "metrics.host", ["loopback"]),
+        ("metrics.certificate=c.pem", "metrics", ["certificate and private_key go together"]),
         ("evaluation.every_steps=0", "evaluation.every_steps", ["greater than 0"]),
     ],
 )

@@ -15,7 +15,17 @@ from mpi_environments import MpiEnvironment
 
 def launch(mpi: MpiEnvironment, ranks: int = 2) -> list[str]:
     """The launcher's argv in that MPI's environment."""
-    return [mpi.python, "-m", "launch", "mpirun", "job.toml", "--nproc-per-node", str(ranks), "--allow-import"]
+    return [
+        mpi.python,
+        "-m",
+        "launch",
+        "mpirun",
+        "job.toml",
+        "--nproc-per-node",
+        str(ranks),
+        "--allow-import",
+        "misbehaving",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,9 @@ def test_sigterm_stops_with_a_checkpoint(mpi: MpiEnvironment, tmp_path: Path) ->
 
 def test_bare_mpirun_ends_all_ranks_when_one_raises(mpi: MpiEnvironment, tmp_path: Path) -> None:
     write_job(tmp_path, "raise", rank=1)
-    ended = run_command(mpi.command(2, "-m", "ddp", "train", "job.toml", "--allow-import"), tmp_path, mpi.variables)
+    ended = run_command(
+        mpi.command(2, "-m", "ddp", "train", "job.toml", "--allow-import", "misbehaving"), tmp_path, mpi.variables
+    )
     assert ended.code == 1, ended
     assert ended.stderr.count("Traceback") == 1, ended.stderr
     assert ended.stderr.count("error: rank 1 on ") == 1, ended.stderr

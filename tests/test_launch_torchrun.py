@@ -9,7 +9,7 @@ from ddp import outcome
 from jobs import finish, python, run_command, started, wait_until, write_job
 from launch import torchrun
 
-LAUNCH = python("-m", "launch", "torchrun", "job.toml", "--nproc-per-node", "2", "--allow-import")
+LAUNCH = python("-m", "launch", "torchrun", "job.toml", "--nproc-per-node", "2", "--allow-import", "misbehaving")
 
 
 def test_render() -> None:

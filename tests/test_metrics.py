@@ -15,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ddp.errors import UsageError
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.metrics import STEP_DURATION_BUCKETS_SECONDS, Metrics, serve
+from ddp.telemetry.metrics import STEP_DURATION_BUCKETS_SECONDS, Metrics
+from ddp.telemetry.metrics_server import serve
 from ddp.telemetry.noise_metrics import MOST_LAYERS
 from telemetry_records import (
     adam_steps,

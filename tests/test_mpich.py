@@ -16,7 +16,7 @@ import mpi_environments
 from jobs import Ended, finish, run_command, started, wait_until, write_job
 from mpi_environments import MPI_NAMES, MpiEnvironment, mpi_environment
 
-TRAIN = ("-m", "ddp", "train", "job.toml", "--allow-import")
+TRAIN = ("-m", "ddp", "train", "job.toml", "--allow-import", "misbehaving")
 
 # Hydra mixes the ranks' lines, so each rank writes a file.
 WHERE = """

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import socket
 from pathlib import Path
 
@@ -79,3 +81,21 @@ def test_meeting_takes_everyone(tmp_path: Path) -> None:
     file = tmp_path / outcome.FILE_NAME
     assert not outcome.meet(file, 1, 2, 0.05)
     assert outcome.meet(file, 0, 2, 0.05)
+
+
+def test_what_is_no_outcome_is_none(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "outcome.json", tmp_path / "elsewhere.json"
+    outcome.claim(elsewhere, outcome.success(0, 1))
+    path.symlink_to(elsewhere)
+    assert outcome.read(path) is None
+    assert outcome.claim(path, outcome.success(1, 2)) and not path.is_symlink()
+    good = json.loads(elsewhere.read_text())
+    for change in ({"code": True}, {"step": 1.0}, {"host": None}, {"more": 1}):
+        path.write_text(json.dumps({**good, **change}))
+        assert outcome.read(path) is None
+    for text in ("[" * 100_000, "9" * 6000, "", "\0"):
+        path.write_text(text)
+        assert outcome.read(path) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert outcome.read(path) is None

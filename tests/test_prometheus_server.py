@@ -22,8 +22,10 @@ from typing import TypeVar
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from certificates import make_pair
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.metrics import Metrics, serve
+from ddp.telemetry.metrics import Metrics
+from ddp.telemetry.metrics_server import serve
 from ddp.telemetry.recording import open_recording, read_steps
 from ddp.telemetry.targets import publish
 from telemetry_records import adam_steps, feed, run_info, step_records
@@ -179,6 +181,41 @@ def test_runs_are_found_by_the_glob_and_forgotten_when_they_end(project: Path) -
             for each in reversed(opened):
                 each.close()
         wait_for("the end of both", lambda: True if query("up") == {} else None)
+
+
+def test_a_real_job_is_scraped_over_tls(project: Path) -> None:
+    """Two ranks, a certificate that signs itself, and a server that knows it and shows a certificate of its own."""
+    server, client = make_pair(project, "server"), make_pair(project, "client")
+    for path in (client.key, client.certificate, server.certificate):
+        shutil.chown(path, SERVER_USER)
+    configuration = project / "deploy" / "prometheus" / "prometheus.yml"
+    text = configuration.read_text().replace("rule_files: [alerts.yml]", "")
+    commented = re.findall(r"^( +)# (tls_config:|  (?:ca|cert|key)_file: .*)$", text, re.MULTILINE)
+    assert len(commented) == 4
+    text = re.sub(r"^( +)# (tls_config:|  (?:ca|cert|key)_file: .*)$", r"\1\2", text, flags=re.MULTILINE)
+    for name, path in (
+        ("server.pem", server.certificate),
+        ("client.pem", client.certificate),
+        ("client.key", client.key),
+    ):
+        text = text.replace(f"/etc/prometheus/{name}", str(path))
+    configuration.write_text(text)
+    settings = ["run.id=scraped", f"run.directory={project / 'runs'}", "run.epochs=3", "metrics.hold_seconds=15"]
+    settings += [f"metrics.certificate={server.certificate}", f"metrics.private_key={server.key}"]
+    settings += [f"metrics.client_certificates={client.certificate}"]
+    command = [sys.executable, "-m", "launch", "torchrun", str(REPOSITORY / "examples" / "digits.toml")]
+    command += ["--nproc-per-node", "2", *(word for setting in settings for word in ("--set", setting))]
+    with prometheus_server(project) as query, (project / "job.log").open("w") as log:
+        job = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
+        try:
+            total = 3 * 1_472.0
+            wait_for("all examples", lambda: True if query("ddp_examples_total") == {"scraped": total} else None)
+            assert query("up") == {"scraped": 1.0}
+            assert job.wait(timeout=DEADLINE_SECONDS) == 0, (project / "job.log").read_text()
+        finally:
+            if job.poll() is None:
+                job.terminate()
+                job.wait(timeout=60)
 
 
 def test_a_real_job_is_scraped(project: Path) -> None:

@@ -11,11 +11,14 @@ import pytest
 from ddp.errors import CheckpointError, JobFileError, UsageError
 from ddp.job import Job, load_job, parse_job
 from ddp.training.run_directory import (
+    WRITTEN,
+    WRITTEN_FOLDERS,
     RunDirectory,
     changed_settings,
     discarded_on_usage_error,
     open_run_directory,
 )
+from jobs import python, run_command
 from ranks import RankPool
 
 
@@ -179,3 +182,57 @@ def test_a_reopened_run_and_other_errors_leave_it_all(tmp_path: Path) -> None:
     with pytest.raises(UsageError), discarded_on_usage_error(reopened):
         raise UsageError("port in use")
     assert RunDirectory(tmp_path / "one").job_file.exists()
+
+
+# --- links and owners ---
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_no_link_in_a_run_is_followed(tmp_path: Path, name: str) -> None:
+    open_run_directory(_job(tmp_path / "runs"), "one", resume=False).close()
+    victim = tmp_path / "victim"
+    if name in WRITTEN_FOLDERS:
+        victim.mkdir()
+    else:
+        victim.write_text("precious")
+    for target in (victim, tmp_path / "nowhere"):
+        place = tmp_path / "runs" / "one" / name
+        place.unlink(missing_ok=True)
+        place.symlink_to(target)
+        with pytest.raises(UsageError, match=f"one/{name} is a link, which is not followed"):
+            open_run_directory(_job(tmp_path / "runs"), "one", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+    assert list(victim.iterdir()) == [] if name in WRITTEN_FOLDERS else victim.read_text() == "precious"
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    open_run_directory(_job(tmp_path), "one", resume=False).close()
+    os.mkfifo(tmp_path / "one" / "run.db")
+    with pytest.raises(UsageError, match="run.db is no plain file"):
+        open_run_directory(_job(tmp_path), "one", resume=True)
+
+
+def test_a_run_that_its_group_may_change_is_refused(tmp_path: Path) -> None:
+    open_run_directory(_job(tmp_path), "one", resume=False).close()
+    (tmp_path / "one").chmod(0o770)
+    with pytest.raises(UsageError, match="its group may write to it; make it yours alone"):
+        open_run_directory(_job(tmp_path), "one", resume=True)
+
+
+def test_all_that_a_run_leaves_is_its_owners_alone(tmp_path: Path) -> None:
+    """A real run, from a shell that shares everything; the folder of target lists stays open to Prometheus' user."""
+    (tmp_path / "job.toml").write_text(
+        '[run]\nsteps = 3\nid = "run"\n[task]\nname = "quadratic"\n[batch]\nglobal_batch_size = 8\n'
+        '[evaluation]\nmetric = "distance"\n'
+    )
+    before = os.umask(0)
+    try:
+        ended = run_command(python("-m", "ddp", "train", "job.toml"), tmp_path)
+    finally:
+        os.umask(before)
+    assert ended.code == 0, ended
+    run = tmp_path / "runs" / "run"
+    assert (_mode(tmp_path / "runs"), _mode(tmp_path / "runs" / "targets"), _mode(run)) == ("0o755", "0o755", "0o700")
+    modes = {str(path.relative_to(run)): path.stat().st_mode & 0o077 for path in run.rglob("*")}
+    assert {"run.db", "outcome.json", "job.toml"} <= modes.keys()
+    assert {name for name, mode in modes.items() if mode} == set()

@@ -37,7 +37,11 @@ def history_of(epochs: int = 12) -> History:
 def test_a_run_that_reached_its_target() -> None:
     info, history = run_info(), history_of()
     text = summary(
-        info, history, advice="Try 128.", report_path=Path("runs/digits-1/report.html"), metrics_address="127.0.0.1:9"
+        info,
+        history,
+        advice="Try 128.",
+        report_path=Path("runs/digits-1/report.html"),
+        metrics_url="http://127.0.0.1:9/metrics",
     )
     lines = [" ".join(line.split()) for line in text.splitlines()]
     reached = next(r for r in evaluation_records(info) if r.split == "validation" and r.metrics["accuracy"] >= 0.97)

@@ -92,3 +92,27 @@ def test_a_folder_that_cannot_be_had_is_a_warning(tmp_path: Path, caplog: pytest
     target.close()
     assert target.path is None
     assert "Prometheus will not find this run" in caplog.text
+
+
+def test_an_endpoint_over_tls_says_so(tmp_path: Path) -> None:
+    publish(tmp_path, "a", "node-7:9000", "https")
+    assert json.loads((tmp_path / "a.json").read_text()) == [
+        {"targets": ["node-7:9000"], "labels": {"run": "a", "__scheme__": "https"}}
+    ]
+
+
+def test_links_are_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere, targets = tmp_path / "elsewhere", tmp_path / "targets"
+    elsewhere.mkdir()
+    (elsewhere / "stale.json").write_text("kept")
+    targets.symlink_to(elsewhere)
+    assert publish(targets, "a", "127.0.0.1:1").path is None
+    assert "the folder is a link" in caplog.text
+    assert [path.name for path in elsewhere.iterdir()] == ["stale.json"]
+    targets.unlink()
+    targets.mkdir()
+    for name in ("a.json", "other.json"):
+        (targets / name).symlink_to(elsewhere / "stale.json")
+    publish(targets, "a", "127.0.0.1:2")
+    assert not (targets / "a.json").is_symlink()
+    assert (elsewhere / "stale.json").read_text() == "kept"

@@ -31,9 +31,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_registered_tasks_come_by_name() -> None:
-    assert type(load_task(DigitsSection(name="digits"), allow_import=False)) is DigitsTask
-    assert type(load_task(TextSection(name="text"), allow_import=False)) is TextTask
-    assert type(load_task(QuadraticSection(name="quadratic"), allow_import=False)) is QuadraticTask
+    assert type(load_task(DigitsSection(name="digits"), allow_import=())) is DigitsTask
+    assert type(load_task(TextSection(name="text"), allow_import=())) is TextTask
+    assert type(load_task(QuadraticSection(name="quadratic"), allow_import=())) is QuadraticTask
     assert set(REGISTRY) == {"digits", "text", "quadratic"}
 
 
@@ -74,7 +74,7 @@ NUMBER = 3
 
 
 def load(name: str, **options: Any) -> Any:
-    return load_task(CustomSection(name=name, options=options), allow_import=True)
+    return load_task(CustomSection(name=name, options=options), allow_import=[name.partition(":")[0]])
 
 
 def test_a_custom_task_gets_its_options(module: str) -> None:
@@ -84,7 +84,7 @@ def test_a_custom_task_gets_its_options(module: str) -> None:
 
 def test_a_custom_task_needs_the_flag_and_runs_nothing_without(module: str) -> None:
     with pytest.raises(UsageError, match=f"{module}:Configured.*--allow-import"):
-        load_task(CustomSection(name=f"{module}:Configured", options={"size": 5}), allow_import=False)
+        load_task(CustomSection(name=f"{module}:Configured", options={"size": 5}), allow_import=())
     assert module not in sys.modules
 
 
@@ -130,7 +130,7 @@ def test_the_example_job_files_are_valid_and_name_metrics_of_their_tasks(monkeyp
     monkeypatch.chdir(EXAMPLES.parent)
     for name, goal in (("digits", "max"), ("text", "min"), ("custom_task", "max")):
         job = load_job(EXAMPLES / f"{name}.toml")
-        task = load_task(job.task, allow_import=True)
+        task = load_task(job.task, allow_import=["examples"])
         assert metric_goal(task, job.evaluation.metric) == goal
         assert job.evaluation.target is not None
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from ddp import outcome
-from ddp.ending import record
 from ddp.errors import UsageError
 from ddp.job import MetricsSection
 from ddp.telemetry.recorder import Recorder
@@ -177,7 +176,7 @@ def test_a_disk_that_is_full_at_the_end_fails_no_finished_run(
             assert f"{info.steps} steps" in station.finish()
         finally:
             station.close()
-        record(outcome.success(0, 1), disk)
+        outcome.record(outcome.success(0, 1), disk)
         names = {path.name for path in disk.iterdir()} - {"filler", "run.db-journal"}
     assert "the record of the run is incomplete" in caplog.text
     assert "no report of this run" in caplog.text

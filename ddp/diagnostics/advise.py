@@ -20,7 +20,7 @@ from ddp.diagnostics.communication import Links, Measured
 from ddp.diagnostics.scaling import Baseline, Row, Scaling, StopsPaying
 from ddp.diagnostics.step_time import StepCost, StepSeconds
 from ddp.errors import UsageError
-from ddp.job import OptimizerSection, load_job
+from ddp.job import OptimizerSection, check_import, load_job
 from ddp.noise.advice import advise as sentence
 from ddp.noise.advice import stands
 from ddp.noise.efficiency import noise_scale_of
@@ -43,7 +43,7 @@ class MemoryQuestion:
 
     seconds: float = 60.0
     memory_bytes: int | None = None
-    allow_import: bool = False
+    allow_import: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +204,10 @@ def _largest(info: RunInfo, job_file: Path, question: MemoryQuestion | None) -> 
         return None, "Batches were not tried."
     if not job_file.is_file():
         return None, f"Batches were not tried: there is no {job_file}."
-    if ":" in info.task and not question.allow_import:
-        return None, f"Batches were not tried: {info.task} runs code from outside ddp; give --allow-import to allow it."
+    try:
+        check_import(load_job(job_file).task, question.allow_import)
+    except UsageError as error:
+        return None, f"Batches were not tried: {error}."
     batch_trials = BatchTrials(
         job_file=job_file,
         local_ranks=info.world_size // info.nodes,

@@ -13,7 +13,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +137,7 @@ class BatchTrials:
     local_ranks: int = 1
     seconds: float = 60.0
     memory_bytes: int | None = None
-    allow_import: bool = False
+    allow_import: Sequence[str] = ()
     _child: subprocess.Popen[str] | None = None
     _deadline: float = field(default=0.0, init=False)
 
@@ -189,7 +189,7 @@ class BatchTrials:
         command = [sys.executable, "-m", "ddp.diagnostics.batch_size_trial", str(self.job_file)]
         command += ["--local-ranks", str(self.local_ranks)]
         command += ["--memory-bytes", str(self.memory_bytes)] if self.memory_bytes else []
-        command += ["--allow-import"] if self.allow_import else []
+        command += [word for module in self.allow_import for word in ("--allow-import", module)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
 

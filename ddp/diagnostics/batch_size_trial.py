@@ -1,6 +1,6 @@
 """The child process in which batch sizes are tried: it may run out of memory, and die of that, without harm.
 
-    python -m ddp.diagnostics.batch_size_trial JOB.toml [--local-ranks N] [--memory-bytes N] [--allow-import]
+    python -m ddp.diagnostics.batch_size_trial JOB.toml [--local-ranks N] [--memory-bytes N] [--allow-import MODULE]
 
 Says what it found of the task, then answers each number of examples on its standard input with one line of JSON on
 its standard output. What the task itself prints goes to standard error. Before anything of the task is loaded its
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ddp.diagnostics.free_memory import available_bytes
 from ddp.errors import UsageError
-from ddp.job import Job, load_job
+from ddp.job import Job, load_job, redact
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Trial:
     """The job's task, as one rank would train it: its model, its optimizer, its data."""
 
-    def __init__(self, job: Job, local_ranks: int, memory_bytes: int | None, *, allow_import: bool) -> None:
+    def __init__(self, job: Job, local_ranks: int, memory_bytes: int | None, *, allow_import: Sequence[str]) -> None:
         import torch
 
         from ddp.tasks import load_task
@@ -192,7 +192,7 @@ def _tried(trial: Trial, examples: int) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = redact(" ".join(str(error).split()))[:300]
     return text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"
 
 
@@ -220,7 +220,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("job_file", type=Path)
     parser.add_argument("--local-ranks", type=int, default=1)
     parser.add_argument("--memory-bytes", type=int)
-    parser.add_argument("--allow-import", action="store_true")
+    parser.add_argument("--allow-import", action="append", default=[])
     return parser.parse_args(arguments)
 
 

@@ -49,8 +49,11 @@ def advise(
     ] = None,
     memory_seconds: Annotated[float, typer.Option(min=1.0, metavar="S", help="Trying batches ends then.")] = 60.0,
     allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Admit a task named module:attr where batches are tried.")
-    ] = False,
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE", help="Admit a task module:attr from MODULE or below it where batches are tried."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
 ) -> None:
     """Say what more ranks or another batch would bring, from a run's record; writes RUN_DIR/advice.html."""
@@ -62,7 +65,7 @@ def advise(
         price_per_rank_hour=price,
         ranks_per_node=ranks_per_node,
         links=Links(link_bytes_per_second=1e9 * link_gbits / 8, link_latency_seconds=1e-6 * link_latency_us),
-        memory=None if no_memory else MemoryQuestion(memory_seconds, memory_bytes, allow_import),
+        memory=None if no_memory else MemoryQuestion(memory_seconds, memory_bytes, tuple(allow_import or ())),
     )
     print(answer(run_directory, question, as_json=as_json))
 

@@ -9,6 +9,7 @@ from ddp.job.batch import UNITS, BatchSection
 from ddp.job.fields import Positive, PositiveFloat, Section
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.private_file import read_private_file
 from ddp.job.run_id import (
     RUN_ID,
     RUN_ID_VARIABLE,
@@ -17,6 +18,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
+from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -24,6 +26,8 @@ from ddp.job.sections import (
     MetricsSection,
     NoiseScaleSection,
     TransportSection,
+    check_exposure,
+    is_loopback,
 )
 from ddp.job.tasks import (
     TASKS,
@@ -32,7 +36,9 @@ from ddp.job.tasks import (
     QuadraticSection,
     TaskSection,
     TextSection,
+    check_import,
 )
+from ddp.job.toml_file import read_toml
 
 __all__ = [
     "RUN_ID",
@@ -52,16 +58,24 @@ __all__ = [
     "Positive",
     "PositiveFloat",
     "QuadraticSection",
+    "RedactingFormatter",
     "ScheduleSection",
     "Section",
     "TaskSection",
     "TextSection",
     "TransportSection",
     "apply_overrides",
+    "check_exposure",
+    "check_import",
     "check_run_id",
     "generate_run_id",
+    "is_loopback",
     "load_job",
     "parse_job",
+    "read_private_file",
+    "read_toml",
+    "redact",
     "resolve_run_id",
+    "resolve_secrets",
     "run_id_is_given",
 ]

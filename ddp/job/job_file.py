@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -27,6 +26,10 @@ from ddp.job.sections import (
     TransportSection,
 )
 from ddp.job.tasks import TaskSection
+from ddp.job.toml_file import DEEPEST, is_too_deep, read_toml, toml_value
+
+MOST_FAULTS = 20  # that are told of at once
+LONGEST_FAULT = 1000  # characters
 
 
 class Job(Section):
@@ -73,15 +76,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobFileError: one message with a line for each fault: file, field path, what is valid.
     """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobFileError(f"{path}: cannot read the job file: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise JobFileError(f"{path}: the job file is not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise JobFileError(f"{path}: not valid TOML: {error}") from None
+    table = read_toml(Path(path), "the job file")
     return parse_job(apply_overrides(table, overrides), source=str(path))
 
 
@@ -91,7 +86,13 @@ def parse_job(table: Mapping[str, Any], source: str = "job") -> Job:
         return Job.model_validate(table)
     except ValidationError as error:
         faults = in_words(error.errors(include_url=False), Job)
-        raise JobFileError("\n".join(f"{source}: {fault}" for fault in faults)) from None
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        lines = [f"{source}: {_shortened(fault)}" for fault in (*faults[:MOST_FAULTS], *more)]
+        raise JobFileError("\n".join(lines)) from None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_FAULT else f"{text[: LONGEST_FAULT // 2]} ... {text[-LONGEST_FAULT // 2 :]}"
 
 
 def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -101,19 +102,14 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         path, equals, text = override.partition("=")
         keys = [key.strip() for key in path.split(".")]
         if not equals or len(keys) < 2 or not all(keys):
-            raise JobFileError(f"--set {override}: write section.key=value, for example run.epochs=3")
+            raise JobFileError(f"--set {_shortened(override)}: write section.key=value, for example run.epochs=3")
         target = result
         for key in keys[:-1]:
             child: object = target.setdefault(key, {})
             if not isinstance(child, dict):
-                raise JobFileError(f"--set {override}: {key} is not a table")
+                raise JobFileError(f"--set {_shortened(override)}: {key[:80]} is not a table")
             target = cast(dict[str, Any], child)
-        target[keys[-1]] = _toml_value(text.strip())
+        target[keys[-1]] = toml_value(text.strip())
+    if is_too_deep(result):
+        raise JobFileError(f"--set: tables or lists more than {DEEPEST} deep in each other")
     return result
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ddp.job.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from ddp.errors import UsageError
+from ddp.job.fields import NonNegative, NonNegativeFloat, PathText, Positive, PositiveFloat, Section
 from ddp.job.run_id import check_run_id
 
 
@@ -14,7 +16,7 @@ class RunSection(Section):
     """What the run is called, where it goes, how long it lasts."""
 
     id: str | None = None
-    directory: str = "runs"
+    directory: PathText = "runs"
     seed: NonNegative = 0
     epochs: Positive | None = None
     steps: Positive | None = None
@@ -74,7 +76,7 @@ class NoiseScaleSection(Section):
         "batch statistics, which halves would change; true: every step",
     )
     layers: bool = Field(default=True, description="one noise scale a layer and a parameter group, in sampled steps")
-    critical_batch_result: str | None = Field(
+    critical_batch_result: PathText | None = Field(
         default=None, description="result.json of `ddp critical-batch`, to be shown beside the noise scale"
     )
 
@@ -127,14 +129,45 @@ class FaultsSection(Section):
 
 
 class MetricsSection(Section):
+    """Where Prometheus reads the run. Beyond this machine it is TLS, or `--insecure` on the command line."""
+
     enabled: bool = True
-    host: str = "127.0.0.1"
+    host: Annotated[PathText, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = Field(default=0, description="0 takes a free one")
     hold_seconds: NonNegativeFloat = Field(default=0.0, description="keep serving after the end, for a last scrape")
+    certificate: PathText | None = Field(default=None, description="PEM file: serve over TLS")
+    private_key: PathText | None = Field(default=None, description="PEM file of its key, readable by its owner alone")
+    client_certificates: PathText | None = Field(
+        default=None, description="PEM file: answer only clients whose certificate one of these has signed"
+    )
 
-    @field_validator("host")
-    @classmethod
-    def _loopback(cls, value: str) -> str:
-        if value not in {"127.0.0.1", "::1", "localhost"}:
-            raise ValueError("metrics are served on loopback only: 127.0.0.1, ::1 or localhost")
-        return value
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key go together")
+        if self.client_certificates is not None and self.certificate is None:
+            raise ValueError("client_certificates needs certificate and private_key: there is no client's without TLS")
+        return self
+
+
+def check_exposure(section: MetricsSection, *, insecure: bool) -> None:
+    """Refuse to show metrics to other machines in clear, unless whoever starts the run says so.
+
+    No job file can say so: one that is handed on must not open a port on the next machine.
+
+    Raises:
+        UsageError: it says what to do.
+    """
+    if section.enabled and not is_loopback(section.host) and section.certificate is None and not insecure:
+        raise UsageError(
+            f"metrics.host: {section.host} is reached from other machines, and anyone there could read the metrics: set "
+            "metrics.certificate and metrics.private_key, leave metrics.host out, or start with --insecure"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it; a name other than localhost may be anything."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from ddp.errors import UsageError
 from ddp.job.fields import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from ddp.job.secrets import literal_secrets
 
-CUSTOM_TASK = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+NAME = r"[A-Za-z_]\w*"
+MODULE = re.compile(rf"{NAME}(?:\.{NAME})*")
+CUSTOM_TASK = re.compile(rf"{MODULE.pattern}:{NAME}")
 
 
 class DigitsSection(Section):
@@ -52,10 +56,19 @@ class QuadraticSection(Section):
 
 
 class CustomSection(Section):
-    """A user's own task: `module:attr`, called with `options` as keyword arguments."""
+    """A user's own task: `module:attr`, called with `options` as keyword arguments.
+
+    An option may be `{ env = "NAME" }` or `{ file = "/path" }`: the task gets the text that is there (see `secrets`).
+    """
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _no_secret_itself(self) -> Self:
+        if found := literal_secrets(self.options, "options"):
+            raise ValueError("; ".join(found))
+        return self
 
 
 TASKS: Mapping[str, type[Section]] = {"digits": DigitsSection, "text": TextSection, "quadratic": QuadraticSection}
@@ -83,3 +96,18 @@ TaskSection = Annotated[
 def name_in(table: object) -> object:
     """The `name` of a table that may be none."""
     return cast(Mapping[str, object], table).get("name") if isinstance(table, Mapping) else None
+
+
+def check_import(task: Section, allow_import: Sequence[str]) -> None:
+    """Refuse a task whose module is none of `allow_import` and below none of them.
+
+    Raises:
+        UsageError: it says what to add; or something in `allow_import` is no module's name.
+    """
+    if bad := [prefix for prefix in allow_import if not MODULE.fullmatch(prefix)]:
+        raise UsageError(f"--allow-import {bad[0]}: not a module's name; write for example --allow-import my_tasks")
+    if not isinstance(task, CustomSection):
+        return
+    module = task.name.partition(":")[0]
+    if not any(f"{module}.".startswith(f"{prefix}.") for prefix in allow_import):
+        raise UsageError(f"task.name: {task.name} runs code from outside ddp; give --allow-import {module} to allow it")

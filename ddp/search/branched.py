@@ -36,7 +36,7 @@ def search_branches(
     against: Path | None = None,
     resume: bool = False,
     workers: int | None = None,
-    allow_import: bool = False,
+    allow_import: Sequence[str] = (),
     stream: TextIO | None = None,
 ) -> Path:
     """Run branches from `checkpoint` and write the results beside the sweep's; returns the sweep's directory.

@@ -49,7 +49,7 @@ def search(
     *,
     resume: bool = False,
     workers: int | None = None,
-    allow_import: bool = False,
+    allow_import: Sequence[str] = (),
     stream: TextIO | None = None,
 ) -> Path:
     """Run the search to its end and write its results; returns its directory.

@@ -6,7 +6,6 @@ A [sweep] table beside a job: either the tables of a job file in the same file, 
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ddp.errors import JobFileError
-from ddp.job import Job, Positive, PositiveFloat, Section, apply_overrides, parse_job
+from ddp.job import Job, Positive, PositiveFloat, Section, apply_overrides, parse_job, read_toml
 from ddp.noise.critical_batch import FEWEST_BATCH_SIZES
 
 SMALLEST_FACTOR = 64  # of the largest batch size over the smallest: less does not show both ends of the curve
@@ -120,27 +119,16 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         JobFileError: one message with a line for each fault.
     """
     path = Path(path)
-    table = _read(path)
+    table = read_toml(path, "the sweep file")
     given = table.get("sweep", {})
     if isinstance(given, Mapping) and isinstance(named := given.get("job"), str):
         if extra := sorted(table.keys() - {"sweep"}):
             raise JobFileError(f"{path}: sweep.job names a job file, and {', '.join(extra)} is here too: keep one")
-        table = {**_read(path.parent / named), "sweep": given}
+        table = {**read_toml(path.parent / named, "the job file"), "sweep": given}
     table = apply_overrides(table, overrides)
     section = _parse_section(table.pop("sweep", None), str(path))
     defaults = {"run": {"steps": 1}, "batch": {"global_batch_size": 64}}
     return Sweep(section, parse_job({**defaults, **table}, source=str(path)), path.stem)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobFileError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise JobFileError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise JobFileError(f"{path}: not valid TOML: {error}") from None
 
 
 def _parse_section(table: object, source: str) -> SweepSection:

@@ -14,7 +14,9 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -23,6 +25,7 @@ from typing import Any, Self
 
 from ddp import errors
 from ddp.errors import DdpError
+from ddp.job import redact
 from ddp.search.request import Trial
 from ddp.search.store import TrialResult
 from ddp.search.sweep_file import Sweep
@@ -66,7 +69,7 @@ class _Worker:
 class Pool:
     """Workers for one search; a context manager, after which none of them is left."""
 
-    def __init__(self, sweep: Sweep, workers: int | None, *, allow_import: bool) -> None:
+    def __init__(self, sweep: Sweep, workers: int | None, *, allow_import: Sequence[str]) -> None:
         """
         Args:
             workers: one for each core this process may use where None, one on a GPU.
@@ -162,7 +165,7 @@ class Pool:
         return Failed(answer.message) if isinstance(answer, Unusable) else answer
 
 
-def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: bool) -> None:
+def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: Sequence[str]) -> None:
     """A worker's life: load, say so, and run one trial after the other until the pipe closes."""
     _end_with_parent(os.getppid())
     _leave_signals_to_the_parent()
@@ -176,8 +179,11 @@ def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: bool) -> Non
         workload = load_workload(sweep, allow_import=allow_import)
         rehearse(workload)
     except DdpError as error:
-        pipe.send(Unusable(type(error).__name__, str(error)))
+        pipe.send(Unusable(type(error).__name__, redact(str(error))))
         return
+    except Exception as error:
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        raise SystemExit(1) from None
     pipe.send(Ready(workload.training_examples, workload.device.type))
     attempt = _attempt if workload.device.type != "cpu" else _attempt_in_a_child
     with contextlib.suppress(EOFError, OSError):
@@ -215,9 +221,9 @@ def _attempt(workload: object, trial: Trial, limit: Any) -> TrialResult | Failed
     try:
         return run_trial(workload, trial, lambda: limit.value)
     except DdpError as error:
-        return Failed(str(error))
+        return Failed(redact(str(error)))
     except Exception as error:
-        return Failed(f"{type(error).__name__}: {error}")
+        return Failed(redact(f"{type(error).__name__}: {error}"))
 
 
 def describe_end(exit_code: int | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class Workload:
         return len(self.training)  # type: ignore[arg-type]
 
 
-def load_workload(sweep: Sweep, *, allow_import: bool) -> Workload:
+def load_workload(sweep: Sweep, *, allow_import: Sequence[str] = ()) -> Workload:
     """Build the task and its data.
 
     Raises:

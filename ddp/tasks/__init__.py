@@ -10,11 +10,11 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ddp.errors import UsageError
-from ddp.job import CustomSection, TaskSection
+from ddp.job import CustomSection, TaskSection, check_import, resolve_secrets
 
 if TYPE_CHECKING:
     from ddp.tasks.base import Task
@@ -27,21 +27,20 @@ REGISTRY: Mapping[str, str] = {
 METHODS = ("model", "datasets", "loss", "metrics")
 
 
-def load_task(section: TaskSection, *, allow_import: bool) -> Task:
+def load_task(section: TaskSection, *, allow_import: Sequence[str] = ()) -> Task:
     """Build the task that the job's [task] table names.
 
     Args:
         section: a registered task's own table, or `module:attr` with options.
-        allow_import: whether `module:attr` may be imported, which runs its code.
+        allow_import: modules from which, and from below which, `module:attr` may be imported, which runs their code.
 
     Raises:
-        UsageError: the import is not allowed, or what it names is missing or is not a task.
+        UsageError: the import is not allowed, what it names is missing or is not a task, or a secret cannot be had.
     """
     if not isinstance(section, CustomSection):
         module, _, attribute = REGISTRY[section.name].partition(":")
         return cast("Task", getattr(importlib.import_module(module), attribute)(section))
-    if not allow_import:
-        raise UsageError(f"task.name: {section.name!r} runs code from outside ddp; give --allow-import to allow it")
+    check_import(section, allow_import)
     factory = _find_attribute(section.name)
     task = _call(factory, section)
     _check_protocol(task, section.name)
@@ -74,12 +73,13 @@ def _origin(module: object) -> str:
 
 def _call(factory: Callable[..., Any], section: CustomSection) -> object:
     """Call with the options, after checking that they fit, so that a TypeError inside keeps its traceback."""
+    options = resolve_secrets(section.options, os.environ, "task.options")
     signature = inspect.signature(factory)
     try:
-        signature.bind(**section.options)
+        signature.bind(**options)
     except TypeError as error:
         raise UsageError(f"task.options: {error}; {section.name} takes {signature}") from None
-    return factory(**section.options)
+    return factory(**options)
 
 
 def _check_protocol(task: object, name: str) -> None:

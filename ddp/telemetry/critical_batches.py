@@ -45,7 +45,7 @@ def read_critical_batches(result: str | None) -> tuple[CriticalBatch, ...]:
         raise UsageError(
             f"{where}: cannot read it: {error.strerror}; run `python -m ddp critical-batch` first"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from None
     if not isinstance(entries, list):
         raise UsageError(f"{where}: not a result of `ddp critical-batch`, which is a list")
@@ -64,7 +64,7 @@ def _critical_batch(entry: Any, where: str) -> CriticalBatch:
             low=_number(entry["low"]),
             high=_number(entry["high"]),
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         expected = ", ".join(field.name for field in fields(CriticalBatch))
         raise UsageError(f"{where}: {error!r}; it needs {expected}") from None
 

@@ -1,4 +1,4 @@
-"""The run as Prometheus sees it: one registry on rank 0, served on loopback.
+"""The run as Prometheus sees it: one registry on rank 0, which `metrics_server` serves.
 
 `Metrics` is a collector, not a set of gauges: a step stores its record, and a scrape turns the latest one
 into samples. So a scrape shows one step as a whole (the one-hot state, the point and its ends belong
@@ -9,15 +9,13 @@ The run's name is the target's label (see `targets`), never a label here.
 from __future__ import annotations
 
 import bisect
-import errno
 import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -27,7 +25,6 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from ddp.errors import UsageError
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.event_metrics import EventMetrics
 from ddp.telemetry.goodput import Goodput
@@ -222,44 +219,3 @@ def _evaluation_families(last: StepRecord | None, evaluations: dict[str, Evaluat
         for name, value in {"loss": record.loss, **record.metrics}.items()
     ]
     yield gauge("ddp_evaluation_metric", "Mean over the examples of a split, at the latest evaluation.", *values)
-
-
-@dataclass(frozen=True)
-class MetricsServer:
-    """The endpoint as it was really bound; `close` stops its thread and frees the port."""
-
-    host: str
-    port: int
-    _server: WSGIServer
-    _thread: threading.Thread
-
-    @property
-    def address(self) -> str:
-        """host:port, with an IPv6 host in brackets, as a URL and a Prometheus target want it."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-def serve(registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> MetricsServer:
-    """Serve `registry` over HTTP from a thread; port 0 takes a free one.
-
-    Raises:
-        UsageError: the address cannot be bound, with the port and what to do.
-    """
-    try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise UsageError(_cannot_bind(error, host, port)) from None
-    bound_host, bound_port = server.server_address[:2]
-    return MetricsServer(str(bound_host), int(bound_port), server, thread)
-
-
-def _cannot_bind(error: OSError, host: str, port: int) -> str:
-    remedy = "set metrics.port to another one, or to 0 for a free one"
-    if error.errno == errno.EADDRINUSE:
-        return f"metrics.port: port {port} on {host} is in use by another process; {remedy}"
-    return f"metrics.port: cannot serve metrics on port {port} of {host}: {error.strerror or error}; {remedy}"

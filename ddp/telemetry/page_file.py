@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 
 from ddp.errors import UsageError
+from ddp.job import redact
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write beside and rename, so that a browser never loads half a page; returns `path`.
+    """Write beside and rename, readable by its owner alone, so that a browser never loads half a page; returns `path`.
 
     Raises:
         UsageError: it cannot be written there; nothing is left behind.
@@ -19,8 +20,7 @@ def write_page(path: Path, text: str) -> Path:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
+                file.write(redact(text))
             os.rename(temporary, path)
         except BaseException:
             os.unlink(temporary)

@@ -95,6 +95,7 @@ class Writer:
         self, path: Path, info: RunInfo, critical_batches: Sequence[CriticalBatch], busy_seconds: float
     ) -> None:
         self._path = path
+        _make_private(path)
         self._database = sqlite3.connect(path, timeout=busy_seconds)
         self._kept = Kept(parts_step=info.start_step)
         try:
@@ -180,6 +181,11 @@ class Writer:
         self._database.execute(INSERT_EVALUATION, (*evaluation_values(record), self._part))
         metrics = ((record.step, record.split, name, value) for name, value in record.metrics.items())
         self._database.executemany(INSERT_METRIC, metrics)
+
+
+def _make_private(path: Path) -> None:
+    """Have the file there, its owner's alone: SQLite gives what it makes beside it the same mode. No link is followed."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def _new_readings(step: int, noise: NoiseReadings, before: Kept, kept: Kept) -> list[Row]:

@@ -17,7 +17,8 @@ from ddp.job import MetricsSection
 from ddp.noise.advice import advise
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.goodput import Goodput
-from ddp.telemetry.metrics import Metrics, MetricsServer, serve
+from ddp.telemetry.metrics import Metrics
+from ddp.telemetry.metrics_server import MetricsServer, serve
 from ddp.telemetry.progress import Progress, duration_text, moment_text
 from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.recording import (
@@ -35,6 +36,7 @@ from ddp.telemetry.report import write_report
 from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.summary import History, summary
 from ddp.telemetry.targets import publish
+from ddp.telemetry.tls import tls_context
 
 RECORD = "run.db"
 
@@ -64,7 +66,13 @@ class Station:
         if section.enabled:
             registry = CollectorRegistry()
             self.sinks.add(Metrics(registry, info, critical_batches, self.goodput))
-            self.server = serve(registry, section.host, section.port)
+            self.server = serve(
+                registry,
+                section.host,
+                section.port,
+                tls=tls_context(section),
+                another_port_if_taken=info.restarts > 0,
+            )
             self._open.callback(self.server.close)
 
     def open(self, run_directory: Path) -> None:
@@ -76,7 +84,9 @@ class Station:
             self.sinks.add(sink)
             self._open.callback(sink.close)
         if self.server is not None:
-            target = publish(run_directory.parent / "targets", self._info.run_id, self.server.address)
+            target = publish(
+                run_directory.parent / "targets", self._info.run_id, self.server.address, self.server.scheme
+            )
             self._open.callback(target.close)
 
     def finish(self) -> str:
@@ -89,7 +99,7 @@ class Station:
             advice=self._advice(),
             goodput=self._goodput_text(),
             report_path=report,
-            metrics_address=self.server.address if self.server else None,
+            metrics_url=self.server.url if self.server else None,
         )
 
     def close(self) -> None:

@@ -160,20 +160,20 @@ def summary(
     advice: str | None = None,
     goodput: str | None = None,
     report_path: Path | None = None,
-    metrics_address: str | None = None,
+    metrics_url: str | None = None,
 ) -> str:
     """The text at the end of a run, without a newline at its end.
 
     Args:
         advice: one sentence from `History.advised`.
         goodput: how much of the run's time counted, where that is worth a line.
-        metrics_address: host:port that metrics were served on.
+        metrics_url: where metrics were served.
     """
     rows = [("run", _run_text(info, history)), *_validation_rows(info, history), *_noise_rows(info, history)]
     rows += [("advice", advice)] if advice else []
     rows += [("goodput", goodput)] if goodput else []
     rows += [("report", str(report_path))] if report_path else []
-    rows += [("metrics", f"http://{metrics_address}/metrics")] if metrics_address else []
+    rows += [("metrics", metrics_url)] if metrics_url else []
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
 

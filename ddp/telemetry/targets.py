@@ -8,6 +8,7 @@ So the next run can tell a file that a dead run left behind from a live one, wit
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -39,12 +40,13 @@ class Target:
             os.close(self._descriptor)
 
 
-def target_list(run_id: str, address: str) -> str:
-    """The file_sd text of one run that serves its metrics on `address` (host:port)."""
-    return json.dumps([{"targets": [address], "labels": {"run": run_id}}], indent=2) + "\n"
+def target_list(run_id: str, address: str, scheme: str = "http") -> str:
+    """The file_sd text of one run that serves its metrics on `address` (host:port); https is said where it is that."""
+    labels = {"run": run_id} if scheme == "http" else {"run": run_id, "__scheme__": scheme}
+    return json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
 
 
-def publish(directory: Path, run_id: str, address: str) -> Target:
+def publish(directory: Path, run_id: str, address: str, scheme: str = "http") -> Target:
     """Write `directory`/<run id>.json, after removing what dead runs left there.
 
     A folder that this makes gets mode 0755 and the file 0644 whatever the umask: the server runs as its own
@@ -52,9 +54,11 @@ def publish(directory: Path, run_id: str, address: str) -> Target:
     """
     path = directory / f"{run_id}.json"
     try:
+        if directory.is_symlink():
+            raise OSError(errno.ELOOP, "the folder is a link")
         _make_readable_directory(directory)
         remove_stale(directory)
-        return Target(path, _write_locked(path, target_list(run_id, address)))
+        return Target(path, _write_locked(path, target_list(run_id, address, scheme)))
     except OSError as error:
         log.warning("%s: cannot write the target list, Prometheus will not find this run: %s", path, error.strerror)
         return Target(None)
@@ -65,7 +69,7 @@ def remove_stale(directory: Path) -> list[Path]:
     removed: list[Path] = []
     for path in sorted(directory.glob("*.json")):
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue  # gone by itself, or another user's
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Plan:
         return self.course.plan
 
 
-def plan_run(job: Job, world_size: int, *, allow_import: bool) -> Plan:
+def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> Plan:
     """Load the task and lay out its data; a UsageError where the job does not fit them."""
     torch.manual_seed(job.run.seed)
     task = load_task(job.task, allow_import=allow_import)

@@ -5,60 +5,51 @@ Whatever can be refused is refused before the first step, by all ranks together,
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import ddp
 from ddp.board import PhaseBoard
 from ddp.checkpoint import check_space
-from ddp.errors import PeerLostError, UsageError
-from ddp.job import Job, run_id_is_given
-from ddp.metering.measurement import has_batch_statistics
-from ddp.outcome import annotate, clear, clear_launched
+from ddp.errors import PeerLostError
+from ddp.job import Job, check_exposure, redact
+from ddp.outcome import annotate, clear_launched
 from ddp.process_group import initialise, shutdown
 from ddp.roll import Roll, open_roll
-from ddp.telemetry.critical_batches import read_critical_batches
-from ddp.telemetry.records import RunInfo
 from ddp.telemetry.sinks import Sinks
-from ddp.telemetry.station import Station
 from ddp.topology import Topology
-from ddp.training.agreement import from_rank_zero, together
-from ddp.training.attempt import (
-    LOCK_PATIENCE_SECONDS,
-    environment_of_the_run,
-    note_run,
-    refuse_to_diverge_again,
-)
+from ddp.training.agreement import together
+from ddp.training.building import build_trainer
 from ddp.training.loader import Loader, opened_loader
 from ddp.training.loop import Loop
 from ddp.training.memory import keep_freed_memory
-from ddp.training.optimizers import build_optimizer
-from ddp.training.plan import Plan, plan_run, size_of
-from ddp.training.random_state import seed_rank
-from ddp.training.registry import Registry
+from ddp.training.opening import Opened, opened
+from ddp.training.plan import Plan, plan_run
 from ddp.training.resources import choose_device, open_transport, pinned, refuse_worlds_of_one, threads_per_rank
-from ddp.training.resume import Origin, find_origin
-from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
-from ddp.training.saving import Saving
 from ddp.training.signals import StopRequest, stop_on_signals
-from ddp.training.state import expected_bytes, register_state
+from ddp.training.state import expected_bytes
 from ddp.training.trainer import Trainer
-from ddp.transport.comm_hook import GradientExchange, comm_hook, register
+from ddp.transport.comm_hook import GradientExchange
 
 logger = logging.getLogger("ddp.training")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a rank has before anything of the run is opened."""
+
+    job: Job
+    topology: Topology
+    device: torch.device
+    stop: StopRequest
+    roll: Roll
 
 
 def train(
@@ -66,7 +57,8 @@ def train(
     topology: Topology,
     *,
     resume: str | None = None,
-    allow_import: bool = False,
+    allow_import: Sequence[str] = (),
+    insecure: bool = False,
     board: PhaseBoard | None = None,
 ) -> Path:
     """Train `job` as one of its ranks; returns the run directory once every rank is done.
@@ -74,7 +66,8 @@ def train(
     Args:
         resume: None for a new run; "auto" to go on with the run of this id, if there is one; or the path of
             a run directory or of one checkpoint.
-        allow_import: whether a task of the form `module:attr` may be imported.
+        allow_import: modules from which, and from below which, a task of the form `module:attr` may be imported.
+        insecure: whether metrics may be served to other machines without TLS.
         board: where this rank says what it is doing; a new one where left out.
 
     Raises:
@@ -82,6 +75,7 @@ def train(
         DivergedError, StoppedError, TransportError, CheckpointError: see `ddp.errors`; each carries the
             attributes `step` and `run_directory`.
     """
+    check_exposure(job.metrics, insecure=insecure)
     device = choose_device(job.run.device, topology)
     refuse_worlds_of_one(job.transport, topology)
     torch.set_num_threads(job.run.threads_per_rank or threads_per_rank(topology))
@@ -95,136 +89,64 @@ def train(
     with stop_on_signals() as stop:
         roll = open_roll(board, store)
         with roll.naming_the_lost(), pinned(job.transport.pin) as cores:
-            directory = _train(job, topology, device, resume, allow_import, stop, cores, roll)
+            place = _Place(job, topology, device, stop, roll)
+            directory = _train(place, resume, allow_import, cores)
             shutdown()  # a signal while rank 0 writes the report comes too late to stop anything
     return directory
 
 
-def _train(
-    job: Job,
-    topology: Topology,
-    device: torch.device,
-    resume: str | None,
-    allow_import: bool,
-    stop: StopRequest,
-    cores: frozenset[int],
-    roll: Roll,
-) -> Path:
+def _train(place: _Place, resume: str | None, allow_import: Sequence[str], cores: frozenset[int]) -> Path:
+    job, topology = place.job, place.topology
     plan = together(lambda: plan_run(job, topology.world_size, allow_import=allow_import))
     with opened_loader(job.data, plan.splits.training, plan.batches, topology.rank, cores) as loader:
-        return _train_planned(job, topology, device, resume, plan, stop, loader, roll)
+        transport = together(lambda: open_transport(job.transport, place.device))
+        exchange = GradientExchange(transport)
+        with opened(job, topology, plan, resume, transport.name) as run, _closing(exchange):
+            place.roll.run_directory = run.directory.path
+            _train_opened(place, plan, exchange, run, loader)
+            if run.station is not None:
+                _say(redact(run.station.finish()))
+            hold(job, place.stop)
+    return run.directory.path
 
 
-def _train_planned(
-    job: Job,
-    topology: Topology,
-    device: torch.device,
-    resume: str | None,
-    plan: Plan,
-    stop: StopRequest,
-    loader: Loader | None,
-    roll: Roll,
-) -> Path:
-    transport = together(lambda: open_transport(job.transport, device))
-    exchange = GradientExchange(transport)
-    with _opened(job, topology, plan, resume, transport.name) as (directory, origin, station), _closing(exchange):
-        sinks = station.sinks if station else Sinks()
-        trainer = build_trainer(job, plan, exchange, device, stop, sinks, directory.checkpoints, roll.board, loader)
-        together(lambda: check_space(directory.checkpoints, expected_bytes(trainer)) if station else None)
-        try:
-            if station is not None:
-                trainer.saving.registry.add("goodput", station.goodput)
-            trainer.settle()
-            if origin.checkpoint is not None:
-                trainer.saving.restore(origin.checkpoint)
-            Loop(trainer).run()
-            if loader is not None:
-                loader.close()  # before the report, and while the metrics are held
-        except BaseException as error:  # the task's own errors too
-            annotate(error, step=trainer.step_count)
-            raise
-        finally:
-            trainer.saving.close()
-        if station is not None:
-            _say(station.finish())
-        hold(job, stop)
-    return directory.path
+def _train_opened(place: _Place, plan: Plan, exchange: GradientExchange, run: Opened, loader: Loader | None) -> None:
+    trainer = build_trainer(
+        *(place.job, plan, exchange, place.device, place.stop),
+        sinks=run.station.sinks if run.station is not None else Sinks(),
+        checkpoints=run.directory.checkpoints,
+        board=place.roll.board,
+        loader=loader,
+    )
+    if run.station is not None:
+        trainer.saving.registry.add("goodput", run.station.goodput)
+    together(lambda: _check_space(trainer, run))
+    try:
+        trainer.settle()
+        if run.origin.checkpoint is not None:
+            trainer.saving.restore(run.origin.checkpoint)
+        Loop(trainer).run()
+        if loader is not None:
+            loader.close()  # before the report, and while the metrics are held
+    except BaseException as error:  # the task's own errors too
+        annotate(error, step=trainer.step_count)
+        raise
+    finally:
+        trainer.saving.close()
+
+
+def _check_space(trainer: Trainer, run: Opened) -> None:
+    if trainer.rank == 0:
+        check_space(run.directory.checkpoints, expected_bytes(trainer))
 
 
 def _say(text: str) -> None:
     """Print it where that can be done: a closed pipe does not make a finished run fail."""
     try:
-        print(text, flush=True)
+        print(redact(text), flush=True)
     except OSError:  # what is left in the buffer would fail again when the interpreter ends
         with suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-
-@contextmanager
-def _opened(
-    job: Job, topology: Topology, plan: Plan, resume: str | None, transport: str
-) -> Iterator[tuple[RunDirectory, Origin, Station | None]]:
-    """Rank 0's directory and telemetry; the other ranks learn the paths. A usage error leaves nothing."""
-
-    def open_on_rank_zero() -> tuple[RunDirectory, Origin, Station] | None:
-        if topology.rank != 0:
-            return None
-        origin = _origin(job, topology, resume)
-        measured = read_critical_batches(job.noise_scale.critical_batch_result)
-        station = Station(job.metrics, _run_info(job, topology, plan, origin, transport), measured)
-        try:
-            directory = open_run_directory(
-                origin.job,
-                origin.run_id,
-                resume=resume is not None or topology.restarts > 0,
-                patience_seconds=LOCK_PATIENCE_SECONDS if topology.restarts else 0.0,
-            )
-        except UsageError:
-            station.close()
-            raise
-        note_run(origin.run_id, os.environ)
-        return directory, origin, station
-
-    opened = together(open_on_rank_zero)
-    if opened is None:
-        path, _, source = from_rank_zero("").partition("\n")
-        with _naming(Path(path)):
-            yield RunDirectory(Path(path)), Origin(job, "", Path(source) if source else None, 0), None
-        return
-    directory, origin, station = opened
-    from_rank_zero(f"{directory.path}\n{origin.checkpoint or ''}")
-    try:
-        with discarded_on_usage_error(directory), _naming(directory.path):
-            try:
-                refuse_to_diverge_again(directory.path, topology)
-                clear(directory.path)
-                station.open(directory.path)
-                yield directory, origin, station
-            finally:
-                station.close()  # before the directory may go
-    finally:
-        directory.close()
-
-
-def _origin(job: Job, topology: Topology, resume: str | None) -> Origin:
-    """Where this attempt starts: from what an earlier one saved, which is newer than what the user named, if anything."""
-    environ = environment_of_the_run(job, topology, os.environ)
-    arguments = (datetime.now(UTC), secrets.token_hex(2))
-    if topology.restarts and run_id_is_given(job.run.id, environ):
-        origin = find_origin(job, environ, "auto", *arguments)
-        if origin.checkpoint is not None or resume is None:
-            return origin
-    return find_origin(job, environ, resume, *arguments)
-
-
-@contextmanager
-def _naming(run_directory: Path) -> Iterator[None]:
-    """An error from here on says which run it ended."""
-    try:
-        yield
-    except BaseException as error:
-        annotate(error, run_directory=run_directory)
-        raise
 
 
 def hold(job: Job, stop: StopRequest) -> None:
@@ -243,90 +165,3 @@ def _closing(exchange: GradientExchange) -> Iterator[None]:
         exchange.transport.close(failed=not isinstance(error, PeerLostError))
         raise
     exchange.transport.close()
-
-
-def build_trainer(
-    job: Job,
-    plan: Plan,
-    exchange: GradientExchange,
-    device: torch.device,
-    stop: StopRequest,
-    sinks: Sinks,
-    checkpoints: Path,
-    board: PhaseBoard,
-    loader: Loader | None = None,
-) -> Trainer:
-    """The trainer of a planned run, its model and buckets ready. Collective."""
-    exchange.board = board
-    model = DistributedDataParallel(
-        plan.module.to(device),
-        **_keep_buffers_apart(),
-        gradient_as_bucket_view=True,
-    )
-    exchange.prepare(model)
-    register(model, exchange, comm_hook)
-    seed_rank(job.run.seed, exchange.transport.rank)
-    model.train()
-    registry = Registry()
-    saving = Saving(
-        *(checkpoints, job.checkpoint, registry),
-        metric=job.evaluation.metric,
-        goal=plan.goal,
-        rank=exchange.transport.rank,
-        world_size=exchange.transport.world_size,
-    )
-    trainer = Trainer(
-        job=job,
-        task=plan.task,
-        splits=plan.splits,
-        course=plan.course,
-        device=device,
-        model=model,
-        optimizer=build_optimizer(job.optimizer, model.parameters()),
-        exchange=exchange,
-        saving=saving,
-        stop=stop,
-        sinks=sinks,
-        loader=loader,
-        board=board,
-    )
-    register_state(trainer, registry)
-    return trainer
-
-
-def _keep_buffers_apart() -> dict[str, Any]:
-    """Each rank keeps its running statistics, evaluation averages them. torch 2.13 gave the switch a new name."""
-    names = inspect.signature(DistributedDataParallel.__init__).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-
-
-def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transport: str) -> RunInfo:
-    length = plan.course.length
-    return RunInfo(
-        run_id=origin.run_id,
-        task=job.task.name,
-        optimizer=job.optimizer.name,
-        transport=transport,
-        version=ddp.__version__,
-        world_size=topology.world_size,
-        global_batch_size=plan.batches.global_batch_size,
-        micro_batch_size=plan.batches.micro_batch_size,
-        training_examples=plan.batches.examples,
-        validation_examples=size_of(plan.splits.validation),
-        steps=length.steps,
-        steps_per_epoch=length.steps_per_epoch,
-        epochs=length.epochs,
-        metric=job.evaluation.metric,
-        target=job.evaluation.target,
-        start_step=origin.step,
-        restarts=topology.restarts,
-        goal=plan.goal,
-        nodes=topology.world_size // topology.local_world_size,
-        gradient_bytes=_gradient_bytes(plan.module),
-        learning_rate_rule=job.optimizer.learning_rate_rule,
-        batch_statistics=has_batch_statistics(plan.module),
-    )
-
-
-def _gradient_bytes(module: nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)

@@ -44,6 +44,19 @@ MAY_CHANGE = (
     "metrics",
 )
 
+WRITTEN_FOLDERS = ("checkpoints",)
+WRITTEN = (
+    *WRITTEN_FOLDERS,
+    "job.toml",
+    ".lock",
+    "outcome.json",
+    "report.html",
+    "run.db",
+    "run.db-journal",
+    "run.db-shm",
+    "run.db-wal",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
@@ -97,6 +110,7 @@ def open_run_directory(job: Job, run_id: str, *, resume: bool, patience_seconds:
         made = _make(path)
         if not made:
             _check_reopened(path, resume)
+            _check_contents(path)
     except OSError as fault:
         raise UsageError(f"run.directory: cannot make {path}: {fault.strerror}") from None
     run = RunDirectory(path, not made, made)
@@ -181,12 +195,26 @@ def _check_reopened(path: Path, resume: bool) -> None:
         raise UsageError(f"{path} is not a directory: choose another run.id or run.directory")
     if status.st_uid != os.geteuid():
         raise UsageError(f"{path} belongs to user {status.st_uid}: choose another run.id or run.directory")
-    if status.st_mode & stat.S_IWOTH:
-        raise UsageError(
-            f"{path}: every user may write to it; make it yours alone (chmod 700) or choose another run.id"
-        )
+    if status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+        whose = "every user" if status.st_mode & stat.S_IWOTH else "its group"
+        raise UsageError(f"{path}: {whose} may write to it; make it yours alone (chmod 700) or choose another run.id")
     if not resume:
         raise UsageError(f"{path} exists: continue that run with --resume auto, or choose another run.id")
+
+
+def _check_contents(path: Path) -> None:
+    """What the run writes is there as plain files and folders of our own, or not at all: a link could lead anywhere."""
+    for name in WRITTEN:
+        with contextlib.suppress(FileNotFoundError):
+            status = (path / name).lstat()
+            is_kind = stat.S_ISDIR if name in WRITTEN_FOLDERS else stat.S_ISREG
+            if stat.S_ISLNK(status.st_mode):
+                raise UsageError(f"{path / name} is a link, which is not followed: put what it leads to in its place")
+            if not is_kind(status.st_mode):
+                kind = "folder" if name in WRITTEN_FOLDERS else "plain file"
+                raise UsageError(f"{path / name} is no {kind}: move it away, or choose another run.id")
+            if status.st_uid != os.geteuid():
+                raise UsageError(f"{path / name} belongs to user {status.st_uid}: choose another run.id")
 
 
 def _take_lock(path: Path, patience_seconds: float) -> int | None:

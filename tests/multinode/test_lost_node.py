@@ -31,7 +31,7 @@ def cut_off(folder: Path, transport: str) -> list[Ended]:
         transport__name=transport,
     )
     (folder / "job.toml").write_text(endless.to_toml())
-    arguments = ["-m", "ddp", "train", "job.toml", "--allow-import"]
+    arguments = ["-m", "ddp", "train", "job.toml", "--allow-import", "multinode.wide_regression"]
     with Cluster(nodes=2) as cluster, ranks_one_by_one(cluster, 2, arguments, folder) as ranks:
         wait_until(lambda: started.exists() or any(rank.poll() is not None for rank in ranks), 120)
         cluster.nodes[1].unplug()

@@ -61,7 +61,7 @@ def assert_same(run_directory: Path, expected: Losses, transport: str) -> None:
 
 
 def test_torchrun_on_two_nodes(two_nodes: Cluster, on_one_node: Losses, tmp_path: Path) -> None:
-    arguments = ["-m", "ddp", "train", written(tmp_path, "auto"), "--allow-import"]
+    arguments = ["-m", "ddp", "train", written(tmp_path, "auto"), "--allow-import", "multinode.wide_regression"]
     ended = torchrun(two_nodes, 2, arguments, tmp_path)
     assert [each.code for each in ended] == [0, 0], ended
     assert_same(tmp_path / "auto", on_one_node, "hierarchical")
@@ -69,7 +69,12 @@ def test_torchrun_on_two_nodes(two_nodes: Cluster, on_one_node: Losses, tmp_path
 
 def test_torchrun_on_four_nodes(may_have_nodes: None, on_one_node: Losses, tmp_path: Path) -> None:
     with Cluster(nodes=4) as cluster:
-        ended = torchrun(cluster, 1, ["-m", "ddp", "train", written(tmp_path, "auto"), "--allow-import"], tmp_path)
+        ended = torchrun(
+            cluster,
+            1,
+            ["-m", "ddp", "train", written(tmp_path, "auto"), "--allow-import", "multinode.wide_regression"],
+            tmp_path,
+        )
     assert [each.code for each in ended] == [0] * 4, ended
     assert_same(tmp_path / "auto", on_one_node, "c10d")  # a rank a node: nothing to reduce inside
 
@@ -84,7 +89,7 @@ def test_open_mpi_on_two_nodes(two_nodes: Cluster, on_one_node: Losses, tmp_path
 
 
 def test_mpich_on_two_nodes(two_nodes: Cluster, on_one_node: Losses, tmp_path: Path) -> None:
-    arguments = ["-m", "ddp", "train", written(tmp_path, "auto"), "--allow-import"]
+    arguments = ["-m", "ddp", "train", written(tmp_path, "auto"), "--allow-import", "multinode.wide_regression"]
     ended = mpirun(two_nodes, mpi_environment("mpich"), 2, arguments, tmp_path)
     assert ended.code == 0, ended
     assert_same(tmp_path / "auto", on_one_node, "hierarchical")

@@ -13,4 +13,4 @@ if __name__ == "__main__":
     from ddp.training.run import train
 
     for path in sys.argv[1:]:
-        train(load_job(path), here, allow_import=True)
+        train(load_job(path), here, allow_import=["multinode.wide_regression"])

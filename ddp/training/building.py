@@ -1,0 +1,80 @@
+"""From a plan to a trainer that can take its first step."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp.board import PhaseBoard
+from ddp.job import Job
+from ddp.telemetry.sinks import Sinks
+from ddp.training.loader import Loader
+from ddp.training.optimizers import build_optimizer
+from ddp.training.plan import Plan
+from ddp.training.random_state import seed_rank
+from ddp.training.registry import Registry
+from ddp.training.saving import Saving
+from ddp.training.signals import StopRequest
+from ddp.training.state import register_state
+from ddp.training.trainer import Trainer
+from ddp.transport.comm_hook import GradientExchange, comm_hook, register
+
+
+def build_trainer(
+    job: Job,
+    plan: Plan,
+    exchange: GradientExchange,
+    device: torch.device,
+    stop: StopRequest,
+    *,
+    sinks: Sinks,
+    checkpoints: Path,
+    board: PhaseBoard,
+    loader: Loader | None = None,
+) -> Trainer:
+    """The trainer of a planned run, its model and buckets ready. Collective."""
+    exchange.board = board
+    model = DistributedDataParallel(
+        plan.module.to(device),
+        **_keep_buffers_apart(),
+        gradient_as_bucket_view=True,
+    )
+    exchange.prepare(model)
+    register(model, exchange, comm_hook)
+    seed_rank(job.run.seed, exchange.transport.rank)
+    model.train()
+    registry = Registry()
+    saving = Saving(
+        *(checkpoints, job.checkpoint, registry),
+        metric=job.evaluation.metric,
+        goal=plan.goal,
+        rank=exchange.transport.rank,
+        world_size=exchange.transport.world_size,
+    )
+    trainer = Trainer(
+        job=job,
+        task=plan.task,
+        splits=plan.splits,
+        course=plan.course,
+        device=device,
+        model=model,
+        optimizer=build_optimizer(job.optimizer, model.parameters()),
+        exchange=exchange,
+        saving=saving,
+        stop=stop,
+        sinks=sinks,
+        loader=loader,
+        board=board,
+    )
+    register_state(trainer, registry)
+    return trainer
+
+
+def _keep_buffers_apart() -> dict[str, Any]:
+    """Each rank keeps its running statistics, evaluation averages them. torch 2.13 gave the switch a new name."""
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
