@@ -83,7 +83,7 @@ def a_scalar_on_the_last_rank(rank: int, parameters: list[tuple[str, Tensor]]) -
 
 def a_phase_on_rank_1(rank: int, parameters: list[tuple[str, Tensor]]) -> None:
     if rank == 1:
-        _of(parameters, "phases")[2, 3] = complex(1e30, 0.5)
+        _of(parameters, "phases")[2, 3] = torch.tensor(complex(1e30, 0.5))
 
 
 def two_ranks_damaged(rank: int, parameters: list[tuple[str, Tensor]]) -> None:

@@ -82,7 +82,9 @@ def compare(
     if not places:
         return None
     epsilon = max(_epsilon(named[place][1]) for place in places)
-    examined = [_examine(*named[place], process_group) for place in places[:EXAMINED_PARAMETERS]]
+    examined = [
+        _examine(name, each, process_group) for name, each in (named[place] for place in places[:EXAMINED_PARAMETERS])
+    ]
     if _is_drift(examined, epsilon):
         return Comparison((), True, _drift_text(examined, len(places), len(named)))
     ranks = _by_majority(sums[:, places]) or _by_plausibility(examined)
