@@ -13,6 +13,7 @@ from jobs import beside_python, finish, python, run_command, started, wait_until
 from launch.__main__ import worker_arguments
 
 TRAIN = ["-m", "ddp", "train", "job.toml"]
+ALLOWED = ["--allow-import", "misbehaving"]
 TORCHRUN = [*python("-m", "torch.distributed.run"), "--standalone", "--nproc-per-node=2"]
 MPIRUN = [beside_python("mpirun"), "-n", "2"]
 
@@ -264,6 +265,8 @@ def test_resume_auto_needs_a_run(tmp_path: Path) -> None:
     write_job(tmp_path)
     job = (tmp_path / "job.toml").read_text().replace('id = "run"', "")
     (tmp_path / "job.toml").write_text(job)
-    ended = run_command(python("-m", "launch", "torchrun", "job.toml", "--resume", "auto"), tmp_path, timeout=30)
+    ended = run_command(
+        python("-m", "launch", "torchrun", "job.toml", "--resume", "auto", *ALLOWED), tmp_path, timeout=30
+    )
     assert ended.code == 2
     assert "which run?" in ended.stderr
