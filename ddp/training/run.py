@@ -114,6 +114,7 @@ def _train(
             if origin.checkpoint is not None:
                 restore_state(trainer, origin.checkpoint)
             trainer.run()
+            roll.board.enter("end", trainer.step_count)
         except BaseException as error:  # the task's own errors too
             annotate(error, step=trainer.step_count)
             raise
@@ -229,6 +230,11 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a planned run, its model and buckets ready. Collective."""
     exchange.board = board
+
+    def save(trainer: Trainer) -> Path:
+        board.enter("save", trainer.step_count)
+        return save_state(trainer, checkpoints)
+
     model = DistributedDataParallel(
         plan.module.to(device),
         **_keep_buffers_apart(),
@@ -249,7 +255,7 @@ def build_trainer(
         exchange=exchange,
         stop=stop,
         sinks=sinks,
-        save_checkpoint=lambda trainer: save_state(trainer, checkpoints),
+        save_checkpoint=save,
         board=board,
     )
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,13 @@ class Trainer:
             if self._evaluation_is_due():
                 self._evaluate()
             if self._checkpoint_is_due():
-                self._save()
+                self.save_checkpoint(self)
         if self._evaluated_at != self.step_count:
             self._evaluate()
-        self._save()
-        self.board.enter("end", self.step_count)
-
-    def _save(self) -> Path:
-        self.board.enter("save", self.step_count)
-        return self.save_checkpoint(self)
+        self.save_checkpoint(self)
 
     def _step(self, steps: Iterator[StepData]) -> list[StepRow]:
-        step = self.step_count + 1
-        self.board.enter("data", step)
-        clock = PhaseClock(lambda phase: self.board.enter(phase, step))
+        clock = PhaseClock(partial(self.board.enter, step=self.step_count + 1))
         blocked_before, wait_before = self.exchange.blocked_seconds, self.exchange.transport.wait_seconds
         self.exchange.step = self.step_count + 1
         bytes_before = self.exchange.bytes_total
@@ -257,7 +251,7 @@ class Trainer:
         """Before an evaluation, which may take longer than a launcher waits after a signal."""
         asked = [rank for rank, row in enumerate(rows) if row.stop]
         if asked:
-            path = self._save()
+            path = self.save_checkpoint(self)
             by = self.stop.signal_name or f"a signal to rank {asked[0]}"
             raise StoppedError(f"stopped by {by} after step {self.step_count}; go on with --resume {path}")
 
