@@ -75,9 +75,9 @@ class Task:
 
 
 def acting(method, action, phase, step):
-    def act_there(board, entered, *of):
-        result = method(board, entered, *of)
-        if board.position.phase == phase and board.position.step == step:
+    def act_there(board, *entered, **named):
+        result = method(board, *entered, **named)
+        if (board.position.phase, board.position.step) == (phase, step) and not Path("acted").exists():
             act(action)
         return result
 

@@ -62,7 +62,7 @@ def write(outcome: str, code: int) -> str:
 def as_json(code: int) -> str:
     return (
         f'{{"code": {code}, "rank": 1, "world_size": 2, "host": "here", "step": 7, "cause": "why", '
-        '"consequence": false}'
+        '"consequence": false, "lost_rank": null}'
     )
 
 

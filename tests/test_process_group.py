@@ -90,13 +90,12 @@ import os, sys
 from ddp.topology import from_environment
 here = from_environment(os.environ)
 from ddp.process_group import initialise, meet, shutdown
-initialise(here, "cpu", 30)
+store = initialise(here, "cpu", 30).underlying_store
 import torch, torch.distributed as dist
 tensor = torch.tensor([10.0 + here.rank])
 dist.all_reduce(tensor)
 assert meet(30)
 listening = [line.split()[1] for line in open("/proc/net/tcp").read().splitlines()[1:] if line.split()[3] == "0A"]
-store = dist.distributed_c10d._get_default_store().underlying_store
 address = f"{store.port:04X}"
 ports = [a for a in listening if a.endswith(address)]
 print(f'rank {here.rank} {tensor.item()} {os.environ["GLOO_SOCKET_IFNAME"]} {ports}\\n', end="", flush=True)  # in one piece

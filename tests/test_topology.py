@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ddp.errors import TopologyError
@@ -66,7 +68,13 @@ def test_slurm_nodes_of_different_sizes() -> None:
 
 def test_a_plain_process_in_a_batch_script_is_one_process() -> None:
     batch = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
-    assert from_environment(batch) == SINGLE_PROCESS
+    assert from_environment(batch) == replace(SINGLE_PROCESS, restarts=2)
+
+
+def test_all_who_start_a_run_again_are_counted() -> None:
+    around = {"SLURM_RESTART_COUNT": "2", "DDP_RESTART_COUNT": "1"}
+    assert from_environment(TORCHRUN | around).restarts == 7
+    assert from_environment(OPEN_MPI | around).restarts == 3
 
 
 def test_slurms_own_pmi_is_slurm() -> None:

@@ -32,6 +32,7 @@ class PhaseClock:
 
     def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:
         self._enter = enter
+        enter("data")
         self._began = self._last = time.perf_counter()
         self._seconds: dict[str, float] = {}
 

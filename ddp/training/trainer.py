@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -88,9 +89,7 @@ class Trainer:
         Raises:
             DivergedError: it is not finite, and the job does not want to go on; on all ranks.
         """
-        step = self.step_count + 1
-        self.board.enter("data", step)
-        clock = PhaseClock(lambda phase: self.board.enter(phase, step))
+        clock = PhaseClock(partial(self.board.enter, step=self.step_count + 1))
         blocked_before, wait_before = self.exchange.blocked_seconds, self.exchange.transport.wait_seconds
         self.exchange.step = self.step_count + 1
         bytes_before = self.exchange.bytes_total
