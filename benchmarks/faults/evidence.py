@@ -11,6 +11,7 @@ from typing import Any
 
 from ddp import outcome
 from ddp.outcome import Outcome
+from faults.running import Ended
 from faults.verdict import UnexpectedError, expect
 from launch.submit import descendants
 
@@ -33,10 +34,11 @@ def harm(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def harm_done(folder: Path) -> dict[str, Any]:
+def harm_done(folder: Path, ended: Ended) -> dict[str, Any]:
+    """The same where the run has ended."""
     done = harm(folder)
     if done is None:
-        raise UnexpectedError("the fault was never injected")
+        raise UnexpectedError(f"the fault was never injected: {ended}")
     return done
 
 
@@ -52,14 +54,31 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / RUN / "checkpoints").glob("step-*"), reverse=True)
 
 
+def metrics_address(folder: Path) -> str | None:
+    """Host and port of the run's metrics page; None where there is none yet."""
+    for file in (folder / "runs" / "targets").glob("*.json"):
+        with contextlib.suppress(ValueError):
+            (target,) = json.loads(file.read_text())
+            return target["targets"][0]
+    return None
+
+
 def metric(folder: Path, name: str) -> float | None:
     """A value on the run's metrics page; None where there is no page or no such metric."""
-    for file in (folder / "runs" / "targets").glob("*.json"):
-        (target,) = json.loads(file.read_text())
-        with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=5.0) as page:
-            found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", page.read().decode(), re.MULTILINE)
-        return None if found is None else float(found[1])
-    return None
+    address = metrics_address(folder)
+    if address is None:
+        return None
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5.0) as page:
+            return value_on(page.read().decode(), name)
+    except OSError:
+        return None
+
+
+def value_on(page: str, name: str) -> float | None:
+    """The value of the metric `name` on a metrics page."""
+    found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
+    return None if found is None else float(found[1])
 
 
 def expect_valid_checkpoint(folder: Path) -> Path:

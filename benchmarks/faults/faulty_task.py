@@ -87,7 +87,7 @@ class Task:
             nn.Linear(INPUTS, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Dropout(0.2), nn.Linear(9, 1)
         )
         if self.is_harmed and self.phase == "all_reduce":  # the gradient that comes last: peers may reduce already
-            next(self.module.parameters()).register_post_accumulate_grad_hook(lambda _: self._reach("all_reduce"))
+            next(self.module.parameters()).register_post_accumulate_grad_hook(self._last_gradient)
         return self.module
 
     def datasets(self) -> tuple[_Watched, TensorExamples]:
@@ -122,6 +122,9 @@ class Task:
 
     def fetched(self) -> None:
         self._reach("data")
+
+    def _last_gradient(self, _parameter: Tensor) -> None:
+        self._reach("all_reduce")
 
     def _before_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         states = list(optimizer.state.values())

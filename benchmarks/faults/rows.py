@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from faults import kills, stops
+from faults import kills, numbers, saving, silences, stops, telemetry_faults
 from faults.verdict import Row
 
-ROWS: tuple[Row, ...] = (kills.ROW, stops.ROW)
+ROWS: tuple[Row, ...] = (
+    kills.ROW,
+    stops.ROW,
+    silences.STOPPED,
+    silences.CUT,
+    saving.ROW,
+    telemetry_faults.FULL,
+    numbers.NOT_FINITE,
+    numbers.FLIP,
+    telemetry_faults.STRAGGLER,
+    telemetry_faults.BLIND,
+)
