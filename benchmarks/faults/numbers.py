@@ -39,7 +39,9 @@ class NotFinite:
 def not_finite_cases(generator: random.Random, count: int) -> Sequence[NotFinite]:
     policies = [("skip", 1), ("stop", 1), ("roll_back", 1), ("skip", CAP), ("skip", CAP + 1), ("roll_back", CAP + 1)]
     drawn: list[NotFinite] = []
-    for (policy, times), action in zip(dealt(generator, policies, count), dealt(generator, ACTIONS, count), strict=True):
+    for (policy, times), action in zip(
+        dealt(generator, policies, count), dealt(generator, ACTIONS, count), strict=True
+    ):
         ranks = generator.choice((2, 3))
         # From step 8 on there is a checkpoint to go back to.
         drawn.append(NotFinite(action, policy, times, ranks, generator.randrange(ranks), generator.randint(8, 20)))

@@ -106,9 +106,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(
-    argv: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None
-) -> Generator[Running]:
+def started(argv: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None) -> Generator[Running]:
     """`argv` in `folder`; on the way out it is killed with everything below it and every process left in the folder."""
     with _file(folder / OUTPUT) as stdout, _file(folder / ERRORS) as stderr:
         process = subprocess.Popen(

@@ -35,9 +35,7 @@ class Straggler:
 
 def straggler_cases(generator: random.Random, count: int) -> Sequence[Straggler]:
     phases, worlds = dealt(generator, ("forward", "data", "all_reduce"), count), dealt(generator, (2, 3), count)
-    return [
-        Straggler(ranks, generator.randrange(ranks), phase) for phase, ranks in zip(phases, worlds, strict=True)
-    ]
+    return [Straggler(ranks, generator.randrange(ranks), phase) for phase, ranks in zip(phases, worlds, strict=True)]
 
 
 def check_straggler(case: Straggler, folder: Path) -> tuple[float, str]:
@@ -58,7 +56,9 @@ def check_straggler(case: Straggler, folder: Path) -> tuple[float, str]:
     share = counts[case.rank] / counts.total()
     expect(share > 0.9, f"the record names rank {case.rank} in {share:.0%} of the steps: {counts}")
     page = re.sub(r"<[^>]*>", " ", (folder / evidence.RUN / "report.html").read_text())
-    found = re.search(rf"straggl.{{0,200}}?rank\s+{case.rank}\b|rank\s+{case.rank}\b.{{0,200}}?straggl", page, re.I | re.S)
+    found = re.search(
+        rf"straggl.{{0,200}}?rank\s+{case.rank}\b|rank\s+{case.rank}\b.{{0,200}}?straggl", page, re.I | re.S
+    )
     expect(found, f"the report does not name rank {case.rank} as the straggler")
     return 0.0, f"named on the metrics page, in {share:.0%} of the recorded steps, in the report"
 
@@ -180,9 +180,7 @@ def check_full(case: Full, folder: Path) -> tuple[float, str]:
 
 
 # What the mount holds goes with the shell.
-ON_SMALL_DISK = (
-    "mkdir runs left && mount -t tmpfs -o size=2m tmpfs runs || exit 99; {command}; code=$?; cp -a runs/. left/; exit $code"
-)
+ON_SMALL_DISK = "mkdir runs left && mount -t tmpfs -o size=2m tmpfs runs || exit 99; {command}; code=$?; cp -a runs/. left/; exit $code"
 
 
 def no_small_disk() -> str | None:
