@@ -6,6 +6,7 @@ by a later attempt, so of each step the last line counts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -159,8 +160,7 @@ def _life(log: Sequence[Step], kills: Sequence[float], began: float, ended: floa
         up.append(kill - first.unix_time)
         restarts.append(after.unix_time - kill)
         lost.append(before[-1].step - after.step + 1)
-    pairs = zip(log, log[1:], strict=False)
-    gaps = [new.unix_time - old.unix_time for old, new in pairs if old.attempt == new.attempt]
+    gaps = [new.unix_time - old.unix_time for old, new in itertools.pairwise(log) if old.attempt == new.attempt]
     return Life(
         kills=len(restarts),
         wall_seconds=ended - began,

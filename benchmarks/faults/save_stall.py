@@ -8,6 +8,7 @@ of steps in its second half.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import sqlite3
 import statistics
@@ -82,7 +83,7 @@ def measure(folder: Path, size: Size, ranks: int) -> Stall:
 
 def of_moments(moments: Sequence[float], every_steps: int) -> Stall:
     """From the times at which steps 1, 2, ... ended, with a save after each `every_steps` of them but the last."""
-    gaps = [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
     intervals = [
         gaps[save - 1 : save - 1 + every_steps]
         for save in range(every_steps, len(moments) - every_steps + 1, every_steps)

@@ -108,7 +108,7 @@ def _locked(record: Path, running: Running) -> Iterator[None]:
         yield
 
 
-def _take_port(case: Blind, folder: Path) -> tuple[float, str]:
+def _take_port(_case: Blind, folder: Path) -> tuple[float, str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         write_job(folder, metrics__enabled=True, metrics__port=port)
