@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddp.errors import StoppedError
 from faults import evidence
@@ -16,6 +17,7 @@ from faults.small_job import START_SECONDS, expect_same_end, write_job
 from faults.verdict import Row, dealt, expect
 
 STOP_SECONDS = 25.0
+SLOW_SECONDS = 0.15  # a step, so that the run is not over before the signal
 HOLD_SECONDS = 0.3  # the rank stays in its phase so long, and the signal comes meanwhile
 PHASES = ("warm_up", "data", "forward", "all_reduce", "optimizer", "evaluation", "save")
 START = "start"  # at any time from when the ranks are there
@@ -58,11 +60,7 @@ def cases(generator: random.Random, count: int) -> Sequence[Stop]:
 
 
 def check(case: Stop, folder: Path) -> tuple[float, str]:
-    # In the phase of a start the ranks announce themselves at the end of the run, should the signal come so late.
-    phase = "data" if case.phase == START or (case.phase == "data" and case.workers) else case.phase
-    task = {"action": "announce", "phase": phase, "step": case.step, "rank": case.step % case.ranks}
-    settings = {"data__workers": case.workers}
-    write_job(folder, {**task, "hold_seconds": HOLD_SECONDS, "step_seconds": 0.01}, **settings)
+    write_job(folder, _task(case), data__workers=case.workers)
     with started(Ranks(case.starter, case.ranks).argv(), folder) as running:
         _wait_for_the_moment(case, running, folder)
         time.sleep(case.after_seconds)
@@ -80,6 +78,15 @@ def check(case: Stop, folder: Path) -> tuple[float, str]:
     expect(again.code == 0, f"the run could not go on: {again}")
     expect_same_end(folder, case.ranks)
     return seconds, f"stopped after {seconds:.1f} s, goes on, same weights"
+
+
+def _task(case: Stop) -> dict[str, Any]:
+    if case.phase == START:
+        return {"step_seconds": SLOW_SECONDS}
+    # A worker fetches when it can: the rank itself goes by its steps.
+    phase = "forward" if case.phase == "data" and case.workers else case.phase
+    task = {"action": "announce", "phase": phase, "rank": case.step % case.ranks, "step": case.step}
+    return {**task, "hold_seconds": HOLD_SECONDS, "step_seconds": 0.01}
 
 
 def _wait_for_the_moment(case: Stop, running: Running, folder: Path) -> None:
