@@ -13,7 +13,7 @@ from faults.running import Ranks, run
 from faults.verdict import UnexpectedError, expect
 
 STEPS = 30
-START_SECONDS = 90.0  # for ranks to come up where other work keeps the cores busy
+START_SECONDS = 120.0  # for ranks to come up where other work keeps the cores busy
 
 
 def write_job(folder: Path, task: Mapping[str, Any] | None = None, **settings: Any) -> None:
