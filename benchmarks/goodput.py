@@ -1,6 +1,6 @@
 """How much of a run's time goes into steps that count, when its ranks are killed at random; and what a save costs.
 
-    python benchmarks/goodput.py [--ranks 2 4] [--mean-seconds 6] [--epochs 150] [--seed 0]
+    python benchmarks/goodput.py [--ranks 2 4] [--mean-seconds 4] [--epochs 160] [--seed 0]
 
 A real run, restarted by torchrun, is killed (SIGKILL to a random rank) after exponential times with the mean
 `--mean-seconds`: far more often than any machine fails, so that the benchmark takes minutes. Measured are start, restart
@@ -86,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument(
-        "--mean-seconds", type=float, default=6.0, help="between a start of the ranks and the next kill"
+        "--mean-seconds", type=float, default=4.0, help="between a start of the ranks and the next kill"
     )
     parser.add_argument(
-        "--epochs", type=int, default=150, help=f"of 4 steps that take {1e3 * STEP_SECONDS:.0f} ms and more"
+        "--epochs", type=int, default=160, help=f"of 4 steps that take {1e3 * STEP_SECONDS:.0f} ms and more"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser

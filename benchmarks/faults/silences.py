@@ -22,6 +22,7 @@ from launch.submit import descendants, free_port
 
 TIMEOUT_SECONDS = 5.0
 NOTICE_SECONDS = 5.0  # after the timeout, to find out who it was and to say so
+CALL_SECONDS = 10.0  # the same between nodes, where a roll call waits once more
 END_SECONDS = 20.0  # to take an interpreter down where other work keeps the cores busy
 AGE_SECONDS = 2.0  # of the last step, when the metrics are looked at
 PHASES = ("data", "forward", "all_reduce", "optimizer", "save", "evaluation")
@@ -98,9 +99,9 @@ def check_cut(case: Cut, folder: Path) -> tuple[float, str]:
         cluster.nodes[case.node].unplug()
         since = time.time()
         age = _age_inside(cluster, folder)
-        said = _causes(ranks, TIMEOUT_SECONDS + NOTICE_SECONDS + END_SECONDS)
+        said = _causes(ranks, TIMEOUT_SECONDS + CALL_SECONDS + END_SECONDS)
         seconds = file.stat().st_mtime - since
-    expect(seconds < TIMEOUT_SECONDS + NOTICE_SECONDS, f"named only after {seconds:.1f} s: {said}")
+    expect(seconds < TIMEOUT_SECONDS + CALL_SECONDS, f"named only after {seconds:.1f} s: {said}")
     for rank, text in enumerate(said):
         beyond = [other for other in range(4) if other // 2 != rank // 2]
         near = "error:" not in text or any(re.search(rf"\brank {other}\b", text) for other in beyond)
