@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from faults.kill_now_and_then import Life, expected_ratio, live
+from faults.running import end_in_order
 from faults.save_stall import LARGE, TINY, Size, Stall, measure
 
 STEP_SECONDS = 0.02
@@ -28,6 +29,7 @@ MEANS_SECONDS = (60, 120, 300, 600)
 
 def main() -> int:
     arguments = _parser().parse_args()
+    end_in_order()
     folder = Path(tempfile.mkdtemp(prefix="goodput-"))
     stalls = [(size, measure(folder / f"stall-{size.width}", size, 2)) for size in (TINY, LARGE)]
     lives = [

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.rows import ROWS
+from faults.running import end_in_order
 from faults.verdict import Row, Verdict
 
 
@@ -38,6 +39,7 @@ class Line:
 
 def main() -> int:
     arguments = _parser().parse_args()
+    end_in_order()
     if arguments.list:
         print(*(f"{row.name:12} {row.soak_cases:4}  {row.fault}" for row in ROWS), sep="\n")
         return 0

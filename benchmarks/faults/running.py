@@ -134,6 +134,12 @@ def run(argv: Sequence[str], folder: Path, seconds: float = 120.0, extra: Mappin
         return running.wait(seconds)
 
 
+def end_in_order() -> None:
+    """A signal to this process to stop it unwinds it, so that what it started ends too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))
+
+
 def processes_in(folder: Path) -> list[int]:
     """Ids of the processes that work in `folder`: ranks may have lost whoever started them."""
     found: list[int] = []
