@@ -2,10 +2,11 @@
 # The wheels of Open MPI and MPICH overwrite each other: .venv has the first; .venv-mpich, for tests and benchmarks,
 # has the second and shares all else.
 # Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX_URL (where to take torch from),
-# PYTEST_ARGS (for `make test`).
+# PYTEST_ARGS (for `make test`), SOAK_ARGS (for `make soak`: rows, --cases N, --seed S).
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 export TORCH_INDEX_URL
 export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -15,7 +16,7 @@ mpich_python := .venv-mpich/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text test check bench sweeps branches clean
+.PHONY: help demo demo-text test check bench soak sweeps branches clean
 
 help:
 	@echo 'make demo        train on handwritten digits with two ranks; ends with a report'
@@ -23,6 +24,7 @@ help:
 	@echo 'make test        the whole test suite (PYTEST_ARGS="tests/test_job.py -k name" for a part)'
 	@echo 'make check       formatting, lint, types and import layers'
 	@echo 'make bench       the tables of the README, measured here'
+	@echo 'make soak        every fault that a run has to survive, injected for real, and the table of them; an hour or two'
 	@echo 'make sweeps      critical batch sizes measured by running, beside what the noise scale predicts; 45 minutes'
 	@echo 'make branches    the same from branches of one run, compared with those sweeps on the same stretch of training'
 	@echo 'make clean       remove .venv, .venv-mpich and everything that was built; runs/ stays'
@@ -51,6 +53,10 @@ bench: .venv/.test .venv-mpich/.made
 	@$(python) benchmarks/scaling_model.py
 	@$(python) benchmarks/noise_scale_coverage.py
 	@$(python) benchmarks/adaptive_batch.py
+
+soak: .venv/.test
+	@$(python) benchmarks/soak.py $(SOAK_ARGS)
+	@$(python) benchmarks/goodput.py
 
 # A search that was interrupted goes on where it stood.
 sweeps: .venv/.test

@@ -88,7 +88,7 @@ def measured(kind: str, milliseconds: float, ranks: int, workers: int, steps: in
         Path(folder, "job.toml").write_text(job)
         here = Path(__file__).resolve().parent
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *launcher, "-m", "ddp", "train", "job.toml", "--allow-import"]
+        command = [sys.executable, *launcher, "-m", "ddp", "train", "job.toml", "--allow-import", "data_workers"]
         path = os.pathsep.join([str(here), str(here.parent)])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(

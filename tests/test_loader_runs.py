@@ -143,10 +143,10 @@ def parent_of(process_id: int) -> int:
 
 
 def test_a_signal_under_torchrun(tmp_path: Path) -> None:
-    argv = python("-m", "launch", "torchrun", "job.toml", "--nproc-per-node", "2", "--allow-import")
+    argv = python("-m", "launch", "torchrun", "job.toml", "--nproc-per-node", "2", "--allow-import", "misbehaving")
     stopped_by_a_signal(argv, tmp_path, signal.SIGTERM)
 
 
 def test_a_signal_under_mpirun(tmp_path: Path, mpi: MpiEnvironment) -> None:
-    argv = [mpi.python, "-m", "launch", "mpirun", "job.toml", "--nproc-per-node", "2", "--allow-import"]
+    argv = [mpi.python, "-m", "launch", "mpirun", "job.toml", "--nproc-per-node", "2", "--allow-import", "misbehaving"]
     stopped_by_a_signal(argv, tmp_path, signal.SIGUSR1)

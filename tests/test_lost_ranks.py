@@ -16,13 +16,15 @@ from jobs import Ended, finish, python, run_command, started, wait_until
 from losing import write_losing_job
 from mpi_environments import MpiEnvironment, mpi_environment
 
-TRAIN = ("-m", "ddp", "train", "job.toml", "--allow-import")
+TRAIN = ("-m", "ddp", "train", "job.toml", "--allow-import", "losing")
 STANDALONE = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 SURVIVE_SECONDS = 30.0
 
 
 def launched(launcher: str, ranks: int, *options: str, interpreter: str | None = None) -> list[str]:
-    argv = python("-m", "launch", launcher, "job.toml", "--nproc-per-node", str(ranks), "--allow-import", *options)
+    argv = python(
+        "-m", "launch", launcher, "job.toml", "--nproc-per-node", str(ranks), "--allow-import", "losing", *options
+    )
     return [interpreter or argv[0], *argv[1:]]
 
 

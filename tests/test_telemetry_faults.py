@@ -26,7 +26,7 @@ from jobs import beside_python, finish, python, run_command, started, wait_until
 from telemetry_records import feed, run_info, step_records
 
 STEPS = 25  # a tenth of a second each
-TRAIN = ("-m", "ddp", "train", "job.toml", "--allow-import")
+TRAIN = ("-m", "ddp", "train", "job.toml", "--allow-import", "misbehaving")
 WITH_METRICS = ("--set", "metrics.enabled=true")
 
 

@@ -1,0 +1,79 @@
+"""Checkpoints that are damaged: the newest that is whole is the one resumed, and what was passed over is named."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from faults import evidence
+from faults.running import Ranks, run
+from faults.small_job import expect_same_end, undisturbed
+from faults.verdict import Row, dealt, expect
+
+KEPT = {"checkpoint__keep": 10}
+DAMAGES = ("truncated", "bit_flipped", "missing", "no_manifest", "empty_manifest")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is done to a file of each of the newest `checkpoints`; `place` chooses file, byte and bit."""
+
+    kind: str
+    checkpoints: int
+    place: int
+
+
+def cases(generator: random.Random, count: int) -> Sequence[Damage]:
+    kinds = dealt(generator, DAMAGES, count)
+    return [Damage(kind, generator.choice((1, 1, 2, 3)), generator.randrange(1 << 40)) for kind in kinds]
+
+
+def check(case: Damage, folder: Path) -> tuple[float, str]:
+    undisturbed(folder, 2, **KEPT)
+    whole = next(folder.parent.glob("undisturbed-2-*checkpoint__keep*"))
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    for file in folder.glob("weights-*"):
+        file.unlink()
+    (folder / evidence.RUN / "outcome.json").unlink()
+    damaged = evidence.checkpoints(folder)[: case.checkpoints]
+    for checkpoint in damaged:
+        _damage(checkpoint, case)
+    ended = run(Ranks("launch torchrun", 2, resume=True).argv(), folder)
+    expect(ended.code == 0, f"the run could not go on: {ended}")
+    for checkpoint in damaged:
+        lines = [line for line in ended.stderr.splitlines() if "passing over" in line and checkpoint.name in line]
+        expect(lines, f"{checkpoint.name} is not named among those passed over: {ended}")
+    expect_same_end(folder, 2, **KEPT)
+    return 0.0, f"passed over {', '.join(path.name for path in damaged)}; same weights"
+
+
+def _damage(checkpoint: Path, case: Damage) -> None:
+    manifest = checkpoint / "manifest.json"
+    files = sorted(path for path in checkpoint.iterdir() if path != manifest)
+    file = files[case.place % len(files)]
+    content = bytearray(file.read_bytes())
+    match case.kind:
+        case "truncated":
+            file.write_bytes(content[: case.place % len(content)])
+        case "bit_flipped":
+            content[case.place // 8 % len(content)] ^= 1 << case.place % 8
+            file.write_bytes(content)
+        case "missing":
+            file.unlink()
+        case "no_manifest":
+            manifest.unlink()
+        case _:
+            manifest.write_bytes(b"")
+
+
+ROW = Row(
+    "damage",
+    "truncated, bit-flipped, missing checkpoint files",
+    "the newest valid checkpoint is resumed, those passed over are named; same weights",
+    20,
+    cases,
+    check,
+)
