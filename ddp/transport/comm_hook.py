@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +20,7 @@ from ddp.board import PhaseBoard
 from ddp.errors import TransportError, UsageError
 from ddp.outcome import annotate
 from ddp.transport.base import BucketState, Reduction, Transport
+from ddp.transport.left_over import LeftOver, State
 from ddp.transport.projection import BucketProjection, SmallParameters
 from ddp.transport.row import NO_PROJECTION, StepRow
 
@@ -81,7 +81,7 @@ class GradientExchange:
         self._backwards = 0
         self._complete = True
         self._error: Exception | None = None
-        self._left_over: dict[int, dict[str, Tensor]] = {}  # from a checkpoint, for buckets that DDP has yet to build
+        self._left_over = LeftOver()
 
     @property
     def blocked_seconds(self) -> float:
@@ -95,31 +95,23 @@ class GradientExchange:
         self._small = SmallParameters(parameters)
         self.transport.prepare(dtypes & self.transport.dtypes)
 
-    def state_dict(self) -> dict[str, dict[int, dict[str, Tensor]]]:
-        """What quantising has left over, by bucket: nothing where gradients travel as floating-point numbers."""
-        kept = {index: _left_over(layout.state) for index, layout in self._layouts.items()}
-        return {"left_over": {index: each for index, each in kept.items() if each}}
+    def state_dict(self) -> State:
+        """What quantising has left over, by bucket."""
+        return self._left_over.state_dict(self._states())
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Whatever there is can be taken: what belongs to other buckets is left aside."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`, where the buckets are the same; else with nothing left over."""
-        self._left_over = {int(index): dict(each) for index, each in state["left_over"].items()}
-        for index, layout in self._layouts.items():
-            self._take_left_over(index, layout.state)
+        """Go on from `state_dict()`."""
+        self._left_over.load_state_dict(state, self._states())
 
     def forget_left_over(self) -> None:
         """Nothing is left over of the gradients so far: they are not to be gone on from."""
         self.load_state_dict({"left_over": {}})
 
-    def _take_left_over(self, index: int, state: BucketState) -> None:
-        for array in _left_over(state).values():
-            array.zero_()
-        for name, saved in self._left_over.get(index, {}).items():
-            if saved.numel() == state.ends[-1]:
-                kept = state.kept.setdefault(name, np.zeros(saved.numel(), np.float32))  # its address may be known
-                kept[:] = saved.numpy()
+    def _states(self) -> dict[int, BucketState]:
+        return {index: layout.state for index, layout in self._layouts.items()}
 
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Send one bucket; a new backward's first bucket drops what the previous one left."""
@@ -219,7 +211,7 @@ class GradientExchange:
             or not all(map(is_, layout.parameters, parameters))
         ):
             self._layouts[index] = layout = self._lay_out(parameters, bucket.buffer())
-            self._take_left_over(index, layout.state)
+            self._left_over.hand_to(index, layout.state)
         if bucket.is_last() and len(self._layouts) > index + 1:
             self._layouts = {kept: self._layouts[kept] for kept in range(index + 1)}
         return layout
@@ -253,11 +245,6 @@ class GradientExchange:
         where = f"bucket {index}" if self.step is not None else f"bucket {index} of backward {self._backwards}"
         error.args = (f"{error}, in {where}",)
         annotate(error, step=self.step)
-
-
-def _left_over(state: BucketState) -> dict[str, Tensor]:
-    """By the transport's own names, sharing the transport's memory."""
-    return {name: torch.from_numpy(kept) for name, kept in state.kept.items() if isinstance(kept, np.ndarray)}
 
 
 def add_up(reductions: list[Reduction]) -> GradientSums:
