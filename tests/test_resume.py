@@ -320,3 +320,30 @@ def test_a_relative_path_names_the_same_run_from_inside(
         origin = find_origin(nameless, {}, path, NOW, "abcd")
         assert (origin.run_id, origin.step) == ("run", 2)
         assert os.path.samefile(Path(origin.job.run.directory) / origin.run_id, tmp_path / "run")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_quantising_left_over_goes_on(rank_pool: RankPool, tmp_path: Path, world_size: int) -> None:
+    settings = {"transport__wire": "int8", "transport__name": "shared_memory"}
+    train_ranks(rank_pool, world_size, digits(tmp_path / "whole", run__steps=9, **settings))
+    for steps in (4, 9):
+        train_ranks(rank_pool, world_size, digits(tmp_path, run__steps=steps, **settings), resume="auto")
+    assert_the_same_run(tmp_path / "run", tmp_path / "whole" / "run", 9, world_size)
+    held = saved(tmp_path / "run", 9, world_size)["own"]
+    assert all(
+        any(map(torch.any, each.values())) for own in held.values() for each in own["exchange"]["left_over"].values()
+    )
+
+
+def test_c10d_with_three_ranks_is_the_same_to_rounding_and_says_so(rank_pool: RankPool, tmp_path: Path) -> None:
+    settings = {"transport__name": "c10d", "optimizer__name": "adamw", "run__steps": 12}
+    train_ranks(rank_pool, 3, job(tmp_path / "whole", **settings))
+    train_ranks(rank_pool, 3, job(tmp_path, **{**settings, "run__steps": 5}))
+    ended = rank_pool.run(3, train_one_listening, [job(tmp_path, **settings)] * 3, "auto")
+    assert [one.kind for one, _ in ended] == ["", "", ""]
+    assert "the resumed run is the one that never stopped to some 1e-6" in ended[0][1]
+    whole = steps_of(tmp_path / "whole" / "run")
+    assert [record.loss for record in steps_of(tmp_path / "run")] == pytest.approx([r.loss for r in whole], rel=1e-5)
+    one, other = (saved(folder / "run", 12, 3)["shared"]["parameters"] for folder in (tmp_path, tmp_path / "whole"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-6)

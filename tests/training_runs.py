@@ -134,10 +134,12 @@ def losses_of(run_directory: Path) -> list[float]:
 
 
 def saved(run_directory: Path, step: int, world_size: int) -> dict[str, Any]:
-    """All that the checkpoint of `step` holds, each rank's own part included."""
+    """All that the checkpoint of `step` holds but times, each rank's own part included."""
     path = checkpoint.find(run_directory / "checkpoints", step)
     own = {rank: checkpoint.load(path, rank)[1] for rank in range(world_size)}
-    return {"shared": checkpoint.load_shared(path), "own": own}
+    shared = checkpoint.load_shared(path)
+    del shared["goodput"]  # goes by the clock
+    return {"shared": shared, "own": own}
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:

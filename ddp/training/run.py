@@ -125,6 +125,7 @@ def _train_opened(place: _Place, plan: Plan, exchange: GradientExchange, run: Op
         trainer.settle()
         if run.origin.checkpoint is not None:
             trainer.saving.restore(run.origin.checkpoint)
+            _say_if_it_rounds_otherwise(trainer)
         Loop(trainer).run()
         if loader is not None:
             loader.close()  # before the report, and while the metrics are held
@@ -133,6 +134,16 @@ def _train_opened(place: _Place, plan: Plan, exchange: GradientExchange, run: Op
         raise
     finally:
         trainer.saving.close()
+
+
+def _say_if_it_rounds_otherwise(trainer: Trainer) -> None:
+    """gloo and NCCL choose the order of additions themselves; every other transport adds in rank order."""
+    if trainer.rank == 0 and trainer.exchange.transport.name == "c10d" and trainer.world_size > 2:
+        logger.info(
+            "c10d adds the gradients of %d ranks in an order of its own: the resumed run is the one that never stopped to "
+            "some 1e-6, not bit for bit; other transports give the same bits",
+            trainer.world_size,
+        )
 
 
 def _check_space(trainer: Trainer, run: Opened) -> None:
