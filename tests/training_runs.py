@@ -85,7 +85,7 @@ def train_one(rank: int, world_size: int, store_address: str, jobs: Sequence[Job
     with agent_environment(store_address), contextlib.redirect_stdout(printed):
         try:
             place = Topology(rank, world_size, rank, world_size, launcher="torchrun")
-            run.train(jobs[rank], place, resume=resume, allow_import=["training_runs"])
+            run.train(jobs[rank], place, resume=resume, allow_import=[jobs[rank].task.name.partition(":")[0]])
         except DdpError as caught:
             error = caught
     return Ended(
