@@ -82,6 +82,13 @@ class Saver:
         """The step whose save was begun and is not settled."""
         return None if self._pending is None else self._pending.step
 
+    @property
+    def publication(self) -> bool | None:
+        """Whether the save that was settled last has its name; None while that is not known, and on ranks other than 0."""
+        if self._publishing is None or not self._publishing.done():
+            return None
+        return self._publishing.exception() is None
+
     # --- what all ranks call ---
 
     def begin(

@@ -47,8 +47,7 @@ class Loop:
         while not course.is_over(trainer.step_count):
             before = trainer.step_count
             rows = trainer.step(steps)
-            if (news := saving.observe(rows)) is not None:
-                self._say_saved(news)
+            self._say_saved(saving.observe(rows))
             if trainer.step_count <= before:  # it went back
                 self._evaluated_at = -1
             self._stop_if([bool(row.stop) for row in rows])
@@ -99,13 +98,15 @@ class Loop:
         if is_best or saving.is_due(step):
             self.trainer.board.enter("save", step)
             self.trainer.replicas.take(step)  # compared in the next row, before the checkpoint gets its name
+            self._say_saved(saving.settle())  # the disk may be slower than checkpoints come
             saving.begin(step, value)
 
     def _save_and_wait(self) -> Path:
         self.trainer.board.enter("save", self.trainer.step_count)
         self.trainer.replicas.compare_now(self.trainer.step_count)
+        self._say_saved(self.trainer.saving.settle())
         path, news = self.trainer.saving.finish(self.trainer.step_count, self._metric_now())
-        self._say_saved(news)
+        self._say_saved([news])
         return path
 
     def _stop_if(self, asked: Sequence[bool]) -> None:
@@ -115,11 +116,11 @@ class Loop:
             by = self.trainer.stop.signal_name or f"a signal to rank {list(asked).index(True)}"
             raise StoppedError(f"stopped by {by} after step {self.trainer.step_count}; go on with --resume {path}")
 
-    def _say_saved(self, news: SaveNews) -> None:
-        kind: EventKind = "saved" if news.ok else "save_failed"
-        self.trainer.sinks.event(
-            RunEvent(news.step, time.time(), kind, -1, news.text, news.duration_seconds, news.stall_seconds)
-        )
+    def _say_saved(self, news: Sequence[SaveNews]) -> None:
+        for each in news:
+            kind: EventKind = "saved" if each.ok else "save_failed"
+            seconds = (each.duration_seconds, each.stall_seconds)
+            self.trainer.sinks.event(RunEvent(each.step, time.time(), kind, -1, each.text, *seconds))
 
 
 def _every_rank_says(asked: bool) -> list[bool]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp.checkpoint import Manifest, Saver, clear_left_overs, load, newest, read_manifest
+from ddp.checkpoint import Manifest, Saver, Settled, clear_left_overs, load, newest, read_manifest
 from ddp.errors import CheckpointError, DivergedError
 from ddp.job import CheckpointSection
 from ddp.tasks.base import Goal
@@ -95,6 +95,10 @@ class Saving:
         if rank == 0:
             clear_left_overs(directory)
         self.last_step = -1  # whose state was saved, or restored, last
+        self._has_begun = False
+        self._unnamed: int | None = (
+            None  # the step whose checkpoint is complete and has no name yet, as far as is known
+        )
         self._began = self._stalled_before = 0.0  # as of the last save's beginning
 
     @property
@@ -106,32 +110,30 @@ class Saving:
         return self._every_steps is not None and step % self._every_steps == 0
 
     def begin(self, step: int, value: float | None) -> None:
-        """Save the state as it is now, in the background; all ranks together.
+        """Save the state as it is now, in the background; all ranks together, once the save before is settled.
 
         Args:
             value: of the metric at these weights, where it was taken.
         """
-        if self._saver.pending is not None:  # the disk is slower than checkpoints come
-            self._finish_if_it_can_be()
-        self.last_step, self._began, self._stalled_before = step, time.monotonic(), self._saver.stall_seconds
+        self.last_step, self._has_begun = step, True
+        self._began, self._stalled_before = time.monotonic(), self._saver.stall_seconds
         shared = self.registry.shared() if self._rank == 0 else {}
         metric = None if value is None else (self.metric, value)
         self._saver.begin(step, shared, self.registry.own(), metric=metric)
 
-    def observe(self, rows: Sequence[StepRow]) -> SaveNews | None:
-        """After each step: news once all ranks have written their parts, or some could not.
+    def observe(self, rows: Sequence[StepRow]) -> list[SaveNews]:
+        """After each step: what has become of checkpoints under way; that one has its name only rank 0 knows.
 
         Raises nothing: what fails costs this checkpoint, and the next one is tried.
         """
+        news = self._of_publication()
         if self._saver.pending is None:
-            return None
-        settled = self._saver.observe([int(row.part_saved) for row in rows])
-        if settled is None:
-            return None
-        failed = ", ".join(map(str, settled.failed_ranks))
-        return self._news(
-            settled.step, settled.ok, f"was not saved: rank {failed} could not write its part" if failed else "is saved"
-        )
+            return news
+        return news + self._of_settling(self._saver.observe([int(row.part_saved) for row in rows]))
+
+    def settle(self) -> list[SaveNews]:
+        """Wait for a checkpoint that is under way, before the next one begins; all ranks together."""
+        return self._of_publication() + self._of_settling(self._saver.settle(_everyones))
 
     def finish(self, step: int, value: float | None) -> tuple[Path, SaveNews]:
         """Save the state as it is now and wait until it is on the disk; all ranks together.
@@ -143,14 +145,34 @@ class Saving:
         path = self._saver.finish(_everyones)
         return path, self._news(step, True, "is saved")
 
+    def _of_settling(self, settled: Settled | None) -> list[SaveNews]:
+        if settled is None:
+            return []
+        if settled.ok:
+            self._unnamed = settled.step
+            return []
+        failed = ", ".join(map(str, settled.failed_ranks))
+        return [self._news(settled.step, False, f"was not saved: rank {failed} could not write its part")]
+
+    def _of_publication(self) -> list[SaveNews]:
+        step, named = self._unnamed, self._saver.publication
+        if step is None or named is None:
+            return []
+        self._unnamed = None
+        return [self._news(step, named, "is saved" if named else f"was not saved: {self._saver.last_error}")]
+
     def _news(self, step: int, ok: bool, what: str) -> SaveNews:
         stalled = self._saver.stall_seconds - self._stalled_before
         return SaveNews(step, ok, f"the checkpoint of step {step} {what}", time.monotonic() - self._began, stalled)
 
     def newest(self) -> Path | None:
         """The newest checkpoint of this run that verifies; all ranks together."""
-        if self._saver.pending is not None:
-            self._finish_if_it_can_be()
+        if self._has_begun:  # published now, or never: what goes with it goes before one is chosen
+            try:
+                self._saver.finish(_everyones)
+            except CheckpointError as error:
+                if not error.consequence:
+                    logger.warning("%s", error)
         found = newest(self.directory) if self._rank == 0 else None
         said = from_rank_zero("" if found is None else str(found))
         return Path(said) if said else None
@@ -202,13 +224,6 @@ class Saving:
     def close(self) -> None:
         """Safe to call twice; what is not published then is lost."""
         self._saver.close()
-
-    def _finish_if_it_can_be(self) -> None:
-        try:
-            self._saver.finish(_everyones)
-        except CheckpointError as error:
-            if not error.consequence:
-                logger.warning("%s", error)
 
 
 def _everyones(value: int) -> list[int]:
