@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ddp import checkpoint
 from ranks import RankPool
 from training_runs import Misbehaving, differences, job, losses_of, saved, train_ranks
 
@@ -66,3 +67,17 @@ def test_all_stop_with_a_checkpoint_and_go_on_as_if_nothing_had_been(
     run, whole = tmp_path / "run", tmp_path / "whole" / "run"
     assert losses_of(run) == losses_of(whole)
     assert differences(saved(run, 15, 3), saved(whole, 15, 3)) == []
+
+
+def test_the_clock_of_rank_0_saves_on_all_ranks(rank_pool: RankPool, tmp_path: Path) -> None:
+    """A step takes some 5 ms, and the checkpoints are complete although no step is named for them."""
+    slow = {
+        "task__options": {"action": "overhead"},
+        "run__steps": 60,
+        "checkpoint__keep": 9,
+        "checkpoint__keep_best": 0,
+    }
+    ended = train_ranks(rank_pool, 3, job(tmp_path, checkpoint__every_seconds=0.1, evaluation__every_epochs=99, **slow))
+    assert [one.kind for one in ended] == ["", "", ""], ended
+    held = [checkpoint.verify(path) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert 3 <= len(held) < 60 and {manifest.world_size for manifest in held} == {3}

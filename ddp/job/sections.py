@@ -109,6 +109,7 @@ class CheckpointSection(Section):
     """When the run's state is saved, and which of the checkpoints stay."""
 
     every_steps: Positive | None = Field(default=None, description="besides the one at the end")
+    every_seconds: PositiveFloat = Field(default=600.0, description="at the latest so long after the one before")
     keep: Positive = Field(default=2, description="the newest so many stay")
     keep_best: NonNegative = Field(default=1, description="and so many of the best by evaluation.metric")
 

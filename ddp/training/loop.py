@@ -16,6 +16,7 @@ from ddp.training.course import say_rate
 from ddp.training.evaluation import evaluate_splits
 from ddp.training.saving import SaveNews
 from ddp.training.trainer import Trainer
+from ddp.transport.row import StepRow
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Loop:
             self._stop_if([bool(row.stop) for row in rows])
             if trainer.step_count > before and self._evaluation_is_due():
                 self._evaluate()
-            self._save_if_due()
+            self._save_if_due(rows)
         if self._evaluated_at != trainer.step_count:
             self._evaluate()
         self._save_and_wait()
@@ -89,13 +90,13 @@ class Loop:
         """Of the validation set at the weights as they are now, where it was taken."""
         return self._metric if self._evaluated_at == self.trainer.step_count else None
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self, rows: Sequence[StepRow]) -> None:
         step, saving = self.trainer.step_count, self.trainer.saving
         if self.trainer.course.is_over(step) or saving.last_step == step:
             return  # the end saves; or the run has just come from there
         value = self._metric_now()
         is_best = value is not None and saving.best.enters(value)
-        if is_best or saving.is_due(step):
+        if is_best or saving.is_due(step, rows):
             self.trainer.board.enter("save", step)
             self.trainer.replicas.take(step)  # compared in the next row, before the checkpoint gets its name
             self._say_saved(saving.settle())  # the disk may be slower than checkpoints come

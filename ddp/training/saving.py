@@ -88,6 +88,7 @@ class Saving:
         self.directory, self.registry, self.metric = directory, registry, metric
         self.best = Best(section.keep_best, goal)
         self._rank, self._world_size, self._every_steps = rank, world_size, section.every_steps
+        self._every_seconds = section.every_seconds
         self._saver = Saver(
             directory, rank=rank, world_size=world_size, keep=section.keep, keep_best=section.keep_best, goal=goal
         )
@@ -99,15 +100,21 @@ class Saving:
         self._unnamed: int | None = (
             None  # the step whose checkpoint is complete and has no name yet, as far as is known
         )
-        self._began = self._stalled_before = 0.0  # as of the last save's beginning
+        self._began, self._stalled_before = time.monotonic(), 0.0  # as of the last save's beginning
 
     @property
     def part_saved(self) -> int:
         """For this rank's row."""
         return self._saver.part_saved
 
-    def is_due(self, step: int) -> bool:
-        return self._every_steps is not None and step % self._every_steps == 0
+    @property
+    def save_due(self) -> bool:
+        """For the row of rank 0, by whose clock all ranks go."""
+        return time.monotonic() - self._began >= self._every_seconds
+
+    def is_due(self, step: int, rows: Sequence[StepRow]) -> bool:
+        """Whether to save after `step`, whose rows these are; the same on all ranks."""
+        return bool(rows[0].save_due) or (self._every_steps is not None and step % self._every_steps == 0)
 
     def begin(self, step: int, value: float | None) -> None:
         """Save the state as it is now, in the background; all ranks together, once the save before is settled.

@@ -193,6 +193,7 @@ class Trainer:
             **self.watch.row_fields(sums),
             measure_seconds=phases.measure,
             part_saved=self.saving.part_saved,
+            save_due=self.saving.save_due,
             **self.replicas.row_fields(),
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
         )

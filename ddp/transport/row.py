@@ -45,6 +45,7 @@ class StepRow:
     mean_squared_norm: float = 0.0  # of the averaged gradient; all ranks go by rank 0's, which may round otherwise
     measure_seconds: float = 0.0  # from the row to the optimizer, where the sampled and all other steps are entered
     part_saved: float = 0.0  # the step whose part of a checkpoint this rank wrote last; minus it where that failed
+    save_due: float = 0.0  # rank 0's clock says that it is time for a checkpoint
     checksum_high: float = 0.0  # of the parameters after the previous step, see ddp.training.replicas; 0: not taken
     checksum_low: float = 0.0
     projection: tuple[float, ...] = NO_PROJECTION  # of the own gradient: tells shards apart that are not exchangeable
