@@ -164,7 +164,8 @@ ADAPTIVE: dict[str, Any] = {
 
 def test_real_ranks_change_their_batch_together_and_a_resumed_run_keeps_it(rank_pool: RankPool, tmp_path: Path) -> None:
     for steps in (90, 150):
-        ended = train_ranks(rank_pool, 2, regression(tmp_path, run__steps=steps, **ADAPTIVE), resume="auto")
+        settings = {**ADAPTIVE, "run__steps": steps, "checkpoint__keep": 99}
+        ended = train_ranks(rank_pool, 2, regression(tmp_path, **settings), resume="auto")
         assert [one.kind for one in ended] == ["", ""], ended[0].message
     records = steps_of(tmp_path / "run")
     sizes = [record.global_batch_size for record in records]

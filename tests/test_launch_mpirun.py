@@ -91,7 +91,7 @@ def test_no_mpi4py_is_refused_before_anything_starts(tmp_path: Path) -> None:
     write_job(tmp_path)
     # A Python without site-packages of mpi4py: what the launcher asks is whether it can be found.
     without = "import sys; sys.modules['mpi4py'] = None; from launch.__main__ import main; main()"
-    ended = run_command(python("-c", without, "mpirun", "job.toml"), tmp_path)
+    ended = run_command(python("-c", without, "mpirun", "job.toml", "--allow-import", "misbehaving"), tmp_path)
     assert ended.code == 2, ended
     assert ended.stderr.count("\n") == 1
     assert ".[mpi]" in ended.stderr
