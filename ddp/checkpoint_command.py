@@ -127,9 +127,13 @@ def _epoch(path: Path) -> float | None:
     with open_own(path / SHARED) as file:
         state = read_part(path / SHARED, file, None)
     try:
-        return state["course"]["epoch"] + state["course"]["position"] / state["training_examples"]
-    except (KeyError, TypeError, ZeroDivisionError):
+        epoch, position = state["course"]["epoch"], state["course"]["position"]
+        examples = state["counters"]["training_examples"]
+    except (KeyError, TypeError):
         return None
+    if not all(type(each) is int and 0 <= each < 1 << 62 for each in (epoch, position, examples)) or not examples:
+        return None
+    return epoch + position / examples
 
 
 def _age(seconds: float) -> str:

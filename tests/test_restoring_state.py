@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +13,44 @@ from ddp.training import saving
 from ddp.training.saving import Saving
 from ddp.training.trainer import Trainer
 from ranks import RankPool
-from training_runs import Ended, job, train_one, train_ranks
+from training_runs import EXAMPLES, Ended, job, train_one, train_ranks
 
-CHANGES: dict[str, Mapping[str, Any]] = {
-    "noise_scale": {"whole": {}},
-    "course": {"epoch": 0},
-    "optimizer": {"state": {}, "param_groups": []},
+COUNTERS = {"step": 4, "examples_total": 48, "training_examples": EXAMPLES}
+CHANGES: dict[str, tuple[str, Any, str]] = {
+    "no readings": ("noise_scale", {"whole": {}}, "resume without it, --set noise_scale.enabled=false"),
+    "no position": ("course", {"epoch": 0}, "start a new run, or resume an earlier checkpoint"),
+    "no epoch": ("course", {"epoch": float("nan"), "position": 48}, "start a new run, or resume an earlier checkpoint"),
+    "beyond the data": ("course", {"epoch": 0, "position": EXAMPLES}, "start a new run, or resume an earlier"),
+    "no groups": ("optimizer", {"state": {}, "param_groups": []}, "start a new run, or bring the optimizer back"),
+    "no settings": ("optimizer", {"state": {}, "param_groups": [{"params": [0, 1, 2, 3]}]}, "bring the optimizer back"),
+    "no table": ("optimizer", "x", "bring the optimizer back"),
+    "no number": ("counters", {**COUNTERS, "step": "x"}, "its counters are no numbers"),
+    "below zero": ("counters", {**COUNTERS, "step": -5}, "its counters are no numbers"),
+    "another step": ("counters", {**COUNTERS, "step": 5}, "its state is of step 5, not 4"),
 }
 
 
-@pytest.mark.parametrize(
-    "part, advice",
-    [
-        ("noise_scale", "start a new run, or resume without it, --set noise_scale.enabled=false"),
-        ("course", "start a new run, or resume an earlier checkpoint"),
-        ("optimizer", "start a new run, or bring the optimizer back"),
-    ],
-)
-def test_a_state_that_cannot_be_read_leaves_the_trainer_as_it_was(
-    rank_pool: RankPool, tmp_path: Path, part: str, advice: str
-) -> None:
+def test_a_state_that_cannot_be_read_leaves_the_trainer_as_it_was(rank_pool: RankPool, tmp_path: Path) -> None:
     train_ranks(rank_pool, 2, job(tmp_path, run__steps=4))
-    for ended, unchanged in rank_pool.run(2, resume_with, job(tmp_path, run__steps=8), part):
-        assert ended.kind == "CheckpointError" and unchanged
-        assert "step-00000004-loss=" in ended.message and advice in ended.message
+    for change, (_, _, advice) in CHANGES.items():
+        for ended, unchanged in rank_pool.run(2, resume_with, job(tmp_path, run__steps=8), change):
+            assert ended.kind == "CheckpointError" and unchanged, (change, ended)
+            assert "step-00000004-loss=" in ended.message and advice in ended.message
     off = job(tmp_path, run__steps=8, noise_scale__enabled=False)
-    for ended, _ in rank_pool.run(2, resume_with, off, "noise_scale"):
+    for ended, _ in rank_pool.run(2, resume_with, off, "no readings"):
         assert ended.kind == ""
 
 
-def resume_with(rank: int, world_size: int, store_address: str, here: Job, part: str) -> tuple[Ended, bool]:
-    """`part` of the checkpoint replaced as it is read; and whether weights, readings and position stayed."""
+def resume_with(rank: int, world_size: int, store_address: str, here: Job, change: str) -> tuple[Ended, bool]:
+    """One part of the checkpoint replaced as it is read; and whether weights, readings and position stayed."""
     load, settle, restore = saving.load, Trainer.settle, Saving.restore
+    part, value, _ = CHANGES[change]
     trainers: list[Trainer] = []
     unchanged: list[bool] = []
 
     def changed(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         shared, own = load(*arguments)
-        return shared | {part: CHANGES[part]}, own
+        return shared | {part: value}, own
 
     def noted(trainer: Trainer) -> None:
         trainers.append(trainer)

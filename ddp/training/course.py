@@ -139,8 +139,11 @@ class Course:
 
         Where an epoch has fewer examples left than there are ranks now, it ends there.
         """
-        self.epoch = state["epoch"]
-        self._go_to(state["position"])
+        epoch, position = state["epoch"], state["position"]
+        if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position < self.plan.examples:
+            raise ValueError(f"epoch {epoch!r}, example {position!r} of {self.plan.examples}")
+        self.epoch = epoch
+        self._go_to(position)
         self.rate.load_state_dict(state["rate"])
         if self.controller is not None and state["batch"] is not None:
             self.controller.load_state_dict(state["batch"], same_ranks=state["world_size"] == self.plan.world_size)

@@ -198,7 +198,10 @@ class Saving:
         def load_and_check() -> tuple[dict[str, Any], dict[str, Any], Manifest]:
             shared, own = load(path, self._rank)
             self.registry.check(path, shared, own)
-            return shared, own, read_manifest(path)
+            manifest = read_manifest(path)
+            if shared["counters"]["step"] != manifest.step:
+                raise CheckpointError(f"{path}: its state is of step {shared['counters']['step']}, not {manifest.step}")
+            return shared, own, manifest
 
         shared, own, manifest = together(load_and_check)
         self.last_step, written_by = manifest.step, manifest.world_size

@@ -38,6 +38,7 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
 
 
 MOMENTS = {"adam": 2, "adamw": 2}  # of the size of the parameters, that an optimizer will have; of others one
+READINGS_BYTES = 1 << 20  # that the windows of the noise scale grow to, where layers are few
 
 
 def expected_bytes(trainer: Trainer) -> int:
@@ -45,7 +46,7 @@ def expected_bytes(trainer: Trainer) -> int:
     module, moments = trainer.model.module, MOMENTS.get(trainer.job.optimizer.name, 1)
     trained = sum(_bytes(each) for each in module.parameters() if each.requires_grad)
     kept = sum(map(_bytes, module.parameters())) + trainer.world_size * sum(map(_bytes, module.buffers()))
-    return kept + moments * trained
+    return kept + moments * trained + READINGS_BYTES * (trainer.watch.tracker is not None)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -98,6 +99,8 @@ class OptimizerState:
         sizes, here = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], self._groups))
         if sizes != here:
             raise CheckpointError(f"belongs to another optimizer: its groups have {sizes} parameters, here {here}")
+        if not all(type(group.get("lr")) in (int, float) for group in state["param_groups"]):
+            raise CheckpointError("belongs to another optimizer: its learning rates are no numbers")
         parameters = [parameter for group in self._groups for parameter in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -109,7 +112,12 @@ class OptimizerState:
                     )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(dict(state))
+        """A setting that this version of torch knows and the checkpoint's did not stays as it is."""
+        groups = [
+            {**{name: value for name, value in here.items() if name != "params"}, **saved}
+            for here, saved in zip(self._groups, state["param_groups"], strict=True)
+        ]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -131,6 +139,8 @@ class Counters:
         }
 
     def check_state(self, state: Mapping[str, int]) -> None:
+        if any(type(state[name]) is not int or state[name] < 0 for name in self.state_dict()):
+            raise CheckpointError(f"its counters are no numbers of steps and examples: {dict(state)}")
         if state["training_examples"] != self.trainer.plan.examples:
             raise CheckpointError(
                 f"written while training on {state['training_examples']:,} examples, the training set now has "
