@@ -22,7 +22,7 @@ from ddp.errors import CheckpointError, UsageError
 from ranks import RankPool
 from training_runs import Misbehaving, job, train_one
 
-COURSE = {"course": {"epoch": 3, "position": 50}, "training_examples": 200}
+COURSE = {"course": {"epoch": 3, "position": 50}, "counters": {"training_examples": 200}}
 
 
 def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
