@@ -143,13 +143,13 @@ class Normalising(Misbehaving):
 
 
 @pytest.mark.parametrize("policy, said", [
-    ("skip", "in a row"), ("roll_back", "there is no checkpoint to go back to"), ("stop", "lower optimizer"),
+    ("skip", "in a row"), ("roll_back", "after 3 roll-backs"), ("stop", "lower optimizer"),
 ])  # fmt: skip
 def test_every_policy_has_an_end(rank_pool: RankPool, tmp_path: Path, policy: str, said: str) -> None:
     """All examples are bad from the first step on."""
     settings: Mapping[str, Any] = {"task__name": "test_judging:Hopeless", "faults__max_skipped_steps": 3}
     ended = train_ranks(rank_pool, 2, job(tmp_path, faults__on_not_finite=policy, **settings))
-    assert {(one.kind, one.step) for one in ended} == {("DivergedError", 4 if policy == "skip" else 1)}, ended
+    assert {(one.kind, one.step) for one in ended} == {("DivergedError", 1 if policy == "stop" else 4)}, ended
     assert all(said in one.message for one in ended)
 
 
@@ -171,15 +171,18 @@ def test_a_fault_that_passes_is_rolled_back_to_the_same_run(
     assert [one.kind for one in ended] == [""] * world_size, ended
     run, whole = tmp_path / "run", tmp_path / "whole" / "run"
     assert losses_of(run) == losses_of(whole)
-    assert differences(saved(run, STEPS, world_size), saved(whole, STEPS, world_size)) == []
+    one, other = saved(run, STEPS, world_size), saved(whole, STEPS, world_size)
+    assert [held["shared"].pop("judge")["roll_backs"] for held in (one, other)] == [1, 0]
+    assert differences(one, other) == []
 
 
 class Once(Misbehaving):
     """The last rank's loss is not finite in its so-many-th step in training, and never again."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int | str) -> None:
+        """`step` may be the name of a file that says it, so that two parts of a run differ in it."""
         super().__init__()
-        self.left = step + 1  # the first backward only settles DDP's buckets
+        self.left = int(Path(step).read_text() if isinstance(step, str) else step) + 1  # the first settles DDP's buckets
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         losses = super().loss(model, batch)
@@ -195,3 +198,73 @@ def test_what_was_passed_over_is_recorded(rank_pool: RankPool, tmp_path: Path) -
     with contextlib.closing(sqlite3.connect(tmp_path / "run" / "run.db")) as database:
         kinds = [kind for (kind,) in database.execute("SELECT kind FROM events WHERE kind = 'not_finite'")]
     assert kinds
+
+
+def test_without_a_checkpoint_to_go_back_to_the_step_is_passed_over(rank_pool: RankPool, tmp_path: Path) -> None:
+    plain = {"faults__on_not_finite": "roll_back", "checkpoint__keep_best": 0}
+    once = {"task__name": "test_judging:Once", "task__options": {"step": 2}}
+    ended = train_ranks(rank_pool, 2, job(tmp_path, **plain, **once))
+    assert [one.kind for one in ended] == ["", ""], ended
+    assert len(losses_of(tmp_path / "run")) == STEPS - 1
+
+
+def test_a_roll_back_never_goes_forward_to_what_the_run_went_back_from(rank_pool: RankPool, tmp_path: Path) -> None:
+    settings = {"checkpoint__every_steps": 4, "checkpoint__keep": 9, "faults__on_not_finite": "roll_back"}
+    step = tmp_path / "step"
+    settings |= {"transport__name": "shared_memory", "task__name": "test_judging:Once"}
+    settings |= {"task__options": {"step": str(step)}}
+    step.write_text("99")
+    train_ranks(rank_pool, 2, job(tmp_path, **settings))
+    whole = losses_of(tmp_path / "run")
+    from_step_4 = str(tmp_path / "run" / "checkpoints" / "step-00000004")
+    step.write_text("6")  # of this part: step 10
+    ended = train_ranks(rank_pool, 2, job(tmp_path, **settings), resume=from_step_4)
+    assert [one.kind for one in ended] == ["", ""], ended
+    assert losses_of(tmp_path / "run") == whole
+
+
+class Spoilt(Misbehaving):
+    """In its so-many-th step in training a bias of all ranks becomes infinite, once."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.left = step + 1
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        losses = super().loss(model, batch)
+        self.left -= torch.is_grad_enabled()
+        if self.left == 0 and torch.is_grad_enabled():
+            self.left = -1
+            assert Misbehaving.last_model is not None
+            list(Misbehaving.last_model.parameters())[-1].data.fill_(math.inf)
+        return losses
+
+
+def test_spoilt_weights_are_not_gone_back_to(rank_pool: RankPool, tmp_path: Path) -> None:
+    """They come in step 8, which is saved; step 9 shows it, and the run goes back to step 4 and ends as if nothing had been."""
+    settings = {"checkpoint__every_steps": 4, "faults__on_not_finite": "roll_back", "transport__name": "shared_memory"}
+    spoilt = {"task__name": "test_judging:Spoilt", "task__options": {"step": 8}}
+    train_ranks(rank_pool, 3, job(tmp_path / "whole", **settings))
+    ended = train_ranks(rank_pool, 3, job(tmp_path, **settings, **spoilt))
+    assert [one.kind for one in ended] == [""] * 3, ended
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole" / "run")
+
+
+def test_the_caps_count_over_restarts() -> None:
+    before = Judge(FaultsSection(on_not_finite="skip", max_skipped_steps=3))
+    for step in (1, 2):
+        before.judge(rows(True, False), step, 0.0)
+    after = Judge(before.section)
+    after.load_state_dict(before.state_dict())
+    after.judge(rows(True, False), 3, 0.0)
+    with pytest.raises(DivergedError, match="after 3 steps in a row"):
+        after.judge(rows(True, False), 4, 0.0)
+
+
+def test_buffers_that_a_forward_assigns_anew_come_back() -> None:
+    model = nn.BatchNorm1d(2)
+    before = BuffersBefore(model)
+    before.keep()
+    model.running_mean = torch.full((2,), math.nan)
+    before.bring_back()
+    assert model.running_mean is not None and model.running_mean.tolist() == [0.0, 0.0]

@@ -13,7 +13,7 @@ Only `tensors` loads torch, and only `load` and `load_shared`, or a `Saver` that
 
 from ddp.checkpoint.manifest import VERSION, FileEntry, Manifest
 from ddp.checkpoint.names import MANIFEST, SHARED, Metric, find, rank_file, resolve
-from ddp.checkpoint.publishing import clear_left_overs
+from ddp.checkpoint.publishing import clear_left_overs, set_aside
 from ddp.checkpoint.reading import load, load_part, load_shared, newest, read_manifest, verify
 from ddp.checkpoint.saver import Saver, Settled
 from ddp.checkpoint.space import check_space
@@ -39,5 +39,6 @@ __all__ = [
     "rank_file",
     "read_manifest",
     "resolve",
+    "set_aside",
     "verify",
 ]

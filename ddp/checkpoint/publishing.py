@@ -39,6 +39,7 @@ from ddp.checkpoint.reading import read_manifest
 from ddp.checkpoint.staging import Part
 from ddp.errors import CheckpointError
 
+ABANDONED = ".abandoned-"
 logger = logging.getLogger(__name__)
 
 
@@ -99,6 +100,20 @@ def remove_others(directory: Path, step: int, retention: Retention) -> None:
     for each in found:
         if each.path not in staying:
             _remove(each.path)
+    for abandoned in directory.glob(f"{ABANDONED}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def set_aside(directory: Path, step: int) -> None:
+    """What lies after `step` is not to be taken any more: the run goes on from there. It goes with the next save."""
+    for each in candidates(directory):
+        if each.step > step:
+            aside = directory / f"{ABANDONED}{each.path.name}"
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                each.path.rename(aside)
+            except OSError as fault:
+                logger.warning("%s: cannot set this abandoned checkpoint aside: %s", each.path, reason(fault))
 
 
 def clear_left_overs(directory: Path) -> None:

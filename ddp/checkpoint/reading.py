@@ -16,9 +16,13 @@ from ddp.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def newest(directory: Path, log: Callable[[str], object] = logger.warning) -> Path | None:
-    """The checkpoint with the highest step that verifies; `log` is told which ones were passed over, and why."""
+def newest(
+    directory: Path, log: Callable[[str], object] = logger.warning, *, at_most: int | None = None
+) -> Path | None:
+    """The checkpoint with the highest step (up to `at_most`) that verifies; `log` is told which were passed over, and why."""
     for candidate in candidates(directory):
+        if at_most is not None and candidate.step > at_most:
+            continue
         try:
             verify(candidate.path)
         except CheckpointError as fault:

@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of the save of `step`: every rank's part is written, or those of `failed_ranks` could not be."""
+    """What became of the save of `step`: every rank's part is written, or those of `failed_ranks` could not be.
+
+    Where neither is so it was given up.
+    """
 
     step: int
     ok: bool
@@ -70,6 +73,7 @@ class Saver:
         self._pending: _Save | None = None
         self._last: tuple[_Save, Settled] | None = None
         self._fault: Exception | None = None  # of this rank's part of the last save
+        self._given_up = 0  # the number of the last save that is to get no name
         self._writing: Future[None] | None = None
         self._publishing: Future[None] | None = None
         self.part_saved = 0  # what this rank's row says: the number of the save that it wrote, minus it if it could not
@@ -133,6 +137,11 @@ class Saver:
             logger.warning("%s; the run goes on", self._own_failure(save, self._fault))
         return self._settle(save, everyones, quiet=False)
 
+    def give_up(self) -> None:
+        """What is pending gets no name: what came after showed it to be spoilt. All ranks, in the same step."""
+        if self._pending is not None:
+            self._given_up = self._pending.number
+
     def settle(self, gather: Callable[[int], list[int]]) -> Settled | None:
         """What `observe` does, waited for; None where nothing is pending. A failure is a warning and the run goes on."""
         with self._stalling():
@@ -175,6 +184,10 @@ class Saver:
                 "see its message"
             )
             error.consequence = True
+            raise error
+        if not settled.ok:
+            error = CheckpointError(f"{save.final}: step {save.step} was given up")
+            error.consequence = True  # of what the run has told already
             raise error
         return save.final
 
@@ -220,7 +233,7 @@ class Saver:
 
     def _settle(self, save: _Save, everyones: Sequence[int], *, quiet: bool) -> Settled:
         failed = tuple(rank for rank, each in enumerate(everyones) if each != save.number)
-        settled = Settled(save.step, not failed, failed)
+        settled = Settled(save.step, not failed and save.number != self._given_up, failed)
         self._pending, self._last, self._publishing = None, (save, settled), None
         if self._rank == 0 and settled.ok:
             self._publishing = self._background.submit(lambda: self._publish(save, quiet))

@@ -125,6 +125,8 @@ class SamplingCadence:
             raise CheckpointError(f"state of the sampling cannot be read: {error!r}") from error
         self._last, self.restarted = last, restarted
         if self._by_clock:
+            self._costs.clear()
             self._costs.extend(costs)
+            self._steps.clear()
             self._steps.extend(steps)
             self.every = self._affordable() if costs and steps else 1

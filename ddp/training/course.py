@@ -130,6 +130,7 @@ class Course:
             "epoch": self.epoch,
             "position": self.position,
             "world_size": self.plan.world_size,
+            "seed": self.plan.seed,
             "rate": self.rate.state_dict(),
             "batch": None if self.controller is None else self.controller.state_dict(),
         }
@@ -142,6 +143,10 @@ class Course:
         epoch, position = state["epoch"], state["position"]
         if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position < self.plan.examples:
             raise ValueError(f"epoch {epoch!r}, example {position!r} of {self.plan.examples}")
+        if position and state["seed"] != self.plan.seed:
+            raise ValueError(
+                f"run.seed {self.plan.seed} gives another order of the epoch than {state['seed']}, in its middle"
+            )
         self.epoch = epoch
         self._go_to(position)
         self.rate.load_state_dict(state["rate"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,18 @@ class Judge:
     step: int = -1  # which one it was
     _rolled_back_for: set[int] = field(default_factory=set)  # steps
 
+    def state_dict(self) -> dict[str, Any]:
+        """The counts that caps are held against."""
+        return {
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "roll_backs": self.roll_backs,
+            "rolled_back_for": sorted(self._rolled_back_for),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped_in_a_row, self.roll_backs = int(state["skipped_in_a_row"]), int(state["roll_backs"])
+        self._rolled_back_for = {int(step) for step in state["rolled_back_for"]}
+
     def judge(self, rows: Sequence[StepRow], step: int, epoch: float) -> Verdict:
         """The verdict on `step`.
 
@@ -60,7 +73,7 @@ class Judge:
             return self._roll_back(step)
         if self.section.on_not_finite == "stop":
             raise self.diverged()
-        return self._skip()
+        return self.skip()
 
     def diverged(self, why: str = "") -> DivergedError:
         """The error that ends the run for the last reason."""
@@ -71,7 +84,12 @@ class Judge:
         annotate(error, step=self.step)
         return error
 
-    def _skip(self) -> Verdict:
+    def skip(self) -> Verdict:
+        """The verdict where there is nothing to go back to, too.
+
+        Raises:
+            DivergedError: so many in a row are too many.
+        """
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.section.max_skipped_steps:
             raise self.diverged(f", after {self.section.max_skipped_steps} steps in a row (faults.max_skipped_steps)")
@@ -89,15 +107,24 @@ class BuffersBefore:
     """A copy of a model's buffers: the forward of a step that is passed over has spoilt them."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = [buffer for buffer in module.buffers() if buffer.numel()]
-        self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._module = module
+        self._copies: dict[str, Tensor] = {}
 
     def keep(self) -> None:
         """Before the first forward of a step."""
-        _copy_all(self._copies, self._buffers)
+        buffers = dict(self._module.named_buffers())
+        if not all(_alike(self._copies.get(name), buffer) for name, buffer in buffers.items()):
+            self._copies = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+        _copy_all([self._copies[name] for name in buffers], list(buffers.values()))
 
     def bring_back(self) -> None:
-        _copy_all(self._buffers, self._copies)
+        """Into whatever tensors are the buffers now: a forward may have assigned others."""
+        buffers = {name: buffer for name, buffer in self._module.named_buffers() if name in self._copies}
+        _copy_all(list(buffers.values()), [self._copies[name] for name in buffers])
+
+
+def _alike(copy: Tensor | None, buffer: Tensor) -> bool:
+    return copy is not None and (copy.shape, copy.dtype, copy.device) == (buffer.shape, buffer.dtype, buffer.device)
 
 
 def _copy_all(into: list[Tensor], values: list[Tensor]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ddp.errors import UsageError
+from ddp.errors import LoaderError, UsageError
 from ddp.job import DataSection
 from ddp.tasks.base import Batch
 from ddp.training.agreement import together
@@ -32,6 +32,8 @@ from ddp.training.data import BatchPlan, StepData
 from ddp.training.workers import Failed, Request, Worker, end_all
 
 logger = logging.getLogger("ddp.training")
+
+READY_SECONDS, ATTEMPTS = 20.0, 3  # for a worker to come up, and how often one is forked
 
 LeastParts = Callable[[int], int]  # how many micro-batches the step so many ahead has at least; 0: the next
 
@@ -57,11 +59,25 @@ class Loader:
         try:
             for number in range(self._section.workers):
                 self.workers.append(Worker(number, self._rank, dataset, plan, cores))
+            for number in range(self._section.workers):
+                self._see_it_come_up(number, lambda number=number: Worker(number, self._rank, dataset, plan, cores))
         except OSError as error:
             raise UsageError(
                 f"data.workers: process {len(self.workers)} of {self._section.workers} of rank {self._rank} cannot be "
                 f"started: {error.strerror}; lower it, or raise the limit of processes, memory or open files"
             ) from error
+
+    def _see_it_come_up(self, number: int, fork: Callable[[], Worker]) -> None:
+        for _ in range(ATTEMPTS - 1):
+            if self.workers[number].is_ready(READY_SECONDS):
+                return
+            self.workers[number].end()
+            self.workers[number] = fork()
+        if not self.workers[number].is_ready(READY_SECONDS):
+            raise LoaderError(
+                f"data: worker {number} of rank {self._rank} does not come up, {ATTEMPTS} times in a row; with data.workers "
+                "= 0 the rank fetches itself"
+            )
 
     def step(self, plan: BatchPlan, epoch: int, position: int, least_parts: LeastParts) -> StepData:
         """The step that begins at `position` of `epoch`, in at least `least_parts(0)` micro-batches."""

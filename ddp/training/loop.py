@@ -35,8 +35,10 @@ class Loop:
         """
         trainer, course, saving = self.trainer, self.trainer.course, self.trainer.saving
         self._stop_if(_every_rank_says(trainer.stop.asked))  # while all was being set up
-        if trainer.step_count and self._evaluation_is_due():
-            self._evaluate()  # a stop in that step came before
+        self._take_over_evaluation()
+        if trainer.step_count and self._evaluated_at != trainer.step_count and self._evaluation_is_due():
+            self._evaluate()  # a stop in that step came before, or in the evaluation
+            self._save_if_due()
         if trainer.rank == 0:
             say_rate(course)
         steps = course.batches(
@@ -90,13 +92,19 @@ class Loop:
         """Of the validation set at the weights as they are now, where it was taken."""
         return self._metric if self._evaluated_at == self.trainer.step_count else None
 
-    def _save_if_due(self, rows: Sequence[StepRow]) -> None:
-        step, saving = self.trainer.step_count, self.trainer.saving
-        if self.trainer.course.is_over(step) or saving.last_step == step:
-            return  # the end saves; or the run has just come from there
-        value = self._metric_now()
+    def _take_over_evaluation(self) -> None:
+        """The checkpoint that the run has come from may have been evaluated."""
+        saving = self.trainer.saving
+        if saving.last_step == self.trainer.step_count and saving.last_value is not None:
+            self._evaluated_at, self._metric = saving.last_step, saving.last_value
+
+    def _save_if_due(self, rows: Sequence[StepRow] = ()) -> None:
+        """After a step with these rows, or after an evaluation that makes up for one that a stop came before."""
+        step, saving, value = self.trainer.step_count, self.trainer.saving, self._metric_now()
         is_best = value is not None and saving.best.enters(value)
-        if is_best or saving.is_due(step, rows):
+        if self.trainer.course.is_over(step) or saving.holds(step, value):
+            return  # the end saves
+        if is_best or (rows and saving.is_due(step, rows)):
             self.trainer.board.enter("save", step)
             self.trainer.replicas.take(step)  # compared in the next row, before the checkpoint gets its name
             self._say_saved(saving.settle())  # the disk may be slower than checkpoints come

@@ -18,8 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp.checkpoint import Manifest, Saver, Settled, clear_left_overs, load, newest, read_manifest
-from ddp.errors import CheckpointError, DivergedError
+from ddp.checkpoint import (
+    Manifest,
+    Saver,
+    Settled,
+    clear_left_overs,
+    load,
+    newest,
+    read_manifest,
+    set_aside,
+)
+from ddp.errors import CheckpointError
 from ddp.job import CheckpointSection
 from ddp.tasks.base import Goal
 from ddp.training.agreement import from_rank_zero, together
@@ -35,6 +44,7 @@ class Best:
 
     count: int
     goal: Goal
+    metric: str = "loss"
     values: list[float] = field(default_factory=list)
 
     def enters(self, value: float) -> bool:
@@ -47,11 +57,13 @@ class Best:
         self.values = sorted([*self.values, value], reverse=self.goal == "max")[: self.count]
         return True
 
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"values": list(self.values)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "goal": self.goal, "values": list(self.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.values = [float(value) for value in state["values"]][: self.count]
+        """Nothing of another metric's values."""
+        same = (state["metric"], state["goal"]) == (self.metric, self.goal)
+        self.values = [float(value) for value in state["values"]][: self.count] if same else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +98,7 @@ class Saving:
         world_size: int,
     ) -> None:
         self.directory, self.registry, self.metric = directory, registry, metric
-        self.best = Best(section.keep_best, goal)
+        self.best = Best(section.keep_best, goal, metric)
         self._rank, self._world_size, self._every_steps = rank, world_size, section.every_steps
         self._every_seconds = section.every_seconds
         self._saver = Saver(
@@ -95,7 +107,8 @@ class Saving:
         registry.add("best", self.best)
         if rank == 0:
             clear_left_overs(directory)
-        self.last_step = -1  # whose state was saved, or restored, last
+        self.last_step = -1  # whose state was saved in this run's directory, or restored from there, last
+        self.last_value: float | None = None  # of the metric at that step, where it is in the checkpoint
         self._has_begun = False
         self._unnamed: int | None = (
             None  # the step whose checkpoint is complete and has no name yet, as far as is known
@@ -122,7 +135,7 @@ class Saving:
         Args:
             value: of the metric at these weights, where it was taken.
         """
-        self.last_step, self._has_begun = step, True
+        self.last_step, self.last_value, self._has_begun = step, value, True
         self._began, self._stalled_before = time.monotonic(), self._saver.stall_seconds
         shared = self.registry.shared() if self._rank == 0 else {}
         metric = None if value is None else (self.metric, value)
@@ -148,9 +161,16 @@ class Saving:
         Raises:
             CheckpointError: a rank could not, on all of them.
         """
-        self.begin(step, value)
+        if not self.holds(step, value):
+            self.begin(step, value)
+        elif not self._has_begun and (path := self.newest(step)) is not None:  # the run has just come from there
+            return path, self._news(step, True, "was there")
         path = self._saver.finish(_everyones)
         return path, self._news(step, True, "is saved")
+
+    def holds(self, step: int, value: float | None) -> bool:
+        """Whether the state after `step` is saved, or on its way, with the metric if there is one."""
+        return self.last_step == step and (value is None or self.last_value is not None)
 
     def _of_settling(self, settled: Settled | None) -> list[SaveNews]:
         if settled is None:
@@ -158,8 +178,15 @@ class Saving:
         if settled.ok:
             self._unnamed = settled.step
             return []
+        self.last_step = -1
         failed = ", ".join(map(str, settled.failed_ranks))
-        return [self._news(settled.step, False, f"was not saved: rank {failed} could not write its part")]
+        why = f"rank {failed} could not write its part" if failed else "the next step was not finite"
+        return [self._news(settled.step, False, f"was not saved: {why}")]
+
+    def doubt(self, step: int) -> None:
+        """The step after `step` is not finite: a checkpoint of `step` that is under way may hold what spoilt it."""
+        if self._saver.pending == step:
+            self._saver.give_up()
 
     def _of_publication(self) -> list[SaveNews]:
         step, named = self._unnamed, self._saver.publication
@@ -172,15 +199,15 @@ class Saving:
         stalled = self._saver.stall_seconds - self._stalled_before
         return SaveNews(step, ok, f"the checkpoint of step {step} {what}", time.monotonic() - self._began, stalled)
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint of this run that verifies; all ranks together."""
+    def newest(self, at_most: int) -> Path | None:
+        """The newest checkpoint of this run up to a step that verifies; all ranks together."""
         if self._has_begun:  # published now, or never: what goes with it goes before one is chosen
             try:
                 self._saver.finish(_everyones)
             except CheckpointError as error:
                 if not error.consequence:
                     logger.warning("%s", error)
-        found = newest(self.directory) if self._rank == 0 else None
+        found = together(lambda: newest(self.directory, at_most=at_most) if self._rank == 0 else None)
         said = from_rank_zero("" if found is None else str(found))
         return Path(said) if said else None
 
@@ -204,31 +231,39 @@ class Saving:
             return shared, own, manifest
 
         shared, own, manifest = together(load_and_check)
-        self.last_step, written_by = manifest.step, manifest.world_size
+        written_by = manifest.world_size
         missing = self.registry.restore(path, shared, own, newcomer=self._rank >= written_by)
+        if path.parent.resolve() == self.directory.resolve():
+            self.last_step, self.last_value = manifest.step, self._value_in(manifest)
+            if self._rank == 0:
+                set_aside(self.directory, manifest.step)
         if self._rank != 0:
             return
         if missing:
             logger.info("%s has no state of %s, which begins afresh", path, ", ".join(missing))
         if written_by != self._world_size:
             logger.warning(
-                "%s was written by %d rank(s) and goes on with %d: the same examples in the same batches, but rounding, "
-                "random numbers and running statistics differ, so that it is not bit for bit the run that it would have been",
+                "%s was written by %d rank(s) and goes on with %d: each example once an epoch as before, but rounding, random "
+                "numbers, running statistics, and the batch where its size goes by the ranks, differ, so that it is not bit for "
+                "bit the run that it would have been",
                 path,
                 written_by,
                 self._world_size,
             )
 
-    def roll_back(self, divergence: DivergedError) -> Path:
-        """Go back to the newest checkpoint; all ranks together.
+    def _value_in(self, manifest: Manifest) -> float | None:
+        metric = manifest.metric
+        return metric.value if metric is not None and metric.name == self.metric else None
 
-        Raises:
-            DivergedError: `divergence`, where there is none.
+    def roll_back(self, step: int) -> Path | None:
+        """Go back from the middle of the step after `step` to the newest checkpoint; all ranks together.
+
+        Where the run has just come from one and the next step fails at once, that one may be what is spoilt, and the one
+        before is taken. None where there is none; nothing is changed then.
         """
-        path = self.newest()
-        if path is None:
-            raise divergence
-        self.restore(path)
+        path = self.newest(step - 1 if self.last_step == step else step)
+        if path is not None:
+            self.restore(path)
         return path
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
         off = "start a new run, or resume without it, --set noise_scale.enabled=false"
         registry.add("noise_scale", tracker, remedy=off)
     registry.add("state_dict", Names(model))
+    registry.add("judge", trainer.judge)
     registry.add("shards", trainer.watch.shards)
     registry.add("exchange", trainer.exchange, owner="rank alone")
     registry.add("random", Generators(), owner="rank alone", required=True)
@@ -92,10 +93,14 @@ class OptimizerState:
     optimizer: Optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return {**self.optimizer.state_dict(), "class": type(self.optimizer).__name__}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """As the optimizer itself does, which changes nothing before; and the shapes, beyond which a fused one would read."""
+        if state["class"] != type(self.optimizer).__name__:
+            raise CheckpointError(
+                f"belongs to another optimizer: {state['class']}, not {type(self.optimizer).__name__}"
+            )
         sizes, here = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], self._groups))
         if sizes != here:
             raise CheckpointError(f"belongs to another optimizer: its groups have {sizes} parameters, here {here}")

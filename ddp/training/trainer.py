@@ -72,7 +72,7 @@ class Trainer:
             *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
             steady=self.course.follows_readings,
         )
-        self._judge = Judge(self.job.faults)
+        self.judge = Judge(self.job.faults)
         self._buffers_before = BuffersBefore(self.model.module) if self.job.faults.on_not_finite != "stop" else None
         self.straggler = StragglerWatch(self.world_size)
         every = self.job.faults.check_replicas_every_steps
@@ -105,14 +105,15 @@ class Trainer:
         waited = self.exchange.transport.wait_seconds - wait_before  # later waiting belongs to measuring
 
         self._compare_replicas(rows)
-        verdict = self._judge.judge(rows, self.step_count + 1, self.course.epochs_done)
-        if verdict is Verdict.ROLL_BACK:
-            self._roll_back()
+        verdict = self.judge.judge(rows, self.step_count + 1, self.course.epochs_done)
+        if verdict is not Verdict.TAKE:
+            self.saving.doubt(self.step_count)
+        if verdict is Verdict.ROLL_BACK and self._roll_back():
             return rows
         self.step_count += 1
         self.examples_total += data.global_examples
         self.course.take(data)
-        if verdict is Verdict.SKIP:
+        if verdict is not Verdict.TAKE:
             self._pass_over(data)
             return rows
         noise = self.watch.observe(rows, sums)
@@ -210,17 +211,24 @@ class Trainer:
         """As if the step's examples had not been there; the schedule goes on."""
         self.course.learning_rate(data, None)
         self._forget_gradient()
-        self.say("not_finite", f"{self._judge.reason}: the step was passed over", self._judge.rank)
+        self.say("not_finite", f"{self.judge.reason}: the step was passed over", self.judge.rank)
+        self.replicas.take_if_due(self.step_count)
 
-    def _roll_back(self) -> None:
-        """Back to the newest checkpoint, on all ranks."""
+    def _roll_back(self) -> bool:
+        """Back to the newest checkpoint, on all ranks; where there is none the step is passed over."""
         self._forget_gradient()
-        path = self.saving.roll_back(self._judge.diverged(", and there is no checkpoint to go back to"))
+        counts = self.judge.state_dict()
+        path = self.saving.roll_back(self.step_count)
+        self.judge.load_state_dict(counts)  # of this step too, which the checkpoint knows nothing of
+        if path is None:
+            self.judge.skip()
+            return False
         self.say(
             "rolled_back",
-            f"{self._judge.reason}: the run went back to step {self.step_count}, {path.name}",
-            self._judge.rank,
+            f"{self.judge.reason}: the run went back to step {self.step_count}, {path.name}",
+            self.judge.rank,
         )
+        return True
 
     def _forget_gradient(self) -> None:
         """Nothing of the step under way stays: its gradient, what quantising it left over, what it did to running statistics."""

@@ -42,6 +42,7 @@ from ddp.training.parcels import pack, unpack
 LEFT_TO_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 END_SECONDS = 5.0  # for the kernel to take down a killed process
+_READY = b"ready"
 _REQUEST = struct.Struct("=qqq")
 _ANSWER_BYTES = 1 << 18  # a message's, at most; the kernel takes no much longer ones
 _TEXT = 8_000  # characters of an error's text and of its traceback
@@ -90,6 +91,13 @@ class Worker:
     @property
     def process_id(self) -> int:
         return self._process.pid or 0
+
+    def is_ready(self, seconds: float) -> bool:
+        """Whether it has come up within so long; a fork of a process with threads may find a lock taken for ever."""
+        wait([self._socket, self._process.sentinel], seconds)
+        with suppress(BlockingIOError, ConnectionError):
+            return self._socket.recv(len(_READY), socket.MSG_DONTWAIT) == _READY
+        return False
 
     def ask(self, request: Request) -> None:
         """Have it fetched. The worker is not waited for, so long as a few hundred requests at most are open."""
@@ -196,6 +204,7 @@ def _serve(
         with suppress(OSError):  # a container may have lost some meanwhile
             os.sched_setaffinity(0, cores)
     fetch, epoch, order = fetcher(dataset), -1, plan.order(0)
+    near.send(_READY)
     while message := near.recv(_REQUEST.size):
         request = Request(*_REQUEST.unpack(message))
         if request.epoch != epoch:
