@@ -11,11 +11,12 @@ from typing import Any
 from ddp.errors import DivergedError
 from faults import evidence
 from faults.running import Ended, Ranks, run
-from faults.small_job import write_job
+from faults.small_job import expect_same_end, write_job
 from faults.verdict import Row, dealt, expect
 
 ACTIONS = ("nan_loss", "inf_loss", "nan_gradient", "inf_gradient")
 CAP = 3
+ROLL_BACKS = 1  # a step that goes wrong a second time is passed over, so three times are two steps that go back
 INTERVAL = 5
 
 
@@ -39,9 +40,12 @@ class NotFinite:
 def not_finite_cases(generator: random.Random, count: int) -> Sequence[NotFinite]:
     policies = [("skip", 1), ("stop", 1), ("roll_back", 1), ("skip", CAP), ("skip", CAP + 1), ("roll_back", CAP + 1)]
     drawn: list[NotFinite] = []
-    for (policy, times), action in zip(
-        dealt(generator, policies, count), dealt(generator, ACTIONS, count), strict=True
-    ):
+    dealt_policies = [
+        *dealt(generator, policies[:3], 3),
+        *dealt(generator, policies[3:], 3),
+        *dealt(generator, policies, count),
+    ]
+    for (policy, times), action in zip(dealt_policies, dealt(generator, ACTIONS, count), strict=False):
         ranks = generator.choice((2, 3))
         # From step 8 on there is a checkpoint to go back to.
         drawn.append(NotFinite(action, policy, times, ranks, generator.randrange(ranks), generator.randint(8, 20)))
@@ -50,7 +54,7 @@ def not_finite_cases(generator: random.Random, count: int) -> Sequence[NotFinite
 
 def check_not_finite(case: NotFinite, folder: Path) -> tuple[float, str]:
     task = {"action": case.action, "phase": "forward", "rank": case.rank, "step": case.step, "times": case.times}
-    faults: dict[str, Any] = {"on_not_finite": case.policy, "max_skipped_steps": CAP, "max_roll_backs": CAP}
+    faults: dict[str, Any] = {"on_not_finite": case.policy, "max_skipped_steps": CAP, "max_roll_backs": ROLL_BACKS}
     write_job(folder, task, **{f"faults__{name}": value for name, value in faults.items()})
     ended = run(Ranks("launch torchrun", case.ranks).argv(), folder)
     harm = evidence.harm_done(folder, ended)
@@ -58,6 +62,8 @@ def check_not_finite(case: NotFinite, folder: Path) -> tuple[float, str]:
     said = _says(case, ended)
     if case.code == 0:
         evidence.weights(folder, case.ranks)  # the same on all ranks
+        if case.policy == "roll_back":
+            expect_same_end(folder, case.ranks)
     elif case.policy == "stop":
         outcome = evidence.outcome_of(folder)
         expect(outcome.step == harm["step"], f"it stopped in step {outcome.step}, not in step {harm['step']}: {ended}")
@@ -66,7 +72,7 @@ def check_not_finite(case: NotFinite, folder: Path) -> tuple[float, str]:
 
 def _says(case: NotFinite, ended: Ended) -> str:
     """The line that names the rank and, where the run went on, what was done about it."""
-    word = {"stop": "not finite", "skip": "skip", "roll_back": "back"}[case.policy] if case.code == 0 else "not finite"
+    word = {"skip": "passed over", "roll_back": "went back"}[case.policy] if case.code == 0 else "not finite"
     lines = [line for line in ended.stderr.splitlines() if word in line and f"rank {case.rank}" in line]
     expect(lines, f"no line with rank {case.rank} and {word!r}: {ended}")
     return lines[-1]

@@ -53,19 +53,21 @@ def check_straggler(case: Straggler, folder: Path) -> tuple[float, str]:
         ended = running.wait(START_SECONDS)
     expect(ended.code == 0, f"the run failed: {ended}")
     counts = _stragglers(folder / evidence.RUN / "run.db")
-    share = counts[case.rank] / counts.total()
-    expect(share > 0.9, f"the record names rank {case.rank} in {share:.0%} of the steps: {counts}")
+    # A window of steps and some judgements that agree come first; after them nobody else may be named, nor nobody.
+    named = counts[case.rank]
+    expect(named + counts[-1] == counts.total(), f"the record names another rank than {case.rank} too: {counts}")
+    expect(named > 0.4 * counts.total(), f"the record names rank {case.rank} in {named} steps only: {counts}")
     page = re.sub(r"<[^>]*>", " ", (folder / evidence.RUN / "report.html").read_text())
     found = re.search(
         rf"straggl.{{0,200}}?rank\s+{case.rank}\b|rank\s+{case.rank}\b.{{0,200}}?straggl", page, re.I | re.S
     )
     expect(found, f"the report does not name rank {case.rank} as the straggler")
-    return 0.0, f"named on the metrics page, in {share:.0%} of the recorded steps, in the report"
+    return 0.0, f"named on the metrics page, in the record from {counts[-1]} steps on, in the report"
 
 
 def _stragglers(record: Path) -> Counter[int]:
     with contextlib.closing(sqlite3.connect(record)) as database:
-        return Counter(rank for (rank,) in database.execute("SELECT straggler_rank FROM steps WHERE step > 1"))
+        return Counter(rank for (rank,) in database.execute("SELECT straggler_rank FROM steps"))
 
 
 @dataclass(frozen=True)
