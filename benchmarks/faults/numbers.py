@@ -57,7 +57,7 @@ def check_not_finite(case: NotFinite, folder: Path) -> tuple[float, str]:
     task = {"action": case.action, "phase": "forward", "rank": case.rank, "step": case.step, "times": case.times}
     faults: dict[str, Any] = {"on_not_finite": case.policy, "max_skipped_steps": CAP, "max_roll_backs": ROLL_BACKS}
     write_job(folder, task, **{f"faults__{name}": value for name, value in faults.items()})
-    ended = run(Ranks("launch torchrun", case.ranks).argv(), folder)
+    ended = run(Ranks("warm", case.ranks), folder)
     harm = evidence.harm_done(folder, ended)
     expect(ended.code == case.code, f"it did not end with {case.code}: {ended}")
     said = _says(case, ended)
@@ -104,7 +104,7 @@ def check_flip(case: Flip, folder: Path) -> tuple[float, str]:
     flip = {"parameter": case.parameter, "element": case.element, "bit": case.bit}
     task = {"action": "flip", "phase": "optimizer", "rank": case.rank, "step": case.step, **flip}
     write_job(folder, task, faults__check_replicas_every_steps=INTERVAL)
-    ended = run(Ranks("launch torchrun", case.ranks).argv(), folder)
+    ended = run(Ranks("warm", case.ranks), folder)
     harm, outcome = evidence.harm_done(folder, ended), evidence.outcome_of(folder)
     expect(ended.code in (1, DivergedError.exit_code), f"it did not end with 1: {ended}")
     if ended.code == DivergedError.exit_code:  # the flipped value is so large that its square is infinite

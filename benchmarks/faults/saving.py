@@ -60,7 +60,7 @@ def check(case: Damage, folder: Path) -> tuple[float, str]:
     damaged = evidence.checkpoints(folder)[: case.checkpoints]
     for checkpoint in damaged:
         _damage(checkpoint, case)
-    ended = run(Ranks("launch torchrun", 2, resume=True).argv(), folder)
+    ended = run(Ranks("warm", 2, resume=True), folder)
     expect(ended.code == 0, f"the run could not go on: {ended}")
     for checkpoint in damaged:
         lines = [line for line in ended.stderr.splitlines() if "passing over" in line and checkpoint.name in line]

@@ -48,7 +48,7 @@ def check_straggler(case: Straggler, folder: Path) -> tuple[float, str]:
         seen.append(-1.0 if value is None else value)
         return len(seen) >= SEEN_IN_A_ROW and set(seen[-SEEN_IN_A_ROW:]) == {case.rank}
 
-    with started(Ranks("launch torchrun", case.ranks).argv(), folder) as running:
+    with started(Ranks("warm", case.ranks), folder) as running:
         running.wait_for(is_named, START_SECONDS, f"ddp_straggler_rank {case.rank}")
         ended = running.wait(START_SECONDS)
     expect(ended.code == 0, f"the run failed: {ended}")
@@ -91,7 +91,7 @@ def check_blind(case: Blind, folder: Path) -> tuple[float, str]:
 
 def _lock_record(case: Blind, folder: Path) -> tuple[float, str]:
     write_job(folder, {"action": "announce", "rank": 0, "step": case.step, "step_seconds": 0.03})
-    with started(Ranks("launch torchrun", 2).argv(), folder) as running:
+    with started(Ranks("warm", 2), folder) as running:
         running.wait_for(lambda: evidence.harm(folder), START_SECONDS, f"step {case.step}")
         with _locked(folder / evidence.RUN / "run.db", running):
             ended = running.wait(START_SECONDS)
@@ -114,7 +114,7 @@ def _take_port(_case: Blind, folder: Path) -> tuple[float, str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         write_job(folder, metrics__enabled=True, metrics__port=port)
-        ended = run(Ranks("launch torchrun", 2).argv(), folder)
+        ended = run(Ranks("launch torchrun", 2), folder)
     expect(ended.code in (0, 2), f"neither went on nor refused the job: {ended}")
     said = next((line for line in ended.stderr.splitlines() if str(port) in line), None)
     expect(said, f"the port {port} is not named: {ended}")
@@ -128,7 +128,7 @@ def _take_port_later(case: Blind, folder: Path) -> tuple[float, str]:
         port = listener.getsockname()[1]
     task = {"action": "kill", "phase": "forward", "rank": 0, "step": case.step}
     write_job(folder, task, metrics__enabled=True, metrics__port=port)
-    with started(Ranks("torchrun", 2, restarts=3).argv(), folder) as running, contextlib.ExitStack() as stack:
+    with started(Ranks("torchrun", 2, restarts=3), folder) as running, contextlib.ExitStack() as stack:
 
         def is_taken() -> bool:
             if evidence.harm(folder) is not None:
@@ -176,7 +176,7 @@ def check_full(case: Full, folder: Path) -> tuple[float, str]:
     expect(said, f"nobody said that the disk is full: {ended}")
     evidence.expect_valid_checkpoint(folder)
     if ended.code == 1:
-        ended_again = run(Ranks("launch torchrun", 2, resume=True).argv(), folder)
+        ended_again = run(Ranks("warm", 2, resume=True), folder)
         expect(ended_again.code == 0, f"it could not go on with space again: {ended_again}")
     expect_same_end(folder, 2)
     return ended.unix_time - harm["time"], f"code {ended.code}, goes on to the same weights: {said}"
