@@ -171,7 +171,7 @@ def check_full(case: Full, folder: Path) -> tuple[float, str]:
     (folder / "left").rename(folder / "runs")
     (folder / evidence.RUN / "checkpoints" / "filler").unlink(missing_ok=True)
     expect(ended.code in (0, 1), f"it ended with {ended.code}: {ended}")
-    lines = [line for line in ended.stderr.splitlines() if "space" in line or "full" in line]
+    lines = [line for line in ended.stderr.splitlines() if re.search(r"No space|is full|\bfree on\b.*make room", line)]
     said = next((line for line in lines if ended.code == 0 or line.startswith("error:")), None)
     expect(said, f"nobody said that the disk is full: {ended}")
     evidence.expect_valid_checkpoint(folder)
