@@ -48,6 +48,7 @@ class Ranks:
     ranks: int
     restarts: int = 0
     resume: bool = False
+    module: str = "faulty_task"  # that the job's task comes from
 
     def argv(self) -> list[str]:
         """The command, for a folder with job.toml."""
@@ -78,7 +79,7 @@ class Ranks:
         return ["train", "job.toml", *self._last()]
 
     def _last(self) -> list[str]:
-        return [*(["--resume", "auto"] if self.resume else []), "--allow-import", "faulty_task"]
+        return [*(["--resume", "auto"] if self.resume else []), "--allow-import", self.module]
 
 
 class Running:

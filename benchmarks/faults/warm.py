@@ -1,7 +1,8 @@
 """Ranks forked from a process that has imported torch already: a second after they were asked for they train.
 
 They are processes like any other, with the variables that torchrun would give them; what is missing is a launcher that
-ends the survivors or says what went wrong, so a row that is about neither can start its ranks so.
+ends the survivors or says what went wrong, so a row that is about neither can start its ranks so. A program that
+uses this must guard what it does with `if __name__ == "__main__"`: each rank imports it.
 """
 
 from __future__ import annotations
