@@ -85,7 +85,7 @@ def run_cases(seed: int, count: int, place: Path) -> KillCases:
     save_seconds = _time_a_save(place / "timed")
     for attempt in range(count):
         directory = place / str(attempt)
-        operation = draw.randrange(2 * _OPERATIONS_OF_A_SAVE) if attempt % 2 else None
+        operation = draw.randrange(2 * _OPERATIONS_OF_A_SAVE) if (seed + attempt) % 2 else None
         delay = draw.uniform(0, 2 * save_seconds)
         finished = _killed_writer(directory, operation, delay)
         while_saving += any(directory.glob(".step-*"))

@@ -32,9 +32,10 @@ class Line:
 
     def text(self) -> str:
         passed = [verdict for verdict in self.verdicts if verdict.ok]
-        slowest = f"{max(verdict.seconds for verdict in passed):.1f} s" if passed else ""
+        slowest = max((verdict.seconds for verdict in passed), default=0.0)
+        shown = f"{slowest:.1f} s" if slowest else ""  # not every row waits for something
         note = f"not run: {self.hindrance}" if self.hindrance else self.row.promise
-        return f"| {self.row.fault} | {len(self.verdicts)} | {len(passed)} | {slowest} | {note} |"
+        return f"| {self.row.fault} | {len(self.verdicts)} | {len(passed)} | {shown} | {note} |"
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import secrets
 import signal
 import socket
 import stat
@@ -34,6 +35,8 @@ PR_SET_CHILD_SUBREAPER = 36
 RUN_CODES = frozenset(kind.exit_code for kind in (UsageError, DivergedError, StoppedError))
 RESTARTS_VARIABLE = "DDP_RESTART_COUNT"  # tells the ranks that they are started again
 STOP_SECONDS = 40.0  # after a signal to stop; torchrun itself gives the ranks 30
+PORTS = range(20_000, 32_000)  # below those that systems give to connections by themselves
+PORT_TRIES = 50
 END_SECONDS = 3.0  # between SIGTERM and SIGKILL for what a launcher left behind
 
 
@@ -112,7 +115,12 @@ def conclude(ended: Outcome | None, code: int, program: str) -> int:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free at this moment."""
+    """A TCP port that is free at this moment, and that the system gives to no connection before its user has it."""
+    for _ in range(PORT_TRIES):
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("", port))  # on all addresses: torch's store does the same
+            return port
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 

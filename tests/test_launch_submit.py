@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Generator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from ddp.outcome import Outcome
 from jobs import finish, is_running, python, run_command, started, wait_until
+from launch import submit as launch_submit
 from launch.submit import conclude, core_count, free_port
 
 SUBMIT = """
@@ -164,6 +166,18 @@ def test_the_command_hears_of_our_death(tmp_path: Path) -> None:
 
 def test_a_free_port_and_cores() -> None:
     assert 0 < free_port() < 65536
+
+
+def test_a_free_port_is_none_that_the_system_gives_to_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        assert all(free_port() < given.getsockname()[1] for _ in range(20))
+
+
+def test_a_free_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(launch_submit, "PORTS", range(port, port + 1))
+        assert free_port() != port
     assert 0 < core_count() <= len(os.sched_getaffinity(0))
 
 

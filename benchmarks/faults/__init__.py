@@ -4,6 +4,7 @@
     faulty_task.py    the task that the runs train; it does the injuring, in its own rank
     small_job.py      the job around it, and the weights that an undisturbed run ends with
     running.py        starts ranks in every way there is, and ends all that was started
+    warm.py           ranks without a launcher, and without the seconds that importing torch takes
     evidence.py       what a run left behind: outcome, checkpoints, weights, metrics
     rows.py           the list of rows
     kills.py stops.py silences.py saving.py numbers.py telemetry_faults.py    the rows

@@ -101,5 +101,5 @@ def rank_processes(starter: int) -> int:
     for process_id in descendants(starter):
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{process_id}/cmdline").read_text().split("\0")
-            count += words[1:4] == ["-m", "ddp", "train"]
+            count += [word for word in words[1:5] if word != "-u"][:3] == ["-m", "ddp", "train"]  # torchrun adds -u
     return count

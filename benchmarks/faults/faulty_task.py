@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ddp.tasks.base import Goal, TensorExamples
 
 INPUTS = 5
-WATCH_SECONDS = 0.0005  # between two looks for a checkpoint being written
+FILE_OPERATIONS = ("open", "os.mkdir", "os.rename")
 HARMED = Path("harmed")
 
 
@@ -76,9 +77,10 @@ class Task:
         self.spare_bytes, self.bit_place = spare_bytes, (parameter, element, bit)
         self.examples, self.log_examples = examples, log_examples
         self.steps, self.is_warm, self.seen = 0, False, list[int]()  # optimizer steps taken, as far as is known
-        self.watched = False
         self.attempt = time.time_ns()
         Path(f"rank-{self.rank}.pid").write_text(str(os.getpid()))
+        if self.is_harmed and phase == "save":
+            sys.addaudithook(self._watch_saving)
         register_optimizer_step_pre_hook(self._before_update)
         register_optimizer_step_post_hook(self._after_update)
 
@@ -109,7 +111,6 @@ class Task:
             self._reach("warm_up")
             return losses
         self.seen += numbers.tolist()
-        self._watch_saving()
         return self._spoilt(losses, outputs) if self._reach("forward") else losses
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Mapping[str, Tensor]:
@@ -138,15 +139,10 @@ class Task:
                 file.write(json.dumps([self.attempt, self.steps, time.time(), self.seen]) + "\n")
         self.seen = []
 
-    def _watch_saving(self) -> None:
-        if self.is_harmed and self.phase == "save" and not self.watched and self.steps + 1 >= self.at_step:
-            self.watched = True
-            threading.Thread(target=self._wait_for_saving, daemon=True).start()
-
-    def _wait_for_saving(self) -> None:
-        while not any(Path("runs").glob("*/checkpoints/.step-*")):
-            time.sleep(WATCH_SECONDS)
-        self._reach("save")
+    def _watch_saving(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Of every file operation of this process: one in a checkpoint that has no name yet is saving."""
+        if event in FILE_OPERATIONS and "/.step-" in str(arguments[0]):
+            self._reach("save")
 
     def _reach(self, phase: str) -> bool:
         """Do what was asked for, if this is the place; whether it is."""

@@ -82,7 +82,7 @@ def live(
     write_job(folder, task, checkpoint__every_steps=every_steps, checkpoint__keep_best=0, **settings)
     generator, kills = random.Random(seed), list[float]()
     began = time.time()
-    with started(Ranks("torchrun", ranks, restarts=RESTARTS).argv(), folder) as running:
+    with started(Ranks("torchrun", ranks, restarts=RESTARTS), folder) as running:
         while _is_up(folder, running, ranks, since=kills[-1] if kills else 0.0):
             if not _wait(running, generator.expovariate(1 / mean_seconds)):
                 break

@@ -73,7 +73,7 @@ def _kill(generator: random.Random, phase: str, starter: Ranks, ranks: int) -> K
 def check(case: Kill, folder: Path) -> tuple[float, str]:
     task = {"action": "kill", "phase": case.phase, "rank": case.rank, "step": case.step}
     write_job(folder, {**task, "after_seconds": case.after_seconds})
-    ended = run(Ranks(case.starter, case.ranks, case.restarts).argv(), folder, START_SECONDS + END_SECONDS)
+    ended = run(Ranks(case.starter, case.ranks, case.restarts), folder, START_SECONDS + END_SECONDS)
     harm = evidence.harm_done(folder, ended)
     said = _named(case, ended)
     if case.restarts:

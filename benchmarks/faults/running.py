@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from faults import warm
 from faults.verdict import UnexpectedError
+from faults.warm import WarmRanks
 from launch.submit import descendants
 
 ENVIRONMENT = {
@@ -41,33 +42,50 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """How many ranks are started by what: "launch torchrun", "launch mpirun", "torchrun" or "mpirun"."""
+    """How many ranks are started by what: "launch torchrun", "launch mpirun", "torchrun", "mpirun" or "warm"."""
 
     starter: str
     ranks: int
     restarts: int = 0
     resume: bool = False
+    module: str = "faulty_task"  # that the job's task comes from
 
     def argv(self) -> list[str]:
         """The command, for a folder with job.toml."""
         count, python = str(self.ranks), sys.executable
-        last = [*(["--resume", "auto"] if self.resume else []), "--allow-import", "faulty_task"]
-        worker = ["-m", "ddp", "train", "job.toml", *last]
+        worker = ["-m", "ddp", *self.worker()]
         restarts = ["--max-restarts", str(self.restarts)] if self.restarts else []
         match self.starter.split():
             case ["launch", program]:
-                return [python, "-m", "launch", program, "job.toml", "--nproc-per-node", count, *restarts, *last]
+                return [
+                    python,
+                    "-m",
+                    "launch",
+                    program,
+                    "job.toml",
+                    "--nproc-per-node",
+                    count,
+                    *restarts,
+                    *self._last(),
+                ]
             case ["torchrun"]:
                 agent = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
                 return [*agent, *restarts, *worker]
             case _:
                 return [str(Path(python).with_name("mpirun")), "-n", count, python, *worker]
 
+    def worker(self) -> list[str]:
+        """What a rank is told."""
+        return ["train", "job.toml", *self._last()]
+
+    def _last(self) -> list[str]:
+        return [*(["--resume", "auto"] if self.resume else []), "--allow-import", self.module]
+
 
 class Running:
     """A command that runs in a folder; its outputs go to files there, so that no pipe fills up."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | WarmRanks, folder: Path) -> None:
         self.process, self.folder = process, folder
 
     def send(self, number: signal.Signals) -> None:
@@ -106,32 +124,41 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(argv: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None) -> Generator[Running]:
-    """`argv` in `folder`; on the way out it is killed with everything below it and every process left in the folder."""
-    with _file(folder / OUTPUT) as stdout, _file(folder / ERRORS) as stderr:
-        process = subprocess.Popen(
-            argv,
+def started(command: Ranks | Sequence[str], folder: Path) -> Generator[Running]:
+    """`command` in `folder`; on the way out it is killed with everything below it and every process left in the folder."""
+    process = _start(command, folder)
+    try:
+        yield Running(process, folder)
+    finally:
+        below = descendants(process.pid)
+        if process.poll() is None:
+            process.kill()
+        kill_all([*below, *processes_in(folder)])
+        process.wait(10)
+
+
+def run(command: Ranks | Sequence[str], folder: Path, seconds: float = 120.0) -> Ended:
+    """`command` to its end."""
+    with started(command, folder) as running:
+        return running.wait(seconds)
+
+
+def _start(command: Ranks | Sequence[str], folder: Path) -> subprocess.Popen[bytes] | WarmRanks:
+    for name in (OUTPUT, ERRORS):
+        (folder / name).write_bytes(b"")
+    if isinstance(command, Ranks) and command.starter == "warm":
+        return warm.start(command.ranks, command.worker(), folder, ENVIRONMENT, [folder / OUTPUT, folder / ERRORS])
+    # Both files are appended to: `launch` lets the ranks open the second one themselves.
+    with (folder / OUTPUT).open("ab") as stdout, (folder / ERRORS).open("ab") as stderr:
+        return subprocess.Popen(
+            command.argv() if isinstance(command, Ranks) else command,
             cwd=folder,
-            env={**os.environ, **ENVIRONMENT, **(extra or {})},
+            env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
         )
-        try:
-            yield Running(process, folder)
-        finally:
-            below = descendants(process.pid)
-            if process.poll() is None:
-                process.kill()
-            kill_all([*below, *processes_in(folder)])
-            process.wait(10)
-
-
-def run(argv: Sequence[str], folder: Path, seconds: float = 120.0, extra: Mapping[str, str] | None = None) -> Ended:
-    """`argv` to its end."""
-    with started(argv, folder, extra) as running:
-        return running.wait(seconds)
 
 
 def end_in_order() -> None:
@@ -159,9 +186,3 @@ def kill_all(process_ids: Sequence[int]) -> None:
 
 def _state(process_id: int) -> str:
     return Path(f"/proc/{process_id}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-
-
-def _file(path: Path) -> IO[bytes]:
-    """At its beginning and in append mode: `launch` lets the ranks open such a file themselves."""
-    path.write_bytes(b"")
-    return path.open("ab")

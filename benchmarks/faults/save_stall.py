@@ -74,7 +74,7 @@ def measure(folder: Path, size: Size, ranks: int) -> Stall:
     }
     (folder / "job.toml").write_text(parse_job(table).to_toml())
     shutil.copy(Path(__file__).with_name("wide_task.py"), folder)
-    ended = run(Ranks("launch torchrun", ranks).argv(), folder, TIMEOUT_SECONDS)
+    ended = run(Ranks("launch torchrun", ranks, module="wide_task"), folder, TIMEOUT_SECONDS)
     expect(ended.code == 0, f"the run failed: {ended}")
     with contextlib.closing(sqlite3.connect(folder / evidence.RUN / "run.db")) as database:
         moments = [moment for (moment,) in database.execute("SELECT unix_time FROM steps ORDER BY step")]

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged: the newest that is whole is the one resumed, and what was passed over is named."""
+"""Saving that is cut short, and checkpoints that are damaged: the newest that is whole is the one resumed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,28 @@ from faults import evidence
 from faults.running import Ranks, run
 from faults.small_job import expect_same_end, undisturbed
 from faults.verdict import Row, dealt, expect
+from kill_while_saving import kill_cases
 
 KEPT = {"checkpoint__keep": 10}
 DAMAGES = ("truncated", "bit_flipped", "missing", "no_manifest", "empty_manifest")
+
+
+@dataclass(frozen=True)
+class CutShort:
+    """Of a kill inside saving: an even seed kills at a random moment, an odd one at a random file operation."""
+
+    seed: int
+
+
+def cut_short_cases(generator: random.Random, count: int) -> Sequence[CutShort]:
+    first = generator.randrange(1 << 30)
+    return [CutShort(first + index) for index in range(count)]
+
+
+def check_cut_short(case: CutShort, _folder: Path) -> tuple[float, str]:
+    came_to = kill_cases(case.seed, 1)
+    expect(not came_to.faults, "; ".join(came_to.faults))
+    return 0.0, "left half a checkpoint beside the valid one" if came_to.while_saving else "between two saves"
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ def check(case: Damage, folder: Path) -> tuple[float, str]:
     damaged = evidence.checkpoints(folder)[: case.checkpoints]
     for checkpoint in damaged:
         _damage(checkpoint, case)
-    ended = run(Ranks("launch torchrun", 2, resume=True).argv(), folder)
+    ended = run(Ranks("warm", 2, resume=True), folder)
     expect(ended.code == 0, f"the run could not go on: {ended}")
     for checkpoint in damaged:
         lines = [line for line in ended.stderr.splitlines() if "passing over" in line and checkpoint.name in line]
@@ -69,7 +88,15 @@ def _damage(checkpoint: Path, case: Damage) -> None:
             manifest.write_bytes(b"")
 
 
-ROW = Row(
+CUT_SHORT = Row(
+    "kill-saving",
+    "kill at random points inside saving (a writer without torch)",
+    "a valid checkpoint is there each time, the newest; the next save leaves no rubbish",
+    200,
+    cut_short_cases,
+    check_cut_short,
+)
+DAMAGE = Row(
     "damage",
     "truncated, bit-flipped, missing checkpoint files",
     "the newest valid checkpoint is resumed, those passed over are named; same weights",

@@ -51,7 +51,7 @@ def check_stopped(case: Stopped, folder: Path) -> tuple[float, str]:
     task = {"action": "stop", "phase": case.phase, "rank": case.rank, "step": case.step}
     write_job(folder, task, transport__timeout_seconds=TIMEOUT_SECONDS, metrics__enabled=True)
     file = folder / evidence.RUN / outcome.FILE_NAME
-    with started(Ranks("launch torchrun", case.ranks).argv(), folder) as running:
+    with started(Ranks("warm", case.ranks), folder) as running:
         running.wait_for(lambda: evidence.harm(folder), START_SECONDS, f"the phase {case.phase}")
         since = (evidence.harm(folder) or {})["time"]
         age = None if case.rank == 0 else _age(folder)  # rank 0 serves the page

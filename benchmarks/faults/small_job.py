@@ -46,7 +46,7 @@ def undisturbed(beside: Path, ranks: int, **settings: Any) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_job(folder, **settings)
-        ended = run(Ranks("launch torchrun", ranks).argv(), folder)
+        ended = run(Ranks("warm", ranks), folder)
         expect(ended.code == 0, f"the undisturbed run failed: {ended}")
         (folder / "done").touch()
     return evidence.weights(folder, ranks)

@@ -61,7 +61,7 @@ def cases(generator: random.Random, count: int) -> Sequence[Stop]:
 
 def check(case: Stop, folder: Path) -> tuple[float, str]:
     write_job(folder, _task(case), data__workers=case.workers)
-    with started(Ranks(case.starter, case.ranks).argv(), folder) as running:
+    with started(Ranks(case.starter, case.ranks), folder) as running:
         _wait_for_the_moment(case, running, folder)
         time.sleep(case.after_seconds)
         running.send(signal.Signals[case.number])
@@ -74,7 +74,7 @@ def check(case: Stop, folder: Path) -> tuple[float, str]:
     if case.phase not in (START, "warm_up") or evidence.checkpoints(folder):
         expect(evidence.outcome_of(folder).code == StoppedError.exit_code, f"outcome.json says otherwise: {ended}")
         evidence.expect_valid_checkpoint(folder)
-    again = run(Ranks(case.starter, case.ranks, resume=True).argv(), folder)
+    again = run(Ranks("warm", case.ranks, resume=True), folder)
     expect(again.code == 0, f"the run could not go on: {again}")
     expect_same_end(folder, case.ranks)
     return seconds, f"stopped after {seconds:.1f} s, goes on, same weights"

@@ -48,24 +48,26 @@ def check_straggler(case: Straggler, folder: Path) -> tuple[float, str]:
         seen.append(-1.0 if value is None else value)
         return len(seen) >= SEEN_IN_A_ROW and set(seen[-SEEN_IN_A_ROW:]) == {case.rank}
 
-    with started(Ranks("launch torchrun", case.ranks).argv(), folder) as running:
+    with started(Ranks("warm", case.ranks), folder) as running:
         running.wait_for(is_named, START_SECONDS, f"ddp_straggler_rank {case.rank}")
         ended = running.wait(START_SECONDS)
     expect(ended.code == 0, f"the run failed: {ended}")
     counts = _stragglers(folder / evidence.RUN / "run.db")
-    share = counts[case.rank] / counts.total()
-    expect(share > 0.9, f"the record names rank {case.rank} in {share:.0%} of the steps: {counts}")
+    # A window of steps and some judgements that agree come first; after them nobody else may be named, nor nobody.
+    named = counts[case.rank]
+    expect(named + counts[-1] == counts.total(), f"the record names another rank than {case.rank} too: {counts}")
+    expect(named > 0.4 * counts.total(), f"the record names rank {case.rank} in {named} steps only: {counts}")
     page = re.sub(r"<[^>]*>", " ", (folder / evidence.RUN / "report.html").read_text())
     found = re.search(
         rf"straggl.{{0,200}}?rank\s+{case.rank}\b|rank\s+{case.rank}\b.{{0,200}}?straggl", page, re.I | re.S
     )
     expect(found, f"the report does not name rank {case.rank} as the straggler")
-    return 0.0, f"named on the metrics page, in {share:.0%} of the recorded steps, in the report"
+    return 0.0, f"named on the metrics page, in the record from {counts[-1]} steps on, in the report"
 
 
 def _stragglers(record: Path) -> Counter[int]:
     with contextlib.closing(sqlite3.connect(record)) as database:
-        return Counter(rank for (rank,) in database.execute("SELECT straggler_rank FROM steps WHERE step > 1"))
+        return Counter(rank for (rank,) in database.execute("SELECT straggler_rank FROM steps"))
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def check_blind(case: Blind, folder: Path) -> tuple[float, str]:
 
 def _lock_record(case: Blind, folder: Path) -> tuple[float, str]:
     write_job(folder, {"action": "announce", "rank": 0, "step": case.step, "step_seconds": 0.03})
-    with started(Ranks("launch torchrun", 2).argv(), folder) as running:
+    with started(Ranks("warm", 2), folder) as running:
         running.wait_for(lambda: evidence.harm(folder), START_SECONDS, f"step {case.step}")
         with _locked(folder / evidence.RUN / "run.db", running):
             ended = running.wait(START_SECONDS)
@@ -112,7 +114,7 @@ def _take_port(_case: Blind, folder: Path) -> tuple[float, str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         write_job(folder, metrics__enabled=True, metrics__port=port)
-        ended = run(Ranks("launch torchrun", 2).argv(), folder)
+        ended = run(Ranks("launch torchrun", 2), folder)
     expect(ended.code in (0, 2), f"neither went on nor refused the job: {ended}")
     said = next((line for line in ended.stderr.splitlines() if str(port) in line), None)
     expect(said, f"the port {port} is not named: {ended}")
@@ -126,7 +128,7 @@ def _take_port_later(case: Blind, folder: Path) -> tuple[float, str]:
         port = listener.getsockname()[1]
     task = {"action": "kill", "phase": "forward", "rank": 0, "step": case.step}
     write_job(folder, task, metrics__enabled=True, metrics__port=port)
-    with started(Ranks("torchrun", 2, restarts=3).argv(), folder) as running, contextlib.ExitStack() as stack:
+    with started(Ranks("torchrun", 2, restarts=3), folder) as running, contextlib.ExitStack() as stack:
 
         def is_taken() -> bool:
             if evidence.harm(folder) is not None:
@@ -169,12 +171,12 @@ def check_full(case: Full, folder: Path) -> tuple[float, str]:
     (folder / "left").rename(folder / "runs")
     (folder / evidence.RUN / "checkpoints" / "filler").unlink(missing_ok=True)
     expect(ended.code in (0, 1), f"it ended with {ended.code}: {ended}")
-    lines = [line for line in ended.stderr.splitlines() if "space" in line or "full" in line]
+    lines = [line for line in ended.stderr.splitlines() if re.search(r"No space|is full|\bfree on\b.*make room", line)]
     said = next((line for line in lines if ended.code == 0 or line.startswith("error:")), None)
     expect(said, f"nobody said that the disk is full: {ended}")
     evidence.expect_valid_checkpoint(folder)
     if ended.code == 1:
-        ended_again = run(Ranks("launch torchrun", 2, resume=True).argv(), folder)
+        ended_again = run(Ranks("warm", 2, resume=True), folder)
         expect(ended_again.code == 0, f"it could not go on with space again: {ended_again}")
     expect_same_end(folder, 2)
     return ended.unix_time - harm["time"], f"code {ended.code}, goes on to the same weights: {said}"

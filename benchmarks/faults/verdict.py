@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ class Row:
             seconds, note = self.check(case, folder)
         except UnexpectedError as unexpected:
             return Verdict(False, time.monotonic() - began, f"{case}: {unexpected}")
+        except Exception:  # a scenario's own defect must not cost the cases that come after it
+            return Verdict(False, time.monotonic() - began, f"{case}: {traceback.format_exc()}")
         return Verdict(True, seconds, note)
 
 
