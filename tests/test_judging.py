@@ -182,7 +182,9 @@ class Once(Misbehaving):
     def __init__(self, step: int | str) -> None:
         """`step` may be the name of a file that says it, so that two parts of a run differ in it."""
         super().__init__()
-        self.left = int(Path(step).read_text() if isinstance(step, str) else step) + 1  # the first settles DDP's buckets
+        self.left = (
+            int(Path(step).read_text() if isinstance(step, str) else step) + 1
+        )  # the first settles DDP's buckets
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         losses = super().loss(model, batch)

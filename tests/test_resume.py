@@ -347,3 +347,51 @@ def test_c10d_with_three_ranks_is_the_same_to_rounding_and_says_so(rank_pool: Ra
     one, other = (saved(folder / "run", 12, 3)["shared"]["parameters"] for folder in (tmp_path, tmp_path / "whole"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-6)
+
+
+class Counting(nn.Module):
+    """Keeps a count of its forwards as extra state, and multiplies by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards = 0
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.forwards += self.training
+        return values * (1 + 0.1 * self.forwards)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"forwards": self.forwards}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.forwards = state["forwards"]
+
+
+class Extra(Misbehaving):
+    def __init__(self, unsavable: bool = False) -> None:
+        super().__init__()
+        self.unsavable = unsavable
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(INPUTS, 3), Counting(), nn.Linear(3, 1))
+        if self.unsavable:
+            model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+        Misbehaving.last_model = model
+        return model
+
+
+def test_extra_state_goes_on(rank_pool: RankPool, tmp_path: Path) -> None:
+    task = {"task__name": "test_resume:Extra", "transport__name": "shared_memory", "optimizer__learning_rate": 1e-3}
+    train_ranks(rank_pool, 2, job(tmp_path / "whole", run__steps=9, **task))
+    for steps in (4, 9):
+        train_ranks(rank_pool, 2, job(tmp_path, run__steps=steps, **task), resume="auto")
+    assert_the_same_run(tmp_path / "run", tmp_path / "whole" / "run", 9, 2)
+    assert saved(tmp_path / "run", 9, 2)["own"][1]["extra_state"] == {"1": {"forwards": 9}}
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(rank_pool: RankPool, tmp_path: Path) -> None:
+    task = {"task__name": "test_resume:Extra", "task__options": {"unsavable": True}}
+    ended = train_ranks(rank_pool, 2, job(tmp_path / "runs", **task))
+    assert {one.kind for one in ended} == {"UsageError"}, ended
+    assert all("the run's state cannot be saved" in one.message and "phase" in one.message for one in ended)
+    assert not (tmp_path / "runs").exists()

@@ -23,7 +23,7 @@ from ddp.checkpoint.background import Background
 from ddp.checkpoint.names import SHARED, Metric, directory_name, partial_name, rank_file
 from ddp.checkpoint.ownership import reason
 from ddp.checkpoint.publishing import Retention, publish, remove_others, write_parts
-from ddp.checkpoint.staging import Part, Staging
+from ddp.checkpoint.staging import Part, Staging, check
 from ddp.errors import CheckpointError
 
 CLOSE_SECONDS = 20.0
@@ -94,6 +94,15 @@ class Saver:
         return self._publishing.exception() is None
 
     # --- what all ranks call ---
+
+    def check(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Before the first step: whether what `begin` will be given can be saved. This rank alone.
+
+        Raises:
+            CheckpointError: it cannot, and what of it.
+        """
+        check(SHARED, shared)
+        check(rank_file(self._rank), own)
 
     def begin(
         self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any], metric: tuple[str, float] | None = None

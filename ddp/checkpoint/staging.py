@@ -59,16 +59,7 @@ class Staging:
         Raises:
             CheckpointError: it holds something that is neither a plain value nor a tensor.
         """
-        torch_tensors = _torch_tensors()
-        is_tensor = _is_raw if torch_tensors is None else lambda item: _is_raw(item) or torch_tensors.is_tensor(item)
-        tree, tensors = flatten(value, name, is_tensor)
-        described: dict[str, tuple[str, tuple[int, ...]]] = {}
-        copies: dict[str, Callable[[memoryview], None]] = {}
-        for key, tensor in tensors.items():
-            module = sys.modules[__name__] if _is_raw(tensor) else torch_tensors
-            assert module is not None
-            described[key] = module.describe(tensor, f"{name}: {key}")
-            copies[key] = _copier(module, tensor)
+        tree, described, copies = _look_at(name, value)
         places = arrange(described)
         memory = self._reserve(places[-1].stop if places else 0)
         for place in places:
@@ -83,6 +74,32 @@ class Staging:
             with suppress(OSError, AttributeError, ValueError):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         return memoryview(self._memory)[:size_bytes]
+
+
+def check(name: str, value: Mapping[str, Any]) -> None:
+    """Whether `value` could be staged; copies nothing.
+
+    Raises:
+        CheckpointError: as `Staging.stage`.
+    """
+    _look_at(name, value)
+
+
+def _look_at(
+    name: str, value: Mapping[str, Any]
+) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]], dict[str, Callable[[memoryview], None]]]:
+    """The tree without its tensors; of these dtypes and shapes, and what copies each."""
+    torch_tensors = _torch_tensors()
+    is_tensor = _is_raw if torch_tensors is None else lambda item: _is_raw(item) or torch_tensors.is_tensor(item)
+    tree, tensors = flatten(value, name, is_tensor)
+    described: dict[str, tuple[str, tuple[int, ...]]] = {}
+    copies: dict[str, Callable[[memoryview], None]] = {}
+    for key, tensor in tensors.items():
+        module = sys.modules[__name__] if _is_raw(tensor) else torch_tensors
+        assert module is not None
+        described[key] = module.describe(tensor, f"{name}: {key}")
+        copies[key] = _copier(module, tensor)
+    return tree, described, copies
 
 
 def describe(tensor: RawTensor, where: str) -> tuple[str, tuple[int, ...]]:

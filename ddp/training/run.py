@@ -120,7 +120,7 @@ def _train_opened(place: _Place, plan: Plan, exchange: GradientExchange, run: Op
     )
     if run.station is not None:
         trainer.saving.registry.add("goodput", run.station.goodput)
-    together(lambda: _check_space(trainer, run))
+    together(lambda: _check_saving(trainer, run))
     try:
         trainer.settle()
         if run.origin.checkpoint is not None:
@@ -146,7 +146,8 @@ def _say_if_it_rounds_otherwise(trainer: Trainer) -> None:
         )
 
 
-def _check_space(trainer: Trainer, run: Opened) -> None:
+def _check_saving(trainer: Trainer, run: Opened) -> None:
+    trainer.saving.check()
     if trainer.rank == 0:
         check_space(run.directory.checkpoints, expected_bytes(trainer))
 

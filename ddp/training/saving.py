@@ -28,7 +28,7 @@ from ddp.checkpoint import (
     read_manifest,
     set_aside,
 )
-from ddp.errors import CheckpointError
+from ddp.errors import CheckpointError, UsageError
 from ddp.job import CheckpointSection
 from ddp.tasks.base import Goal
 from ddp.training.agreement import from_rank_zero, together
@@ -114,6 +114,17 @@ class Saving:
             None  # the step whose checkpoint is complete and has no name yet, as far as is known
         )
         self._began, self._stalled_before = time.monotonic(), 0.0  # as of the last save's beginning
+
+    def check(self) -> None:
+        """Before the first step: whether all that is registered can be saved. This rank alone.
+
+        Raises:
+            UsageError: it cannot; a run would lose all it has done.
+        """
+        try:
+            self._saver.check(self.registry.shared(), self.registry.own())
+        except CheckpointError as error:
+            raise UsageError(f"task: the run's state cannot be saved: {error}") from error
 
     @property
     def part_saved(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp.errors import UsageError
+from ddp.training.extra_state import ExtraState
 from ddp.training.random_state import preserved_random_state
 from ddp.transport.comm_hook import GradientExchange
 
@@ -24,7 +25,8 @@ def settle_buckets(
     Raises:
         UsageError: a parameter got no gradient.
     """
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    buffers, extra = [buffer.clone() for buffer in model.buffers()], ExtraState(model.module)
+    before = extra.state_dict()
     with preserved_random_state():
         first_losses().sum().backward()
     exchange.take()
@@ -33,6 +35,7 @@ def settle_buckets(
     model.zero_grad()
     for buffer, saved in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(saved)
+    extra.load_state_dict(before)
 
 
 def _raise_if_unused(module: nn.Module) -> None:

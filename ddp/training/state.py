@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddp.errors import CheckpointError
+from ddp.training.extra_state import ExtraState
 from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.registry import Registry
 from ddp.training.trainer import Trainer
@@ -31,6 +32,7 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     if (tracker := trainer.watch.tracker) is not None:
         off = "start a new run, or resume without it, --set noise_scale.enabled=false"
         registry.add("noise_scale", tracker, remedy=off)
+    registry.add("extra_state", ExtraState(model), owner="rank")
     registry.add("state_dict", Names(model))
     registry.add("judge", trainer.judge)
     registry.add("shards", trainer.watch.shards)
