@@ -25,6 +25,7 @@ from ddp.job import Job, RedactingFormatter, check_exposure, check_import, load_
 from ddp.outcome import STDERR_VARIABLE
 from ddp.streams import open_missing_streams
 from ddp.topology import SINGLE_PROCESS, Topology
+from ddp.training.attempt import was_refused
 from ddp.training.signals import STOP_SIGNALS
 
 PRIVATE = 0o077  # what a run writes is its owner's alone, whatever the umask was
@@ -155,6 +156,8 @@ def critical_batch(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `ddp` and `python -m ddp`."""
     open_missing_streams()
+    if was_refused(os.environ):
+        sys.exit(UsageError.exit_code)
     command = typer.main.get_command(app)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
