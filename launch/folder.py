@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ddp.errors import DdpError
 
-PREFIX = "ddp-launch-"
+PREFIX = "ddp-launcher-"  # not ddp-launch-: earlier versions hold no lock on theirs
 
 
 @contextlib.contextmanager
