@@ -23,7 +23,9 @@ from ddp.ending import leave
 from ddp.errors import DdpError, StoppedError, UsageError
 from ddp.job import Job, RedactingFormatter, check_exposure, check_import, load_job
 from ddp.outcome import STDERR_VARIABLE
+from ddp.streams import open_missing_streams
 from ddp.topology import SINGLE_PROCESS, Topology
+from ddp.training.attempt import was_refused
 from ddp.training.signals import STOP_SIGNALS
 
 PRIVATE = 0o077  # what a run writes is its owner's alone, whatever the umask was
@@ -153,7 +155,9 @@ def critical_batch(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `ddp` and `python -m ddp`."""
-    _open_missing_streams()
+    open_missing_streams()
+    if was_refused(os.environ):
+        sys.exit(UsageError.exit_code)
     command = typer.main.get_command(app)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -167,17 +171,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         leave(UsageError(message()), _topology_or_single())
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _open_missing_streams() -> None:
-    """Started with one of them closed, the next file that is opened would be taken for it, and written into."""
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def plan(job: Job, here: Topology) -> str:

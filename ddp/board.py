@@ -59,7 +59,6 @@ class PhaseBoard:
     def make(cls, rank: int) -> Self:
         """This process's page: a file that `launch` can find, where that asked for an outcome, else one without a name."""
         descriptor = _named(page_file(rank)) if OUTCOME_FILE_VARIABLE in os.environ else _nameless()
-        os.ftruncate(descriptor, PAGE_BYTES)
         board = cls(descriptor)
         board._words[_NONCE] = secrets.randbits(62)
         board._words[_PID] = os.getpid()  # last: a page with a pid is a page
@@ -124,6 +123,11 @@ class PhaseBoard:
         self._words[_LOST_HOW] = how
 
 
+def pid_in(descriptor: int) -> int:
+    """The pid that a page's file holds; 0 of one that is not written yet, which may be a hole: not to be mapped."""
+    return int.from_bytes(os.pread(descriptor, 8, 8 * _PID), sys.byteorder)
+
+
 def page_file(rank: int) -> Path:
     """Where a rank that `launch` started has its page."""
     outcome = Path(os.environ[OUTCOME_FILE_VARIABLE])
@@ -145,14 +149,26 @@ def say_ended(rank: int, how: int) -> None:
 def _named(path: Path) -> int:
     try:
         path.unlink(missing_ok=True)  # an earlier attempt's, which others may have mapped
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError:  # a rank on another node than `launch`
+        return _nameless()
+    try:
+        return _filled(descriptor)
+    except OSError:  # no room: `launch` goes without
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
         return _nameless()
 
 
 def _nameless() -> int:
     try:
-        return os.memfd_create("ddp-phase", os.MFD_CLOEXEC)
+        return _filled(os.memfd_create("ddp-phase", os.MFD_CLOEXEC))
     except OSError:  # refused by a sandbox
         with tempfile.TemporaryFile() as file:
-            return os.dup(file.fileno())
+            return _filled(os.dup(file.fileno()))
+
+
+def _filled(descriptor: int) -> int:
+    """With a page's room taken: a store into a hole for which there is none would be a SIGBUS."""
+    os.posix_fallocate(descriptor, 0, PAGE_BYTES)
+    return descriptor

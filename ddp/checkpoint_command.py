@@ -6,6 +6,7 @@ Imported by every command, so torch is loaded when a model is exported and not b
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ import typer
 
 from ddp.checkpoint.manifest import Manifest
 from ddp.checkpoint.names import MANIFEST, SHARED, candidates, resolve
-from ddp.checkpoint.ownership import open_own
+from ddp.checkpoint.ownership import check_run, open_own
 from ddp.checkpoint.part_file import read_part
 from ddp.checkpoint.reading import newest, read_manifest, verify
 from ddp.checkpoint.space import in_words
@@ -148,7 +149,9 @@ def _folder(run_directory: Path) -> Path:
     if not run_directory.is_dir():
         raise UsageError(f"{run_directory}: no such run directory")
     inside = run_directory / "checkpoints"
-    return run_directory if run_directory.resolve().name == "checkpoints" and not inside.exists() else inside
+    found = run_directory if run_directory.resolve().name == "checkpoints" and not os.path.lexists(inside) else inside
+    check_run(found.parent if found.name == "checkpoints" else found.resolve().parent)
+    return found
 
 
 def _checkpoint(path: Path) -> Path:

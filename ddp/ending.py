@@ -22,6 +22,7 @@ from ddp.errors import DdpError, DivergedError, StoppedError, UsageError
 from ddp.job import redact
 from ddp.outcome import OUTCOME_FILE_VARIABLE, Outcome
 from ddp.topology import Topology
+from ddp.training.attempt import note_refused
 from ddp.training.signals import STOP_SIGNALS
 
 GRACE_SECONDS = 2.0  # for a rank with a better claim to be heard first
@@ -37,6 +38,8 @@ def leave(error: BaseException, here: Topology) -> NoReturn:
     mine = replace(mine, cause=redact(mine.cause))
     file = outcome.record(mine, getattr(error, "run_directory", None))
     say_ended(here.rank, FAILED)
+    if mine.code == UsageError.exit_code:
+        note_refused(os.environ)
     if _is_heard(error, mine, file):
         _show(error, mine)
     signal.alarm(EXIT_SECONDS)  # an MPI_Finalize or a thread may wait for ranks that are gone

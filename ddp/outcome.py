@@ -11,10 +11,11 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -105,13 +106,8 @@ def claim(path: Path, outcome: Outcome) -> bool:
     A success followed by a failure becomes the failure, and a lost peer becomes that peer's own cause. Of
     several ranks with a cause, the first wins.
     """
-    # Linking a finished file is atomic and fails where the name is taken: no reader sees half an outcome.
-    temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}.{threading.get_ident()}")
-    temporary.unlink(missing_ok=True)
-    private = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(private, "w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
+    with _written_beside(path, outcome) as temporary:
+        # Linking a finished file is atomic and fails where the name is taken: no reader sees half an outcome.
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
             return True
@@ -120,6 +116,33 @@ def claim(path: Path, outcome: Outcome) -> bool:
             return False
         os.replace(temporary, path)
         return True
+
+
+def correct(run_directory: Path, before: Outcome | None, final: Outcome) -> None:
+    """Put `final` in the place of what an earlier attempt at the run left there, when the last one never came that far.
+
+    Args:
+        before: what was there before the first of these attempts: an end that was not theirs stays.
+    """
+    path = run_directory / FILE_NAME
+    with contextlib.suppress(OSError):  # the exit code says it too
+        status, held = run_directory.lstat(), read(path)
+        is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if not is_ours or held in (None, before, final) or final.code == UsageError.exit_code:
+            return
+        with _written_beside(path, final) as temporary:
+            os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, outcome: Outcome) -> Generator[Path]:
+    temporary = path.with_name(f".{path.name}.{outcome.rank}.{os.getpid()}.{threading.get_ident()}")
+    temporary.unlink(missing_ok=True)
+    private = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(private, "w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

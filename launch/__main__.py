@@ -20,7 +20,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from ddp.errors import DdpError, UsageError
-from ddp.job import RUN_ID_VARIABLE, check_exposure, check_import, generate_run_id, load_job, resolve_run_id
+from ddp.job import RUN_ID_VARIABLE, Job, check_exposure, check_import, generate_run_id, load_job, resolve_run_id
+from ddp.streams import open_missing_streams
 from launch import mpirun, torchrun
 from launch.submit import core_count, free_port, submit
 
@@ -91,7 +92,21 @@ def launch(
     if dry_run:
         print(command.text())
         return
-    raise typer.Exit(submit(command.argv, command.environment, command.signals, max_restarts=command.max_restarts))
+    directory = run_directory(job, run, resume)
+    code = submit(
+        *(command.argv, command.environment, command.signals),
+        max_restarts=command.max_restarts,
+        run_directory=directory,
+    )
+    raise typer.Exit(code)
+
+
+def run_directory(job: Job, run: str, resume: str | None) -> Path:
+    """Where the ranks have the run: a path to resume says it, unless the job names another one."""
+    if resume in (None, "auto") or job.run.id is not None:
+        return Path(job.run.directory) / run
+    path = Path(resume).resolve()
+    return path if (path / "checkpoints").is_dir() else path.parent.parent
 
 
 def worker_arguments(
@@ -127,6 +142,7 @@ def render(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `ddp-launch` and `python -m launch`."""
+    open_missing_streams()
     command = typer.main.get_command(app)
     try:
         code = command.main(None if arguments is None else list(arguments), prog_name="launch", standalone_mode=False)

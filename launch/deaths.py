@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp.board import PAGE_BYTES, PhaseBoard
+from ddp.board import PAGE_BYTES, PhaseBoard, pid_in
 
 LOOK_SECONDS = 0.1  # between looks for ranks that are new
 _SAID = (r"exitcode\s*: -(\d+) \(pid: {pid}\)", r"exitcode: -(\d+)\) local_rank: \d+ \(pid: {pid}\)")
@@ -91,10 +91,11 @@ class DeathWatch:
                 if state.st_ino in self._inodes or state.st_size < PAGE_BYTES:
                     continue
                 descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                if not pid_in(descriptor):
+                    os.close(descriptor)
+                    continue
                 board = PhaseBoard(descriptor)
                 board.settled()
-                if not board.pid:
-                    continue
                 self._inodes.add(state.st_ino)
                 rank = int(file.name.rpartition(".")[2])
                 self._watched[os.pidfd_open(board.pid)] = _Watched(rank, file, state.st_ino, board)

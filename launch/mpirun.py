@@ -19,6 +19,8 @@ SIGNALS: Mapping[int, int] = {
     signal.SIGTERM: signal.SIGUSR1,
     signal.SIGINT: signal.SIGUSR1,
     signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGUSR2: signal.SIGUSR1,
+    signal.SIGQUIT: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGUSR1,
 }
 

@@ -11,13 +11,13 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import secrets
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +29,7 @@ from ddp import outcome
 from ddp.errors import DivergedError, StoppedError, UsageError
 from ddp.outcome import Outcome
 from launch.deaths import DeathWatch
+from launch.folder import private_folder
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -46,6 +47,7 @@ def submit(
     signals: Mapping[int, int],
     stop_seconds: float = STOP_SECONDS,
     max_restarts: int = 0,
+    run_directory: Path | None = None,
 ) -> int:
     """Run `argv` to its end and return the exit code of the run; its cause, if any, goes to stderr last.
 
@@ -56,17 +58,28 @@ def submit(
         stop_seconds: how long everything may go on after SIGTERM or SIGINT; a second SIGINT ends it at once.
         max_restarts: how often the command is run again after a failure that may not come again: not a usage error, a
             divergence or a stop.
+        run_directory: where the ranks leave how the run ended; the last attempt's end is put there if they could not.
     """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    earlier = int(os.environ.get(RESTARTS_VARIABLE, "0"))
+    earlier = _earlier_restarts(os.environ)
+    before = None if run_directory is None else outcome.read(run_directory / outcome.FILE_NAME)
     for attempt in range(max_restarts + 1):
         counted = {RESTARTS_VARIABLE: str(earlier + attempt)} if earlier + attempt else {}
         seen: list[int] = []
-        code = _attempt(argv, {**os.environ, **environment, **counted}, signals, stop_seconds, seen)
+        code, ended = _attempt(argv, {**os.environ, **environment, **counted}, signals, stop_seconds, seen)
         if code == 0 or code in RUN_CODES or seen or attempt == max_restarts:
+            if run_directory is not None and ended is not None and ended.code == code:
+                outcome.correct(run_directory, before, ended)
             return code
         print(f"starting the ranks again ({attempt + 1} of {max_restarts})", file=sys.stderr)
     raise AssertionError("the last attempt returns")
+
+
+def _earlier_restarts(environ: Mapping[str, str]) -> int:
+    said = environ.get(RESTARTS_VARIABLE, "0")
+    if not re.fullmatch(r"[0-9]{1,9}", said):
+        raise UsageError(f"{RESTARTS_VARIABLE}={said} is not a number of 0 or more: unset it")
+    return int(said)
 
 
 def _attempt(
@@ -75,11 +88,11 @@ def _attempt(
     signals: Mapping[int, int],
     stop_seconds: float,
     seen: list[int],
-) -> int:
-    """One run of the command; the signals that came meanwhile are put into `seen`."""
-    with tempfile.TemporaryDirectory(prefix="ddp-launch-") as folder:
-        file = Path(folder, outcome.FILE_NAME)
-        noise = Path(folder, "launcher.log")
+) -> tuple[int, Outcome | None]:
+    """One run of the command: its code and what a rank wrote. The signals that came meanwhile are put into `seen`."""
+    with private_folder() as folder:
+        file = folder / outcome.FILE_NAME
+        noise = folder / "launcher.log"
         variables[outcome.OUTCOME_FILE_VARIABLE] = str(file)
         with noise.open("w+b") as log, DeathWatch(file) as deaths:
             stderr = _users_stderr()
@@ -92,14 +105,15 @@ def _attempt(
         account = None if is_answer or code == 0 or seen else deaths.account(said, code)
         if account is not None:
             print(f"error: {account}", file=sys.stderr)
-            return 1
+            return 1, None
         if ended is None or (ended.code == 0 and code != 0):
             sys.stderr.write(said)  # for want of a better account
             sys.stderr.flush()
+        shown = ended
         if ended is not None and ended.lost_rank is not None:
             by = deaths.signal_of(ended.lost_rank, said, code)
-            ended = replace(ended, cause=f"{ended.cause}, by {by}") if by else ended
-        return conclude(ended, code, argv[0])
+            shown = replace(ended, cause=f"{ended.cause}, by {by}") if by else ended
+        return conclude(shown, code, argv[0]), ended
 
 
 def conclude(ended: Outcome | None, code: int, program: str) -> int:
@@ -177,7 +191,7 @@ def _signals_passed_on(
     def handle(number: int, _: FrameType | None) -> None:
         is_impatient = number == signal.SIGINT and number in seen
         seen.append(number)
-        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
             signal.alarm(max(1, round(stop_seconds)))
         if is_impatient:
             _signal_descendants(signal.SIGKILL, inherited)
@@ -240,11 +254,11 @@ def _users_stderr() -> str | None:
     """A path under which the ranks can open this process's stderr; None where that would not be the same.
 
     A socket cannot be opened again; a file can, but the position in it would be another one, and the ranks and
-    the shell would write over each other.
+    the shell would write over each other. So all append: we share what is open, and its flags, with the shell.
     """
     number = sys.stderr.fileno()
-    if stat.S_ISREG(os.fstat(number).st_mode) and not fcntl.fcntl(number, fcntl.F_GETFL) & os.O_APPEND:
-        return None
+    if stat.S_ISREG(os.fstat(number).st_mode):
+        fcntl.fcntl(number, fcntl.F_SETFL, fcntl.fcntl(number, fcntl.F_GETFL) | os.O_APPEND)
     path = f"/proc/{os.getpid()}/fd/{number}"
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 
-# torchrun passes SIGTERM on to the ranks, which then have 30 s to save; of SIGUSR1 it dies and orphans them.
+# torchrun passes SIGTERM on to the ranks, which then have 30 s to save; of SIGUSR1 and 2 it dies and orphans them.
 SIGNALS: Mapping[int, int] = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGTERM,
+    signal.SIGUSR2: signal.SIGTERM,
+    signal.SIGQUIT: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
 

@@ -122,7 +122,7 @@ outcomes = st.one_of(
     st.sampled_from([b"[" * 100_000, b'{"a":' * 50_000, b"9" * 6000, b"\xff\xfe", b"NaN"]),
 )
 run_ids = st.one_of(
-    texts, st.sampled_from(["..", ".", "", "a/b", "٣", "a\n", "x" * 64, "x" * 65, "a\0b", "-", "_a", "a..b"])
+    texts, st.sampled_from(["..", ".", "", "a/b", "٣", "a\n", "x" * 64, "x" * 65, "a\0b", "-", "_a", "a..b", "targets"])
 )
 manifests = st.one_of(
     st.binary(max_size=300), json_values.map(lambda value: json.dumps(value).encode()), st.just(b"[" * 100_000)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 from checkpoints import names, save
 from ddp.checkpoint import Saver, find
 from ddp.checkpoint.export import export
-from ddp.checkpoint_command import in_lines, list_checkpoints
+from ddp.checkpoint_command import checkpoints, in_lines, list_checkpoints
+from ddp.checkpoint_command import export as export_command
 from ddp.errors import CheckpointError, UsageError
+from ddp.training.resume import find_origin
 from ranks import RankPool
 from training_runs import Misbehaving, job, train_one
 
@@ -74,6 +77,28 @@ def test_a_run_without_any_that_verifies_is_told_by_the_exit_code(tmp_path: Path
 def test_an_unknown_epoch_is_a_dash(tmp_path: Path) -> None:
     save(tmp_path, 5)
     assert in_lines(list_checkpoints(tmp_path)).splitlines()[1].split()[:3] == ["5", "-", "-"]
+
+
+@pytest.mark.parametrize("where", ["link", "shared", "group"])
+def test_what_resume_refuses_is_not_called_good(tmp_path: Path, where: str) -> None:
+    run = _run(tmp_path)
+    said = "may write to it"
+    if where == "link":
+        (run / "checkpoints").rename(tmp_path / "elsewhere")
+        (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+        said = "is a link, which is not followed"
+    else:
+        run.chmod(0o777 if where == "shared" else 0o770)
+    with pytest.raises(CheckpointError, match=said):
+        checkpoints(run, as_json=True)
+    with pytest.raises(CheckpointError, match=said):
+        export_command(run, tmp_path / "model")
+    for resume in ("auto", str(run)):
+        with pytest.raises(UsageError, match=f"--resume: .*{said}"):
+            find_origin(job(tmp_path), {}, resume, datetime.now(UTC), "abcd")
+    if where == "shared":
+        with pytest.raises(CheckpointError, match="every user may replace what is in it"):
+            export_command(find(run / "checkpoints", 20), tmp_path / "model")
 
 
 # --- export ---

@@ -111,6 +111,13 @@ def test_a_missing_job_is_said_once_by_bare_ranks(tmp_path: Path) -> None:
             assert ended.code == 2
 
 
+def test_a_missing_job_is_said_once_over_restarts(tmp_path: Path) -> None:
+    ended = run_command([*TORCHRUN, "--max-restarts=2", *TRAIN], tmp_path)
+    assert ended.code != 0
+    assert ended.stderr.count("cannot read the job file") == 1, ended.stderr
+    assert "exitcode  : 2 " in ended.stderr
+
+
 @pytest.mark.parametrize("launcher", [[], TORCHRUN, MPIRUN], ids=["one process", "torchrun", "mpirun"])
 def test_the_same_command_under_any_launcher(tmp_path: Path, launcher: list[str]) -> None:
     write_job(tmp_path, steps=2)

@@ -8,14 +8,17 @@ import shlex
 import signal
 import socket
 import subprocess
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import pytest
 
-from ddp.outcome import Outcome
+from ddp.outcome import Outcome, correct, read
+from ddp.training.signals import STOP_SIGNALS
 from jobs import finish, is_running, python, run_command, started, wait_until
+from launch import mpirun, torchrun
 from launch import submit as launch_submit
+from launch.folder import PREFIX, private_folder, remove_stale
 from launch.submit import conclude, core_count, free_port
 
 SUBMIT = """
@@ -105,9 +108,12 @@ def test_the_launchers_own_words_are_shown_only_for_want_of_better(tmp_path: Pat
 
 
 def test_a_stderr_that_is_a_file_keeps_its_order(tmp_path: Path) -> None:
-    program = "import sys; print('first', file=sys.stderr, flush=True); " + write(as_json(3), 1)
-    run_command(["sh", "-c", 'exec "$@" 2>log', "sh", *submitted(program)], tmp_path, timeout=30)
-    assert (tmp_path / "log").read_text() == "first\nerror: rank 1 on here, step 7: why\n"
+    """As batch systems open it: not to append. What the launcher says is not in it, what ranks and shell say is."""
+    rank = "open(os.environ['DDP_STDERR'], 'a').write('rank\\n')"
+    program = f"import os, sys; print('noise', file=sys.stderr, flush=True); {rank}; " + write(as_json(3), 1)
+    script = 'exec 2>log; echo before >&2; "$@"; echo after >&2'
+    run_command(["sh", "-c", script, "sh", *submitted(program)], tmp_path, timeout=30)
+    assert (tmp_path / "log").read_text() == "before\nrank\nerror: rank 1 on here, step 7: why\nafter\n"
 
 
 def test_what_the_command_orphaned_is_ended_too(folder: Path) -> None:
@@ -190,3 +196,66 @@ def test_what_the_shell_left_below_this_process_is_not_ended(tmp_path: Path) -> 
     assert ended.returncode == 3
     wait_until(lambda: "read to the end" in (tmp_path / "log").read_text(), 10)
     assert "error: " in (tmp_path / "log").read_text()
+
+
+def test_closed_streams_and_a_wrong_count_do_not_end_it_without_a_word(tmp_path: Path) -> None:
+    quadratic = '[run]\nsteps = 2\nid = "run"\n[task]\nname = "quadratic"\n[batch]\nglobal_batch_size = 8\n'
+    (tmp_path / "job.toml").write_text(f'{quadratic}[evaluation]\nmetric = "distance"\n[metrics]\nenabled = false\n')
+    launch = python("-m", "launch", "torchrun", "job.toml")
+    ended = run_command(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *launch], tmp_path)
+    assert ended.code == 0, ended
+    assert '"code": 0' in (tmp_path / "runs" / "run" / "outcome.json").read_text()
+    ended = run_command(launch, tmp_path, {"DDP_RESTART_COUNT": "abc"}, timeout=30)
+    assert ended.code == 2, ended
+    assert ended.stderr == "error: DDP_RESTART_COUNT=abc is not a number of 0 or more: unset it\n"
+
+
+@pytest.mark.parametrize("signals", [mpirun.SIGNALS, torchrun.SIGNALS], ids=["mpirun", "torchrun"])
+def test_every_signal_that_stops_ranks_is_passed_on(signals: Mapping[int, int]) -> None:
+    assert {*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT} == {*signals, signal.SIGHUP}
+
+
+def test_what_a_killed_launch_left_is_removed_by_the_next_and_what_is_in_use_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    program = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)"
+    link = tmp_path / f"{PREFIX}link"
+    with started(submitted(program), tmp_path, {"TMPDIR": str(tmp_path)}) as process:
+        wait_until((tmp_path / "begun").exists, 30)
+        (used,) = tmp_path.glob(f"{PREFIX}*")
+        link.symlink_to(used)
+        with private_folder() as folder:
+            assert {*tmp_path.glob(f"{PREFIX}*")} == {used, folder, link}
+        process.kill()
+        process.wait(10)
+        wait_until(lambda: remove_stale(tmp_path) == [used], 10)
+    assert not used.exists() and not folder.exists()
+
+
+RESTARTED = """
+import signal, sys
+from pathlib import Path
+from launch.submit import submit
+signals = {signal.SIGTERM: signal.SIGCHLD}
+sys.exit(submit([sys.executable, "-c", sys.argv[1]], {}, signals, max_restarts=2, run_directory=Path("run")))
+"""
+
+
+@pytest.mark.parametrize("code, held", [(75, 75), (2, 1)], ids=["stopped", "usage error"])
+def test_the_last_attempts_end_is_in_the_run_directory(tmp_path: Path, code: int, held: int) -> None:
+    """The first attempt leaves its end there; the second ends before it has come to the directory."""
+    (tmp_path / "run").mkdir()
+    first = f"open('run/outcome.json', 'w').write('''{as_json(1)}'''); {write(as_json(1), 1)}"
+    asked = "import time; os.kill(os.getppid(), 15); time.sleep(0.5); " if code == 75 else ""
+    program = (
+        "import os\n"
+        f"if os.environ.get('DDP_RESTART_COUNT') is None:\n    {first}\n"
+        f"{asked}{write(as_json(code), 1)}"
+    )  # fmt: skip
+    ended = run_command(python("-c", RESTARTED, program), tmp_path, timeout=30)
+    assert ended.code == code, ended
+    left = read(tmp_path / "run" / "outcome.json")
+    assert left is not None and left.code == held
+    correct(tmp_path / "run", left, Outcome(75, 0, 1, "here", None, "stopped"))  # not an end of these attempts
+    assert read(tmp_path / "run" / "outcome.json") == left

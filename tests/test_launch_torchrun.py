@@ -58,7 +58,7 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     assert "rank 1" in ended.stderr or "Signal 9 (SIGKILL)" in ended.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     write_job(tmp_path, "wait", steps=40)
     with started(LAUNCH, tmp_path) as process:

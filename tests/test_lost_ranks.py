@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 from ddp import outcome
-from ddp.board import DIED, FAILED, LEFT, PhaseBoard, Position
-from ddp.outcome import Outcome
+from ddp.board import DIED, FAILED, LEFT, PAGE_BYTES, PhaseBoard, Position
+from ddp.outcome import OUTCOME_FILE_VARIABLE, Outcome
 from jobs import Ended, finish, python, run_command, started, wait_until
+from launch import deaths
 from losing import write_losing_job
 from mpi_environments import MpiEnvironment, mpi_environment
 
@@ -209,3 +212,44 @@ def test_a_board_is_what_it_was_when_its_owner_is_gone(tmp_path: Path) -> None:
     assert str(Position("end", 9)) == "at the end after step 9"
     assert FAILED != LEFT
     board.settled()
+
+
+def test_without_room_for_the_page_a_rank_does_without_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(tmp_path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, offset, length)
+
+    monkeypatch.setenv(OUTCOME_FILE_VARIABLE, str(tmp_path / "outcome.json"))
+    PhaseBoard.make(0).settled()
+    assert (tmp_path / "outcome.json.rank.0").stat().st_blocks > 0
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    board = PhaseBoard.make(0)
+    board.enter("forward", 2)
+    assert board.position == Position("forward", 2) and list(tmp_path.iterdir()) == []
+    board.settled()
+
+
+def test_a_page_that_is_not_written_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a hole on a full disk, which is a SIGBUS to whoever looks."""
+    mapped: list[int] = []
+
+    def noting(descriptor: int) -> PhaseBoard:
+        mapped.append(descriptor)
+        return PhaseBoard(descriptor)
+
+    monkeypatch.setattr(deaths, "PhaseBoard", noting)
+    page = tmp_path / "outcome.json.rank.0"
+    page.touch()
+    os.truncate(page, PAGE_BYTES)
+    watch = deaths.DeathWatch(tmp_path / "outcome.json")
+    watch._look()
+    assert mapped == []
+    monkeypatch.setenv(OUTCOME_FILE_VARIABLE, str(tmp_path / "outcome.json"))
+    PhaseBoard.make(0).settled()
+    with watch:
+        wait_until(lambda: mapped, 10)

@@ -406,6 +406,17 @@ def test_running_mean_against_a_loop() -> None:
 def test_what_cannot_be_reported_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no record of a run here"):
         write_report(tmp_path)
+    (tmp_path / "other").mkdir()
+    other = record_run(tmp_path / "other", run_info(), last_step=5)
+    (tmp_path / "run.db").symlink_to(other / "run.db")
+    with pytest.raises(UsageError, match="run.db is a link, which is not followed"):
+        write_report(tmp_path)
+    (tmp_path / "run.db").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(UsageError, match="report.html: not written, the directory belongs to user"):
+            write_report(other)
+    assert not (other / "report.html").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=re.escape("pip install -e '.[report]'")):
         write_report(record_run(tmp_path, run_info(), last_step=5))

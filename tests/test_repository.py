@@ -42,7 +42,7 @@ def test_every_folder_with_code_is_a_package() -> None:
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-def test_the_launchers_are_kept_from_all_of_ddp_but_four_modules() -> None:
+def test_the_launchers_are_kept_from_all_of_ddp_but_five_modules() -> None:
     contracts = PROJECT["tool"]["importlinter"]["contracts"]
     (forbidden,) = [each["forbidden_modules"] for each in contracts if each["name"].startswith("The launchers")]
     modules = {f"ddp.{path.stem}" for path in (ROOT / "ddp").iterdir() if path.suffix == ".py" or path.is_dir()}
@@ -51,6 +51,7 @@ def test_the_launchers_are_kept_from_all_of_ddp_but_four_modules() -> None:
         "ddp.errors",
         "ddp.job",
         "ddp.outcome",
+        "ddp.streams",
     }
 
 

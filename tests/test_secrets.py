@@ -163,7 +163,7 @@ def test_the_job_as_printed_holds_the_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["٣run", "run\n", "ｒun", "a..b/..", "..", ".", "a\0", "x" * 65, "é", "-a", "a b", ""]
+    "value", ["٣run", "run\n", "ｒun", "a..b/..", "..", ".", "a\0", "x" * 65, "é", "-a", "a b", "", "targets"]
 )
 def test_ids_of_runs_that_are_no_plain_names(value: str) -> None:
     with pytest.raises(ValueError, match="is not a run id"):

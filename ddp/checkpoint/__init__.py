@@ -13,6 +13,7 @@ Only `tensors` loads torch, and only `load` and `load_shared`, or a `Saver` that
 
 from ddp.checkpoint.manifest import VERSION, FileEntry, Manifest
 from ddp.checkpoint.names import MANIFEST, SHARED, Metric, find, rank_file, resolve
+from ddp.checkpoint.ownership import check_run
 from ddp.checkpoint.publishing import clear_left_overs, set_aside
 from ddp.checkpoint.reading import load, load_part, load_shared, newest, read_manifest, verify
 from ddp.checkpoint.saver import Saver, Settled
@@ -29,6 +30,7 @@ __all__ = [
     "RawTensor",
     "Saver",
     "Settled",
+    "check_run",
     "check_space",
     "clear_left_overs",
     "find",

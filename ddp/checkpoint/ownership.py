@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -32,11 +33,34 @@ def open_own(path: Path) -> BufferedReader:
 def check_own_directory(path: Path) -> None:
     """Refuse a checkpoint's directory that is another user's, or lies where every user may put another in its place."""
     try:
-        status, above = path.lstat(), path.parent.stat()
+        run = path.absolute().parent.parent
+        status, above, further = path.lstat(), path.parent.stat(), run.stat()
     except (OSError, ValueError) as fault:
         raise CheckpointError(f"{path}: no such checkpoint: {reason(fault)}") from None
     _check_own(path, status, stat.S_ISDIR)
     check_folder(path.parent, above)
+    check_folder(run, further)
+
+
+def check_run(run: Path) -> None:
+    """Refuse the directory of a run that would not be opened again: others may write to it, or its `checkpoints` is a link.
+
+    Raises:
+        CheckpointError: that, or it cannot be looked at. What is not there is not refused.
+    """
+    with suppress(FileNotFoundError):
+        try:
+            status, held = run.stat(), (run / "checkpoints").lstat()
+        except FileNotFoundError:
+            raise
+        except OSError as fault:
+            raise CheckpointError(f"{run}: cannot be read: {reason(fault)}") from None
+        if status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+            whose = "every user" if status.st_mode & stat.S_IWOTH else "its group"
+            raise CheckpointError(f"{run}: {whose} may write to it; not used (chmod 700 once you trust it)")
+        if stat.S_ISLNK(held.st_mode):
+            link = run / "checkpoints"
+            raise CheckpointError(f"{link} is a link, which is not followed: put what it leads to in its place")
 
 
 def check_folder(folder: Path, status: os.stat_result) -> None:

@@ -9,6 +9,7 @@ from datetime import datetime
 from ddp.errors import UsageError
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TARGETS = "targets"  # the folder beside the runs, see ddp.telemetry.targets
 RUN_ID_VARIABLE = "DDP_RUN_ID"  # set by `launch`, so that every rank and every restart finds one run
 
 
@@ -19,6 +20,8 @@ def check_run_id(value: str) -> str:
             f"{value!r} is not a run id: 1 to 64 letters, digits, dots, hyphens or underscores, "
             "the first a letter or digit"
         )
+    if value == TARGETS:
+        raise ValueError(f"{value!r} is not a run id: the runs' directory has a folder of that name, for Prometheus")
     return value
 
 

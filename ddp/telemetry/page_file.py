@@ -14,9 +14,14 @@ def write_page(path: Path, text: str) -> Path:
     """Write beside and rename, readable by its owner alone, so that a browser never loads half a page; returns `path`.
 
     Raises:
-        UsageError: it cannot be written there; nothing is left behind.
+        UsageError: it cannot be written there, or that is another user's directory; nothing is left behind.
     """
     try:
+        if (owner := path.parent.stat().st_uid) != os.geteuid():
+            raise UsageError(
+                f"{path}: not written, the directory belongs to user {owner}, not to you (user {os.geteuid()}): "
+                "copy it and name the copy"
+            )
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

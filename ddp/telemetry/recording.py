@@ -38,6 +38,8 @@ def open_recording(path: Path) -> sqlite3.Connection:
     Raises:
         UsageError: there is none, or it is not one of ours.
     """
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link, which is not followed: put what it leads to in its place")
     if not path.is_file():
         raise UsageError(f"{path}: no record of a run here; name the directory of a run, for example runs/<run id>")
     try:

@@ -63,7 +63,7 @@ def write_report(run_dir: Path) -> Path:
         raise UsageError("the report needs matplotlib: pip install -e '.[report]'")
     recorded = read_recorded(run_dir / "run.db")
     job = run_dir / "job.toml"
-    job_text = job.read_text(encoding="utf-8", errors="replace") if job.is_file() else ""
+    job_text = job.read_text(encoding="utf-8", errors="replace") if job.is_file() and not job.is_symlink() else ""
     path = run_dir / "report.html"
     return write_page(path, render(recorded, job_text, time.time()))
 

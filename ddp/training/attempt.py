@@ -18,6 +18,7 @@ from ddp.topology import Topology
 
 LOCK_PATIENCE_SECONDS = 10.0  # for the ranks of an earlier attempt to be quite gone
 _NOTE = "ddp-run"
+_REFUSED_NOTE = "ddp-refused"
 
 
 def environment_of_the_run(job: Job, topology: Topology, environ: Mapping[str, str]) -> dict[str, str]:
@@ -48,9 +49,26 @@ def refuse_to_diverge_again(run_directory: Path, topology: Topology) -> None:
         raise DivergedError(f"{before.cause} (in the attempt before; a restart would go the same way)")
 
 
-def _note_file(environ: Mapping[str, str]) -> Path | None:
+def note_refused(environ: Mapping[str, str]) -> None:
+    """Let later attempts know that the first one ended with a usage error, which would only be said again."""
+    if (note := _note_file(environ, _REFUSED_NOTE)) is not None and not _is_restart(environ):
+        with suppress(OSError):
+            note.touch()
+
+
+def was_refused(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun starts this rank again after a usage error of the first attempt."""
+    note = _note_file(environ, _REFUSED_NOTE)
+    return note is not None and _is_restart(environ) and note.exists()
+
+
+def _is_restart(environ: Mapping[str, str]) -> bool:
+    return environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _note_file(environ: Mapping[str, str], name: str = _NOTE) -> Path | None:
     """In the agent's own directory, RUN/attempt_N/LOCAL_RANK/error.json being what each rank is told of."""
     error_file = Path(environ.get("TORCHELASTIC_ERROR_FILE", ""))
     if len(error_file.parts) < 4 or not error_file.is_absolute():
         return None
-    return error_file.parents[2] / _NOTE
+    return error_file.parents[2] / name

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ddp import checkpoint
-from ddp.errors import UsageError
+from ddp.errors import CheckpointError, UsageError
 from ddp.job import Job, generate_run_id, resolve_run_id
 
 
@@ -32,7 +32,8 @@ def find_origin(job: Job, environ: Mapping[str, str], resume: str | None, utc: d
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        UsageError: there is nothing at the path, or "auto" without anything that names the run.
+        UsageError: there is nothing at the path, "auto" without anything that names the run, or the run's directory is
+            not its user's alone.
     """
     if resume is None or resume == "auto":
         generated = generate_run_id(job.task.name, utc, token)
@@ -40,7 +41,7 @@ def find_origin(job: Job, environ: Mapping[str, str], resume: str | None, utc: d
         if resume == "auto" and run_id == generated:
             raise UsageError("--resume auto: which run? Give its id, --set run.id=ID, or its directory, --resume PATH")
         checkpoints = Path(job.run.directory) / run_id / "checkpoints"
-        found = checkpoint.newest(checkpoints) if resume else None
+        found = _newest(checkpoints) if resume else None
         if resume and found is None and any(checkpoints.glob("step-*")):
             raise UsageError(
                 f"--resume auto: none of the checkpoints in {checkpoints} can be read; choose another run.id"
@@ -48,7 +49,7 @@ def find_origin(job: Job, environ: Mapping[str, str], resume: str | None, utc: d
         return _origin(job, run_id, found)
     path = checkpoint.resolve(Path(resume).resolve())  # "." and "step-00000120" say too little of where they are
     if (path / "checkpoints").is_dir():
-        found, run_path = checkpoint.newest(path / "checkpoints"), path
+        found, run_path = _newest(path / "checkpoints"), path
     elif (path / checkpoint.MANIFEST).is_file():
         found, run_path = path, path.parent.parent
     else:
@@ -59,6 +60,14 @@ def find_origin(job: Job, environ: Mapping[str, str], resume: str | None, utc: d
         return _origin(job, job.run.id, found)
     section = job.run.model_copy(update={"id": run_path.name, "directory": str(run_path.parent)})
     return _origin(job.model_copy(update={"run": section}), run_path.name, found)
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    try:
+        checkpoint.check_run(checkpoints.parent)
+    except CheckpointError as fault:
+        raise UsageError(f"--resume: {fault}") from None
+    return checkpoint.newest(checkpoints)
 
 
 def _origin(job: Job, run_id: str, found: Path | None) -> Origin:
