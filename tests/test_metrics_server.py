@@ -296,7 +296,7 @@ def test_a_key_that_others_may_read_and_files_that_are_none(tmp_path: Path) -> N
         ({"certificate": str(tmp_path / "text")}, "are no PEM certificate with its key"),
         ({"certificate": str(other.certificate)}, "are no PEM certificate with its key: KEY_VALUES_MISMATCH"),
         ({"private_key": str(tmp_path / "nowhere")}, "metrics.private_key: cannot read .*nowhere: No such file"),
-        ({"private_key": str(tmp_path)}, "metrics.private_key: .* is not a plain file"),
+        ({"private_key": str(tmp_path)}, "metrics.private_key: cannot read .*: Is a directory"),
         ({"client_certificates": str(tmp_path / "text")}, "metrics.client_certificates: .* holds no PEM certificates"),
         ({"client_certificates": str(tmp_path / "no")}, "metrics.client_certificates: cannot read"),
     ):

@@ -112,7 +112,7 @@ def test_what_is_wrong_with_a_reference(tmp_path: Path) -> None:
         ({"file": str(tmp_path / "short")}, "fewer than 4 characters"),
         ({"file": str(tmp_path / "no")}, "task.options.a: cannot read .*/no: No such file"),
         ({"file": "a\0b"}, "task.options.a: cannot read"),
-        ({"file": str(tmp_path)}, "is not a plain file"),
+        ({"file": str(tmp_path)}, "cannot read .*: Is a directory"),
         ({"file": "/dev/zero"}, "is not a plain file"),
         ({"file": str(tmp_path / "bytes")}, "is not UTF-8 text"),
         (

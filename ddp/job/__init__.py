@@ -9,6 +9,7 @@ from ddp.job.batch import UNITS, BatchSection
 from ddp.job.fields import Positive, PositiveFloat, Section
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.plain_file import read_plain_file
 from ddp.job.private_file import read_private_file
 from ddp.job.run_id import (
     RUN_ID,
@@ -72,6 +73,7 @@ __all__ = [
     "is_loopback",
     "load_job",
     "parse_job",
+    "read_plain_file",
     "read_private_file",
     "read_toml",
     "redact",
