@@ -21,7 +21,7 @@ from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
 from ddp.errors import DdpError, StoppedError, UsageError
-from ddp.job import Job, RedactingFormatter, check_exposure, check_import, load_job
+from ddp.job import Job, RedactingFormatter, check_exposure, check_import, hide_secrets_in_hooks, load_job
 from ddp.outcome import STDERR_VARIABLE
 from ddp.topology import SINGLE_PROCESS, Topology
 from ddp.training.signals import STOP_SIGNALS
@@ -154,6 +154,7 @@ def critical_batch(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `ddp` and `python -m ddp`."""
     _open_missing_streams()
+    hide_secrets_in_hooks()
     command = typer.main.get_command(app)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

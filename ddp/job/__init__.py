@@ -19,6 +19,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
+from ddp.job.secret_hooks import hide_secrets_in_hooks
 from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
 from ddp.job.sections import (
     CheckpointSection,
@@ -70,6 +71,7 @@ __all__ = [
     "check_import",
     "check_run_id",
     "generate_run_id",
+    "hide_secrets_in_hooks",
     "is_loopback",
     "load_job",
     "parse_job",
