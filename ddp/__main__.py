@@ -21,7 +21,7 @@ from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
 from ddp.errors import DdpError, StoppedError, UsageError
-from ddp.job import Job, RedactingFormatter, check_exposure, check_import, load_job
+from ddp.job import Job, RedactingFormatter, check_exposure, check_import, hide_secrets_in_hooks, load_job
 from ddp.outcome import STDERR_VARIABLE
 from ddp.streams import open_missing_streams
 from ddp.topology import SINGLE_PROCESS, Topology
@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     open_missing_streams()
     if was_refused(os.environ):
         sys.exit(UsageError.exit_code)
+    hide_secrets_in_hooks()
     command = typer.main.get_command(app)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Gauge
 
 from ddp import outcome, topology
 from ddp.errors import CheckpointError, JobFileError, TopologyError, UsageError
 from ddp.job import apply_overrides, check_run_id, load_job, parse_job, resolve_run_id
 from ddp.search.sweep_file import load_sweep
+from ddp.telemetry.http_connection import MOST_REQUEST_BYTES, Connection, Next
+from ddp.telemetry.metrics_server import Page
 from ddp.training.run_directory import open_run_directory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +133,24 @@ manifests = st.one_of(
     st.binary(max_size=300), json_values.map(lambda value: json.dumps(value).encode()), st.just(b"[" * 100_000)
 )
 
+header_pieces = st.one_of(
+    st.binary(max_size=12),
+    st.sampled_from(
+        [
+            *(b"text/plain", b"application/openmetrics-text", b"; version=", b"1.0.0", b"2", b"x", b"; escaping="),
+            *(b",", b";", b"=", b"q=0.5", b"\r\n", b"\r", b"\n", b"\0", b":", b"\xff", b"9" * 5000, b"a" * 9000),
+        ]
+    ),
+)
+headers = st.tuples(
+    st.sampled_from([b"Accept: ", b"ACCEPT:", b"Host: a\r\naccept: ", b"X", b""]), st.lists(header_pieces, max_size=6)
+).map(lambda header: header[0] + b"".join(header[1]))
+request_lines = st.one_of(
+    st.sampled_from([b"GET /metrics HTTP/1.1\r\n", b"HEAD / HTTP/1.0\r\n", b"PUT /metrics HTTP/1.1\r\n", b""]),
+    st.lists(header_pieces, max_size=4).map(b"".join),
+)
+requests = st.tuples(request_lines, headers, st.sampled_from([b"\r\n\r\n", b"\r\n", b""])).map(b"".join)
+
 
 def check_job_file(folder: Path, content: bytes) -> None:
     """As a job and as a sweep; what is read is written and read back as it was."""
@@ -202,6 +225,24 @@ def check_manifest(folder: Path, content: bytes) -> None:
         parse_manifest(content)
 
 
+def check_request(folder: Path, content: bytes) -> None:
+    """Each request that is whole, or too large, gets an answer of ours, and what clients send is not kept."""
+    registry = CollectorRegistry()
+    Gauge("number", "One.", registry=registry).set(41)
+    page = Page(registry)
+    ours, client = socket.socketpair()
+    with closing(Connection(ours, 0.0, page)) as connection, client:
+        ours.setblocking(False)
+        client.sendall(content)
+        client.shutdown(socket.SHUT_WR)
+        assert connection.advance() is Next.END
+        ours.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    if b"\r\n\r\n" in content[:MOST_REQUEST_BYTES]:
+        assert answer.startswith(b"HTTP/1.1 ") and answer.count(b"HTTP/1.1 ") == 1
+    assert len(page._held) <= 1
+
+
 @dataclass(frozen=True)
 class Reader:
     """What is tried, on which inputs."""
@@ -218,4 +259,5 @@ READERS = (
     Reader("environment", environments, check_environment),
     Reader("outcome", outcomes, check_outcome),
     Reader("manifest", manifests, check_manifest),
+    Reader("request", requests, check_request),
 )

@@ -100,6 +100,33 @@ def test_the_clients_format_is_passed_on() -> None:
     assert parse_request(b"GET /metrics HTTP/1.1\r\nAccept: \xff\xfe") is not None
 
 
+def test_the_client_chooses_one_of_two_formats_and_no_more() -> None:
+    """Its text reaches neither the library's parser, which a version that is no number ends, nor the pages that are held."""
+    page = Page(CollectorRegistry())
+    kinds = ("text/plain", "application/openmetrics-text", "APPLICATION/OpenMetrics-Text", "*/*")
+    for version in ("1.0.0", "x", "2", "1" * 5000, *(f"1.0.{number}" for number in range(20))):
+        for kind in kinds:
+            answer = page(f"{kind}; version={version}; escaping=x")
+            is_openmetrics = "openmetrics" in kind.lower()
+            assert answer.content_type.startswith(
+                "application/openmetrics-text; version=1.0.0;" if is_openmetrics else "text/plain; version=0.0.4;"
+            )
+            assert answer.body.endswith(b"# EOF\n") == is_openmetrics
+    assert len(page._held) == 2
+
+
+def test_what_one_client_brings_about_ends_its_connection_alone(server: MetricsServer) -> None:
+    whole = server._page
+
+    def page(accept: str) -> Answer:
+        return whole(accept) if accept == "*/*" else 1 / 0  # type: ignore[return-value]
+
+    server._page = page  # type: ignore[assignment]
+    for _ in range(3):
+        assert ask(server, b"GET /metrics HTTP/1.1\r\nAccept: text/plain; version=x\r\n\r\n") == b""
+    assert b"number 41.0" in ask(server, b"GET /metrics HTTP/1.1\r\nAccept: */*\r\n\r\n")
+
+
 def test_a_request_may_come_in_pieces_and_may_not_be_large(server: MetricsServer) -> None:
     assert b"number 41.0" in ask(server, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", at_once=3, pause=0.001)
     assert ask(server, b"GET /metrics HTTP/1.1\r\nX: " + b"a" * MOST_REQUEST_BYTES).startswith(b"HTTP/1.1 400 ")
@@ -269,7 +296,7 @@ def test_a_key_that_others_may_read_and_files_that_are_none(tmp_path: Path) -> N
         ({"certificate": str(tmp_path / "text")}, "are no PEM certificate with its key"),
         ({"certificate": str(other.certificate)}, "are no PEM certificate with its key: KEY_VALUES_MISMATCH"),
         ({"private_key": str(tmp_path / "nowhere")}, "metrics.private_key: cannot read .*nowhere: No such file"),
-        ({"private_key": str(tmp_path)}, "metrics.private_key: .* is not a plain file"),
+        ({"private_key": str(tmp_path)}, "metrics.private_key: cannot read .*: Is a directory"),
         ({"client_certificates": str(tmp_path / "text")}, "metrics.client_certificates: .* holds no PEM certificates"),
         ({"client_certificates": str(tmp_path / "no")}, "metrics.client_certificates: cannot read"),
     ):

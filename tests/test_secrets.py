@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import pytest
 from ddp.errors import JobFileError, UsageError
 from ddp.job import CustomSection, RedactingFormatter, apply_overrides, parse_job, redact, resolve_secrets
 from ddp.job.run_id import check_run_id
+from ddp.telemetry.recorder import Recorder
+from ddp.telemetry.recording import open_recording, read_events
+from ddp.telemetry.records import RunEvent
+from ddp.telemetry.sinks import Sinks
 from jobs import environment, python, run_command
+from telemetry_records import run_info
 
 JOB: dict[str, Any] = {"run": {"steps": 1}, "batch": {"global_batch_size": 6}}
 VALUE = 'correct horse "battery" \\ staple/é'
@@ -35,6 +41,7 @@ class Task:
     def loss(self, model, batch): ...
     def metrics(self, model, batch): ...
 '''
+IN_A_THREAD = "import threading; t = threading.Thread(target=open, args=(password,)); t.start(); t.join()"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +119,7 @@ def test_what_is_wrong_with_a_reference(tmp_path: Path) -> None:
         ({"file": str(tmp_path / "short")}, "fewer than 4 characters"),
         ({"file": str(tmp_path / "no")}, "task.options.a: cannot read .*/no: No such file"),
         ({"file": "a\0b"}, "task.options.a: cannot read"),
-        ({"file": str(tmp_path)}, "is not a plain file"),
+        ({"file": str(tmp_path)}, "cannot read .*: Is a directory"),
         ({"file": "/dev/zero"}, "is not a plain file"),
         ({"file": str(tmp_path / "bytes")}, "is not UTF-8 text"),
         (
@@ -134,7 +141,7 @@ def test_every_way_of_writing_it_is_hidden() -> None:
 
 @pytest.mark.parametrize(
     "action",
-    ['raise ValueError(f"cannot sign in with {password!r}")', "raise SystemExit(1)", "pass"],
+    ['raise ValueError(f"cannot sign in with {password!r}")', "raise SystemExit(1)", "pass", IN_A_THREAD],
 )
 def test_a_run_shows_no_secret_anywhere(tmp_path: Path, action: str) -> None:
     (tmp_path / "own_task.py").write_text(TASK.replace("{action}", action), encoding="utf-8")
@@ -150,6 +157,53 @@ def test_a_run_shows_no_secret_anywhere(tmp_path: Path, action: str) -> None:
     shown = [ended.stdout, ended.stderr, *(path.read_text(encoding="utf-8", errors="replace") for path in written)]
     assert not any("horse" in text for text in shown), shown
     assert "signing in with ***" in ended.stderr
+
+
+NOT_CAUGHT = """
+import gc, sys, threading, warnings
+from ddp.job import hide_secrets_in_hooks, resolve_secrets
+
+class Finalized:
+    def __init__(self, word): self.word = word
+    def __repr__(self): return f"<with {self.word}>"
+    def __del__(self): raise ValueError(f"finalizer: {self.word}")
+
+def fail(word): raise ValueError(f"thread: {word}")
+
+hide_secrets_in_hooks()
+word = resolve_secrets({"a": {"env": "MINE"}}, {"MINE": "correct horse"}, "o")["a"]
+thread = threading.Thread(target=fail, args=(word,), name=f"signed in with {word}")
+thread.start(); thread.join()
+quiet = threading.Thread(target=sys.exit, args=(word,)); quiet.start(); quiet.join()
+Finalized(word); gc.collect()
+warnings.warn(f"warning: {word}")
+raise ValueError(f"main: {word}")
+"""
+
+
+def test_what_nobody_catches_shows_no_secret(tmp_path: Path) -> None:
+    ended = run_command(python("-c", NOT_CAUGHT), tmp_path)
+    assert ended.code == 1 and "horse" not in ended.stderr, ended.stderr
+    for shown in (
+        "Exception in thread signed in with ***:\nTraceback",
+        *(
+            "ValueError: thread: ***",
+            "ValueError: finalizer: ***",
+            "UserWarning: warning: ***",
+            "ValueError: main: ***",
+        ),
+    ):
+        assert ended.stderr.count(shown) == 1, ended.stderr
+
+
+def test_what_happened_to_a_run_is_recorded_without_secrets(tmp_path: Path) -> None:
+    resolve_secrets({"a": {"env": "NAME"}}, {"NAME": VALUE}, "task.options")
+    recorder = Recorder(tmp_path / "run.db", run_info())
+    sinks = Sinks([recorder])
+    sinks.event(RunEvent(1, 0.0, "save_failed", -1, f"cannot write: {VALUE}"))
+    sinks.close()
+    with closing(open_recording(tmp_path / "run.db")) as database:
+        assert [event.text for event in read_events(database)] == ["cannot write: ***"]
 
 
 def test_the_job_as_printed_holds_the_reference(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ one; without either it says what the step times alone tell.
 
 from __future__ import annotations
 
-import sqlite3
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -29,6 +28,7 @@ from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Method, Metric
 from ddp.telemetry import recording
 from ddp.telemetry.progress import moment_text
+from ddp.telemetry.record_values import readable
 from ddp.telemetry.records import RunInfo, StepRecord, headline_metric
 
 TIMED_STEPS = 2_000  # the latest ones, whose times count
@@ -171,19 +171,16 @@ def read_record(path: Path) -> Record:
     Raises:
         UsageError: there is none, it cannot be read, or it holds no step yet.
     """
-    with closing(recording.open_recording(path)) as database:
-        try:
-            parts = recording.read_parts(database)
-            steps: deque[StepRecord] = deque(maxlen=TIMED_STEPS)
-            latest = resolved = None
-            for record in recording.read_steps(database):
-                steps.append(record)
-                if record.reading is None or (latest is not None and record.reading is latest.reading):
-                    continue  # held since the step that observed it
-                latest = record
-                resolved = record if record.reading.state == "resolved" else resolved
-        except sqlite3.Error as error:
-            raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
+    with closing(recording.open_recording(path)) as database, readable(path):
+        parts = recording.read_parts(database)
+        steps: deque[StepRecord] = deque(maxlen=TIMED_STEPS)
+        latest = resolved = None
+        for record in recording.read_steps(database):
+            steps.append(record)
+            if record.reading is None or (latest is not None and record.reading is latest.reading):
+                continue  # held since the step that observed it
+            latest = record
+            resolved = record if record.reading.state == "resolved" else resolved
     if not parts or not steps:
         raise UsageError(f"{path}: the run has not recorded a step yet; try again in a few seconds")
     return Record(parts[-1], tuple(steps), latest and _told(latest), resolved and _told(resolved))

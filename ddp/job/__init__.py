@@ -9,6 +9,7 @@ from ddp.job.batch import UNITS, BatchSection
 from ddp.job.fields import Positive, PositiveFloat, Section
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.plain_file import read_plain_file
 from ddp.job.private_file import read_private_file
 from ddp.job.run_id import (
     RUN_ID,
@@ -18,6 +19,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
+from ddp.job.secret_hooks import hide_secrets_in_hooks
 from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
 from ddp.job.sections import (
     CheckpointSection,
@@ -69,9 +71,11 @@ __all__ = [
     "check_import",
     "check_run_id",
     "generate_run_id",
+    "hide_secrets_in_hooks",
     "is_loopback",
     "load_job",
     "parse_job",
+    "read_plain_file",
     "read_private_file",
     "read_toml",
     "redact",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import stat
 
 from ddp.errors import UsageError
+from ddp.job.plain_file import read_plain_file
 
 MOST_BYTES = 1 << 16
 
@@ -20,29 +20,15 @@ def read_private_file(path: str, where: str) -> bytes:
         UsageError: it cannot be read, is no plain file, or others may read or change it.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not hold us up
-        try:
-            _check(os.fstat(descriptor), path, where)
-            return _read(descriptor, path, where)
-        finally:
-            os.close(descriptor)
+        return read_plain_file(path, MOST_BYTES, lambda status: _check(status, path, where))
     except (OSError, ValueError) as error:
         raise UsageError(f"{where}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _check(status: os.stat_result, path: str, where: str) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{where}: {path} is not a plain file")
     if status.st_uid not in (0, os.geteuid()):
         raise UsageError(f"{where}: {path} belongs to user {status.st_uid}: name a file of your own")
     # A file of root's may be given to a group, as packages do with the machine's own key.
     allowed = 0o740 if status.st_uid == 0 and os.geteuid() != 0 else 0o700
     if status.st_mode & 0o777 & ~allowed:
         raise UsageError(f"{where}: others may read {path}: run `chmod 600 {path}` first")
-
-
-def _read(descriptor: int, path: str, where: str) -> bytes:
-    content = os.read(descriptor, MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise UsageError(f"{where}: {path} has more than {MOST_BYTES:,} bytes")
-    return content

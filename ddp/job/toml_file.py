@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ddp.errors import JobFileError
+from ddp.job.plain_file import read_plain_file
 
 MOST_BYTES = 1 << 20
 DEEPEST = 20  # tables and lists within each other
@@ -22,12 +23,9 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         JobFileError: it cannot be read, is too large, no UTF-8 text, no TOML, or nested too deeply.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        content = read_plain_file(path, MOST_BYTES, pipes=True)
     except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
         raise JobFileError(f"{path}: cannot read {what}: {getattr(error, 'strerror', None) or error}") from None
-    if len(content) > MOST_BYTES:
-        raise JobFileError(f"{path}: {what} has more than {MOST_BYTES:,} bytes")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

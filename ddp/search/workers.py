@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from ddp import errors
 from ddp.errors import DdpError
-from ddp.job import redact
+from ddp.job import hide_secrets_in_hooks, redact
 from ddp.search.request import Trial
 from ddp.search.store import TrialResult
 from ddp.search.sweep_file import Sweep
@@ -169,6 +169,7 @@ def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: Sequence[str
     """A worker's life: load, say so, and run one trial after the other until the pipe closes."""
     _end_with_parent(os.getppid())
     _leave_signals_to_the_parent()
+    hide_secrets_in_hooks()
     import torch
 
     from ddp.search import trial  # noqa: F401  # once here, and not in every child

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from ddp.errors import UsageError
+from ddp.job import read_plain_file
+
+MOST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,12 @@ def read_critical_batches(result: str | None) -> tuple[CriticalBatch, ...]:
         return ()
     where = f"noise_scale.critical_batch_result: {result}"
     try:
-        entries = json.loads(Path(result).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"{where}: cannot read it: {error.strerror}; run `python -m ddp critical-batch` first"
-        ) from None
+        content = read_plain_file(result, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{where}: cannot read it: {reason}; run `python -m ddp critical-batch` first") from None
+    try:
+        entries = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from None
     if not isinstance(entries, list):

@@ -6,6 +6,7 @@ with one line and ended.
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import ssl
@@ -16,6 +17,8 @@ from enum import Enum
 MOST_REQUEST_BYTES = 8192
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (\S{1,2000}) HTTP/1\.[01]\Z")
 PATHS = ("/metrics", "/")
+
+log = logging.getLogger(__name__)
 
 
 class Next(Enum):
@@ -108,7 +111,10 @@ class Connection:
             return Next.READ
         except ssl.SSLWantWriteError:
             return Next.WRITE
-        except (OSError, ValueError):  # a client that went away, or speaks no TLS
+        except OSError:  # a client that went away, or speaks no TLS
+            return Next.END
+        except Exception as error:  # whatever one client brings about ends its connection, and no other
+            log.debug("a client of the metrics endpoint is let go: %s: %s", type(error).__name__, error)
             return Next.END
 
     def _receive(self) -> bool:

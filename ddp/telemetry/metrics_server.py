@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from ddp.errors import UsageError
 from ddp.job import is_loopback
@@ -33,32 +34,39 @@ PAGE_SECONDS = 0.5
 SILENT_SECONDS = 10  # that the kernel keeps a client which says nothing
 BACKLOG = 1024  # connections that wait in the kernel for their turn
 ACCEPTED_AT_ONCE = 8  # between two looks at the budget
+OPENMETRICS = "application/openmetrics-text"  # for a client that says it reads this; plain text for all others
+FORMATS: dict[bool, tuple[Callable[[CollectorRegistry], bytes], str]] = {
+    False: (generate_latest, CONTENT_TYPE_PLAIN_0_0_4),
+    True: (openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST),
+}
 
 log = logging.getLogger(__name__)
 
 
 class Page:
-    """The registry as text, rendered at most every `PAGE_SECONDS` for each format, and with half of the budget at most."""
+    """The registry as text, rendered at most every `PAGE_SECONDS` for each format, and with half of the budget at most.
+
+    What a client sends chooses one of two formats and goes no further: neither a library that parses it, nor an answer.
+    """
 
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
         self._registry, self._clock = registry, clock
-        self._held: dict[
-            str, tuple[float, Answer]
-        ] = {}  # by content type, of which there are a handful: until when, what
+        self._held: dict[bool, tuple[float, Answer]] = {}  # by whether it is OpenMetrics: until when, what
 
     def __call__(self, accept: str) -> Answer:
-        encode, content_type = choose_encoder(accept)
+        is_openmetrics = OPENMETRICS in accept.lower()
         now = self._clock()
-        held = self._held.get(content_type)
+        held = self._held.get(is_openmetrics)
         if held is None or now >= held[0]:
             before = time.thread_time()
             try:
+                encode, content_type = FORMATS[is_openmetrics]
                 answer = Answer("200 OK", encode(self._registry), content_type)
             except Exception as error:  # a reading that cannot be shown must not end the endpoint
                 log.warning("metrics cannot be rendered: %s", error)
                 answer = Answer("500 Internal Server Error", b"metrics cannot be rendered; the log says why\n")
             seconds = max(PAGE_SECONDS, 2 * (time.thread_time() - before) / SHARE)
-            held = self._held[content_type] = (now + seconds, answer)
+            held = self._held[is_openmetrics] = (now + seconds, answer)
         return held[1]
 
 
@@ -160,7 +168,7 @@ class MetricsServer:
         if self._tls is not None:
             try:
                 client = self._tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
-            except OSError:  # it has gone already
+            except (OSError, ValueError):  # it has gone already
                 client.close()
                 return None
         if len(self._connections) >= MOST_CONNECTIONS:

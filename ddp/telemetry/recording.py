@@ -6,19 +6,23 @@ The layers' readings are read apart (`read_parts_over_time`), which keeps readin
 from __future__ import annotations
 
 import heapq
-import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 from ddp.errors import UsageError
-from ddp.noise.noise_scale import Reading
+from ddp.noise.noise_scale import Reading, State
 from ddp.noise.readings import Method, Metric, NoiseReadings, PartReading
 from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.record_values import number, one_of, readable, run_info, whole
 from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunEvent, RunInfo, Sink, StepRecord
 from ddp.telemetry.schema import FIRST_PART_PLACE, PLAIN_PLACE, PRECONDITIONED_PLACE, READING_COLUMNS, SCHEMA_VERSION
 
+STATES: tuple[State, ...] = get_args(State)
+METRICS: tuple[Metric, ...] = get_args(Metric)
+METHODS: tuple[Method, ...] = get_args(Method)
 Held = dict[Metric, tuple[int, Reading]]
 TIMED_TABLES = ("steps", "evaluations", "events")
 
@@ -42,12 +46,10 @@ def open_recording(path: Path) -> sqlite3.Connection:
         raise UsageError(f"{path} is a link, which is not followed: put what it leads to in its place")
     if not path.is_file():
         raise UsageError(f"{path}: no record of a run here; name the directory of a run, for example runs/<run id>")
-    try:
+    with readable(path):
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5.0)
         database.row_factory = sqlite3.Row
         (version,) = database.execute("PRAGMA user_version").fetchone()
-    except sqlite3.Error as error:
-        raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
     if version != SCHEMA_VERSION:
         database.close()
         raise UsageError(f"{path}: {_foreign(version)}")
@@ -67,7 +69,7 @@ def read_parts(database: sqlite3.Connection) -> list[RunInfo]:
     """What each process of the run said about itself, the first one first."""
     names = [field.name for field in fields(RunInfo)]
     rows = database.execute(f"SELECT {', '.join(names)} FROM run ORDER BY part")
-    return [RunInfo(**{**row, "batch_statistics": bool(row["batch_statistics"])}) for row in rows]
+    return [run_info(row) for row in rows]
 
 
 def count_steps(database: sqlite3.Connection) -> int:
@@ -91,7 +93,7 @@ def read_steps(database: sqlite3.Connection, every: int = 1) -> Iterator[StepRec
     for row in database.execute(steps, {"every": every}):
         ranks: list[Mapping[str, float]] = []
         while pending is not None and pending["step"] <= row["step"]:
-            ranks.append({phase: _float(pending[f"{phase}_seconds"]) for phase in PHASES})
+            ranks.append({phase: number(pending[f"{phase}_seconds"]) for phase in PHASES})
             pending = next(phases, None)
         yield _step(row, tuple(ranks), held)
 
@@ -113,20 +115,20 @@ def _parts_moment(database: sqlite3.Connection, step: int) -> PartsMoment:
     query = "SELECT * FROM readings WHERE step = ? AND place >= ? ORDER BY place"
     rows = database.execute(query, (step, FIRST_PART_PLACE)).fetchall()
     (epoch,) = database.execute("SELECT epoch FROM steps WHERE step = ?", (step,)).fetchone()
-    parts = tuple(PartReading(row["part"], row["name"], row["metric"], _reading(row)) for row in rows)
-    return PartsMoment(step, _float(epoch), parts)
+    parts = tuple(PartReading(row["part"], row["name"], one_of(METRICS, row["metric"]), _reading(row)) for row in rows)
+    return PartsMoment(step, number(epoch), parts)
 
 
 def read_batch_changes(database: sqlite3.Connection) -> list[BatchChange]:
     """All changes of the global batch size, in order."""
     return [
         BatchChange(
-            step=row["step"],
-            epoch=_float(row["epoch"]),
-            unix_time=_float(row["unix_time"]),
-            before=row["before"],
-            after=row["after"],
-            learning_rate_factor=_float(row["learning_rate_factor"]),
+            step=whole(row["step"]),
+            epoch=number(row["epoch"]),
+            unix_time=number(row["unix_time"]),
+            before=whole(row["before"]),
+            after=whole(row["after"]),
+            learning_rate_factor=number(row["learning_rate_factor"]),
             reason=row["reason"],
         )
         for row in database.execute("SELECT * FROM batch_changes ORDER BY step")
@@ -137,13 +139,13 @@ def read_events(database: sqlite3.Connection) -> list[RunEvent]:
     """All that happened, in the order in which it was told; steps may go back, see `RunEvent`."""
     return [
         RunEvent(
-            step=row["step"],
-            unix_time=_float(row["unix_time"]),
+            step=whole(row["step"]),
+            unix_time=number(row["unix_time"]),
             kind=row["kind"],
-            rank=row["rank"],
+            rank=whole(row["rank"]),
             text=row["text"],
-            duration_seconds=_float(row["duration_seconds"]),
-            stall_seconds=_float(row["stall_seconds"]),
+            duration_seconds=number(row["duration_seconds"]),
+            stall_seconds=number(row["stall_seconds"]),
         )
         for row in database.execute("SELECT * FROM events ORDER BY id")
     ]
@@ -159,21 +161,21 @@ def read_critical_batches(database: sqlite3.Connection) -> list[CriticalBatch]:
     """What the job file's result of runs said."""
     words, numbers = ("method", "optimizer", "target"), ("critical_batch_size", "low", "high")
     rows = database.execute(f"SELECT {', '.join((*words, *numbers))} FROM critical_batches ORDER BY rowid")
-    return [CriticalBatch(*(row[name] for name in words), *(_float(row[name]) for name in numbers)) for row in rows]
+    return [CriticalBatch(*(row[name] for name in words), *(number(row[name]) for name in numbers)) for row in rows]
 
 
 def read_evaluations(database: sqlite3.Connection) -> list[EvaluationRecord]:
     metrics: dict[tuple[int, str], dict[str, float]] = {}
     for step, split, name, value in database.execute("SELECT step, split, name, value FROM evaluation_metrics"):
-        metrics.setdefault((step, split), {})[name] = _float(value)
+        metrics.setdefault((step, split), {})[name] = number(value)
     return [
         EvaluationRecord(
-            step=row["step"],
-            epoch=_float(row["epoch"]),
-            unix_time=_float(row["unix_time"]),
+            step=whole(row["step"]),
+            epoch=number(row["epoch"]),
+            unix_time=number(row["unix_time"]),
             split=row["split"],
-            examples=row["examples"],
-            loss=_float(row["loss"]),
+            examples=whole(row["examples"]),
+            loss=number(row["loss"]),
             metrics=metrics.get((row["step"], row["split"]), {}),
         )
         for row in database.execute("SELECT * FROM evaluations ORDER BY step, split")
@@ -211,33 +213,34 @@ def read_times(database: sqlite3.Connection, until_step: int | None = None) -> t
         "SELECT total(duration_seconds) FROM steps WHERE step <= :step OR :step < 0", {"step": counted}
     ).fetchone()
     latest = [database.execute(f"SELECT max(unix_time) FROM {table}").fetchone()[0] for table in TIMED_TABLES]
-    return began, max([began, *(each for each in latest if each is not None)]), seconds
+    times = [number(each) for each in (began, *latest) if each is not None]
+    return times[0], max(times), seconds
 
 
 def mean_phase_seconds(database: sqlite3.Connection) -> list[dict[str, float]]:
     """Mean time of each phase over all steps, one mapping a rank."""
     means = ", ".join(f"avg({phase}_seconds) AS {phase}" for phase in PHASES)
     rows = database.execute(f"SELECT {means} FROM phases GROUP BY rank ORDER BY rank")
-    return [{phase: _float(row[phase]) for phase in PHASES} for row in rows]
+    return [{phase: number(row[phase]) for phase in PHASES} for row in rows]
 
 
 def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...], held: Held) -> StepRecord:
     return StepRecord(
-        step=row["step"],
-        epoch=_float(row["epoch"]),
-        unix_time=_float(row["unix_time"]),
-        examples=row["examples"],
-        examples_total=row["examples_total"],
-        loss=_float(row["loss"]),
-        learning_rate=_float(row["learning_rate"]),
-        gradient_norm=_float(row["gradient_norm"]),
-        duration_seconds=_float(row["duration_seconds"]),
+        step=whole(row["step"]),
+        epoch=number(row["epoch"]),
+        unix_time=number(row["unix_time"]),
+        examples=whole(row["examples"]),
+        examples_total=whole(row["examples_total"]),
+        loss=number(row["loss"]),
+        learning_rate=number(row["learning_rate"]),
+        gradient_norm=number(row["gradient_norm"]),
+        duration_seconds=number(row["duration_seconds"]),
         phase_seconds=phase_seconds,
-        all_reduce_bytes=row["all_reduce_bytes"],
-        straggler_rank=row["straggler_rank"],
-        global_batch_size=row["global_batch_size"],
+        all_reduce_bytes=whole(row["all_reduce_bytes"]),
+        straggler_rank=whole(row["straggler_rank"]),
+        global_batch_size=whole(row["global_batch_size"]),
         noise=_noise(row, held),
-        slowdown_ratio=_float(row["slowdown_ratio"]),
+        slowdown_ratio=number(row["slowdown_ratio"]),
     )
 
 
@@ -248,9 +251,9 @@ def _noise(row: sqlite3.Row, held: Held) -> NoiseReadings | None:
     return NoiseReadings(
         plain=plain,
         preconditioned=_held_reading(row, "preconditioned", held),
-        headline=row["headline"],
-        method=row["method"],
-        sampled_every=row["sampled_every"],
+        headline=one_of(METRICS, row["headline"]),
+        method=one_of(METHODS, row["method"]),
+        sampled_every=whole(row["sampled_every"]),
     )
 
 
@@ -266,21 +269,17 @@ def _held_reading(row: sqlite3.Row, metric: Metric, held: Held) -> Reading | Non
 
 def _reading(row: sqlite3.Row, prefix: str = "") -> Reading:
     return Reading(
-        state=row[f"{prefix}state"],
-        noise_scale=_float(row[f"{prefix}noise_scale"]),
-        low=_float(row[f"{prefix}low"]),
-        high=_float(row[f"{prefix}high"]),
-        squared_norm=_float(row[f"{prefix}squared_norm"]),
-        variance_trace=_float(row[f"{prefix}variance_trace"]),
-        observations=row[f"{prefix}observations"],
-        window=row[f"{prefix}window"],
-        steps_needed=_float(row[f"{prefix}steps_needed"]),
+        state=one_of(STATES, row[f"{prefix}state"]),
+        noise_scale=number(row[f"{prefix}noise_scale"]),
+        low=number(row[f"{prefix}low"]),
+        high=number(row[f"{prefix}high"]),
+        squared_norm=number(row[f"{prefix}squared_norm"]),
+        variance_trace=number(row[f"{prefix}variance_trace"]),
+        observations=whole(row[f"{prefix}observations"]),
+        window=whole(row[f"{prefix}window"]),
+        steps_needed=number(row[f"{prefix}steps_needed"]),
         drifting=bool(row[f"{prefix}drifting"]),
     )
-
-
-def _float(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _steps_with_readings() -> str:

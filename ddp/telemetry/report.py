@@ -7,7 +7,6 @@ are in the page, and its content security policy forbids it to fetch anything.
 from __future__ import annotations
 
 import importlib.util
-import sqlite3
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ddp.telemetry.layer_chart import layer_chart, rows_left_out
 from ddp.telemetry.noise_charts import noise_chart
 from ddp.telemetry.page_file import write_page
 from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
+from ddp.telemetry.record_values import readable
 from ddp.telemetry.recording import PartsMoment
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
 from ddp.telemetry.report_cards import run_cards
@@ -65,7 +65,9 @@ def write_report(run_dir: Path) -> Path:
     job = run_dir / "job.toml"
     job_text = job.read_text(encoding="utf-8", errors="replace") if job.is_file() and not job.is_symlink() else ""
     path = run_dir / "report.html"
-    return write_page(path, render(recorded, job_text, time.time()))
+    with readable(run_dir / "run.db"):  # a number may be one that cannot be shown
+        text = render(recorded, job_text, time.time())
+    return write_page(path, text)
 
 
 def read_recorded(path: Path) -> Recorded:
@@ -74,21 +76,18 @@ def read_recorded(path: Path) -> Recorded:
     Raises:
         UsageError: there is none, or it cannot be read.
     """
-    with closing(recording.open_recording(path)) as database:
-        try:
-            parts = recording.read_parts(database)
-            every = max(1, recording.count_steps(database) // DRAWN_STEPS)
-            steps = list(recording.read_steps(database, every))
-            evaluations = recording.read_evaluations(database)
-            phase_seconds = recording.mean_phase_seconds(database)
-            changes = recording.read_batch_changes(database)
-            moments = recording.read_parts_over_time(database, DRAWN_MOMENTS)
-            critical_batches = recording.read_critical_batches(database)
-            methods = recording.read_methods(database)
-            events = recording.read_events(database)
-            times = recording.read_times(database)
-        except sqlite3.Error as error:
-            raise UsageError(f"{path}: cannot read the record of the run: {error}") from None
+    with closing(recording.open_recording(path)) as database, readable(path):
+        parts = recording.read_parts(database)
+        every = max(1, recording.count_steps(database) // DRAWN_STEPS)
+        steps = list(recording.read_steps(database, every))
+        evaluations = recording.read_evaluations(database)
+        phase_seconds = recording.mean_phase_seconds(database)
+        changes = recording.read_batch_changes(database)
+        moments = recording.read_parts_over_time(database, DRAWN_MOMENTS)
+        critical_batches = recording.read_critical_batches(database)
+        methods = recording.read_methods(database)
+        events = recording.read_events(database)
+        times = recording.read_times(database)
     if not parts:
         raise UsageError(f"{path}: the run has not begun to record; try again in a few seconds")
     return Recorded(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+from ddp.job import redact
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, Sink, StepRecord
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,8 @@ class Sinks:
         self._each(lambda sink: sink.batch_change(record))
 
     def event(self, record: RunEvent) -> None:
-        self._each(lambda sink: sink.event(record))
+        told = replace(record, text=redact(record.text))  # it may have an error's words
+        self._each(lambda sink: sink.event(told))
 
     def close(self) -> None:
         """Safe to call twice where that is safe for each sink."""

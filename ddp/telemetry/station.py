@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from ddp.errors import UsageError
 from ddp.job import MetricsSection
 from ddp.noise.advice import advise
 from ddp.telemetry.critical_batches import CriticalBatch
@@ -20,6 +18,7 @@ from ddp.telemetry.goodput import Goodput
 from ddp.telemetry.metrics import Metrics
 from ddp.telemetry.metrics_server import MetricsServer, serve
 from ddp.telemetry.progress import Progress, duration_text, moment_text
+from ddp.telemetry.record_values import readable
 from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.recording import (
     open_recording,
@@ -61,7 +60,7 @@ class Station:
         self._run_directory = Path()
         self._interruptions = 0
         self.goodput = Goodput(time.time())  # its state belongs into checkpoints
-        self.sinks = Sinks([self._history, self.goodput])
+        self.sinks = Sinks([self.goodput])
         self.server: MetricsServer | None = None
         if section.enabled:
             registry = CollectorRegistry()
@@ -80,6 +79,7 @@ class Station:
         self._run_directory = run_directory
         self._recall(run_directory / RECORD)
         recorder = Recorder(run_directory / RECORD, self._info, self._critical_batches)
+        self.sinks.add(self._history)
         for sink in (recorder, Progress(self._info)):
             self.sinks.add(sink)
             self._open.callback(sink.close)
@@ -139,17 +139,22 @@ class Station:
         """
         if not record.exists():
             return
-        until = self._info.start_step
+        until, history = self._info.start_step, History(self._info)
         try:
-            with closing(open_recording(record)) as database:
-                self._interruptions = len(read_parts(database))
-                for event in read_events(database):
-                    self.sinks.event(event)  # the record and the progress line are not among them yet
-                if (times := read_times(database, until)) is not None:
-                    self.goodput.recall(times[0], times[2], until)
+            with closing(open_recording(record)) as database, readable(record):
+                parts, events, times = read_parts(database), read_events(database), read_times(database, until)
+                for event in events:
+                    history.event(event)
                 steps = takewhile(lambda each: each.step <= until, read_steps(database))
                 evaluations = takewhile(lambda each: each.step <= until, read_evaluations(database))
                 changes = takewhile(lambda each: each.step <= until, read_batch_changes(database))
-                replay(steps, evaluations, changes, self._history)
-        except (UsageError, sqlite3.Error) as error:
-            logger.warning("the summary will not know the steps before this part: %s", error)
+                replay(steps, evaluations, changes, history)
+        except Exception as error:  # damaged, perhaps: a run must not fail for what it was
+            # Whoever keeps what is logged must not keep the error: it has the database's cursors, which lock the file.
+            logger.warning("the summary will not know the steps before this part: %s", str(error))
+            return
+        self._history, self._interruptions = history, len(parts)
+        for event in events:
+            self.sinks.event(event)  # the history, the record and the progress line are not among them yet
+        if times is not None:
+            self.goodput.recall(times[0], times[2], until)

@@ -6,7 +6,9 @@ import ssl
 from typing import NoReturn
 
 from ddp.errors import UsageError
-from ddp.job import MetricsSection, read_private_file
+from ddp.job import MetricsSection, read_plain_file, read_private_file
+
+MOST_BYTES = 1 << 24  # a file of all known authorities has a few hundred KiB
 
 
 def tls_context(section: MetricsSection) -> ssl.SSLContext | None:
@@ -20,6 +22,8 @@ def tls_context(section: MetricsSection) -> ssl.SSLContext | None:
     if section.certificate is None or section.private_key is None:
         return None
     read_private_file(section.private_key, "metrics.private_key")
+    for name in ("certificate", "client_certificates"):
+        _check_readable(getattr(section, name), f"metrics.{name}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.num_tickets = 0  # a scrape does not come back on the same connection
@@ -27,6 +31,15 @@ def tls_context(section: MetricsSection) -> ssl.SSLContext | None:
     if section.client_certificates is not None:
         _load_clients(context, section.client_certificates)
     return context
+
+
+def _check_readable(path: str | None, where: str) -> None:
+    """OpenSSL opens the file by itself, and would wait at a pipe or read a device without end."""
+    try:
+        if path is not None:
+            read_plain_file(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: cannot read {path}: {_reason(error)}") from None
 
 
 def _load_pair(context: ssl.SSLContext, certificate: str, private_key: str) -> None:
