@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp import outcome
-from ddp import checkpoint
+from ddp import checkpoint, outcome
 from ddp.board import DIED, FAILED, LEFT, PAGE_BYTES, PhaseBoard, Position
 from ddp.outcome import OUTCOME_FILE_VARIABLE, Outcome
 from jobs import Ended, finish, python, run_command, started, wait_until
