@@ -46,10 +46,8 @@ def written(folder: Path) -> Outcome:
 @pytest.mark.parametrize(
     "launcher, ranks, transport, phase, step, rank",
     [
-        ("torchrun", 2, "shared_memory", "forward", 3, 1),
         ("torchrun", 3, "c10d", "all-reduce", 3, 1),
         ("torchrun", 2, "hierarchical", "optimizer", 2, 0),
-        ("torchrun", 3, "shared_memory", "data", 3, 2),
         ("mpirun", 2, "mpi", "backward", 3, 1),
         ("mpirun", 3, "c10d", "evaluation", 4, 0),
         ("mpirun", 2, "shared_memory", "save", 2, 0),
@@ -97,7 +95,7 @@ def test_mpich_leaves_no_rank_to_speak_and_launch_speaks(tmp_path: Path) -> None
     assert "rank 2 (pid " in last and "in optimizer of step 3" in last and "SIGKILL" in last, ended.stderr
 
 
-@pytest.mark.parametrize("transport, ranks", [("c10d", 3), ("shared_memory", 2)])
+@pytest.mark.parametrize("transport, ranks", [("c10d", 3)])
 def test_a_rank_that_is_stopped_is_named_within_the_deadline(tmp_path: Path, transport: str, ranks: int) -> None:
     write_losing_job(tmp_path, "forward", 3, action="stop", transport=transport, timeout_seconds=4)
     ended, seconds = lose(tmp_path, launched("torchrun", ranks))
@@ -110,7 +108,7 @@ def test_a_rank_that_is_stopped_is_named_within_the_deadline(tmp_path: Path, tra
     assert seconds < SURVIVE_SECONDS
 
 
-@pytest.mark.parametrize("transport, phase, step", [("c10d", "evaluation", 4), ("mpi", "data", 3)])
+@pytest.mark.parametrize("transport, phase, step", [("c10d", "evaluation", 4)])
 def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits(
     tmp_path: Path, transport: str, phase: str, step: int
 ) -> None:
@@ -159,17 +157,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 @pytest.mark.parametrize(
     "argv, phase, step",
     [
-        ([*STANDALONE[:-1], "--max-restarts=2", "--nproc-per-node=2", *TRAIN], "forward", 4),
         (
             python("-m", "torch.distributed.run", "--master-port={port}", "--max-restarts=2", "--nproc-per-node=2")
             + list(TRAIN),
             "evaluation",
             4,
         ),
-        (launched("torchrun", 2, "--max-restarts", "1"), "forward", 1),  # before any checkpoint
         (launched("mpirun", 2, "--max-restarts", "1"), "save", 4),
     ],
-    ids=["standalone", "static", "launch torchrun", "launch mpirun"],
+    ids=["static", "launch mpirun"],
 )
 def test_a_run_without_an_id_goes_on_and_ends_as_if_nothing_had_been(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor], argv: list[str], phase: str, step: int

@@ -183,7 +183,7 @@ def check_full(case: Full, folder: Path) -> tuple[float, str]:
 
 
 # What the mount holds goes with the shell.
-ON_SMALL_DISK = "mkdir runs left && mount -t tmpfs -o size=2m tmpfs runs || exit 99; {command}; code=$?; cp -a runs/. left/; exit $code"
+ON_SMALL_DISK = "mkdir runs left && mount -t tmpfs -o size=6m tmpfs runs || exit 99; {command}; code=$?; cp -a runs/. left/; exit $code"
 
 
 def no_small_disk() -> str | None:
