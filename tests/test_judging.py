@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
+import signal
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -179,9 +181,10 @@ def test_a_fault_that_passes_is_rolled_back_to_the_same_run(
 class Once(Misbehaving):
     """The last rank's loss is not finite in its so-many-th step in training, and never again."""
 
-    def __init__(self, step: int | str) -> None:
-        """`step` may be the name of a file that says it, so that two parts of a run differ in it."""
+    def __init__(self, step: int | str, stops: bool = False) -> None:
+        """`step` may be the name of a file that says it, so that two parts of a run differ in it; `stops`: a signal comes then."""
         super().__init__()
+        self.stops = stops
         self.left = (
             int(Path(step).read_text() if isinstance(step, str) else step) + 1
         )  # the first settles DDP's buckets
@@ -191,7 +194,11 @@ class Once(Misbehaving):
         if not torch.is_grad_enabled():
             return losses
         self.left -= 1
-        return losses * math.nan if self.left == 0 and dist.get_rank() == dist.get_world_size() - 1 else losses
+        if self.left != 0 or dist.get_rank() != dist.get_world_size() - 1:
+            return losses
+        if self.stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses * math.nan
 
 
 def test_what_was_passed_over_is_recorded(rank_pool: RankPool, tmp_path: Path) -> None:
@@ -270,3 +277,19 @@ def test_buffers_that_a_forward_assigns_anew_come_back() -> None:
     model.running_mean = torch.full((2,), math.nan)
     before.bring_back()
     assert model.running_mean is not None and model.running_mean.tolist() == [0.0, 0.0]
+
+
+def test_a_stop_in_the_very_step_that_is_rolled_back(rank_pool: RankPool, tmp_path: Path) -> None:
+    """What the run went back to is there already; it goes on from it and ends as if nothing had been."""
+    step = tmp_path / "step"
+    settings = {"checkpoint__every_steps": 4, "faults__on_not_finite": "roll_back", "transport__name": "shared_memory"}
+    settings |= {"task__name": "test_judging:Once", "task__options": {"step": str(step), "stops": True}}
+    step.write_text("99")
+    train_ranks(rank_pool, 2, job(tmp_path / "whole", **settings))
+    step.write_text("11")
+    stopped = train_ranks(rank_pool, 2, job(tmp_path, **settings))
+    assert {(one.kind, one.step) for one in stopped} == {("StoppedError", 8)}, stopped
+    step.write_text("99")
+    ended = train_ranks(rank_pool, 2, job(tmp_path, **settings), resume="auto")
+    assert [one.kind for one in ended] == ["", ""], ended
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole" / "run")

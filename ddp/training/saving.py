@@ -109,11 +109,9 @@ class Saving:
             clear_left_overs(directory)
         self.last_step = -1  # whose state was saved in this run's directory, or restored from there, last
         self.last_value: float | None = None  # of the metric at that step, where it is in the checkpoint
-        self._has_begun = False
-        self._unnamed: int | None = (
-            None  # the step whose checkpoint is complete and has no name yet, as far as is known
-        )
-        self._began, self._stalled_before = time.monotonic(), 0.0  # as of the last save's beginning
+        self._begun_step: int | None = None  # the step of the save that this process began last
+        self._unnamed: int | None = None  # that of a checkpoint which is complete, and not known to have its name
+        self._began_at, self._stalled_before = time.monotonic(), 0.0  # as of the last save's beginning
 
     def check(self) -> None:
         """Before the first step: whether all that is registered can be saved. This rank alone.
@@ -134,7 +132,7 @@ class Saving:
     @property
     def save_due(self) -> bool:
         """For the row of rank 0, by whose clock all ranks go."""
-        return time.monotonic() - self._began >= self._every_seconds
+        return time.monotonic() - self._began_at >= self._every_seconds
 
     def is_due(self, step: int, rows: Sequence[StepRow]) -> bool:
         """Whether to save after `step`, whose rows these are; the same on all ranks."""
@@ -146,8 +144,8 @@ class Saving:
         Args:
             value: of the metric at these weights, where it was taken.
         """
-        self.last_step, self.last_value, self._has_begun = step, value, True
-        self._began, self._stalled_before = time.monotonic(), self._saver.stall_seconds
+        self.last_step, self.last_value, self._begun_step = step, value, step
+        self._began_at, self._stalled_before = time.monotonic(), self._saver.stall_seconds
         shared = self.registry.shared() if self._rank == 0 else {}
         metric = None if value is None else (self.metric, value)
         self._saver.begin(step, shared, self.registry.own(), metric=metric)
@@ -172,10 +170,12 @@ class Saving:
         Raises:
             CheckpointError: a rank could not, on all of them.
         """
-        if not self.holds(step, value):
+        if self.holds(step, value) and self._begun_step != step:  # the run has just come from there
+            path = self.newest(step)
+            if path is not None and read_manifest(path).step == step:
+                return path, self._news(step, True, "was there")
+        if self._begun_step != step or not self.holds(step, value):
             self.begin(step, value)
-        elif not self._has_begun and (path := self.newest(step)) is not None:  # the run has just come from there
-            return path, self._news(step, True, "was there")
         path = self._saver.finish(_everyones)
         return path, self._news(step, True, "is saved")
 
@@ -189,7 +189,7 @@ class Saving:
         if settled.ok:
             self._unnamed = settled.step
             return []
-        self.last_step = -1
+        self.last_step, self._begun_step = -1, -1
         failed = ", ".join(map(str, settled.failed_ranks))
         why = f"rank {failed} could not write its part" if failed else "the next step was not finite"
         return [self._news(settled.step, False, f"was not saved: {why}")]
@@ -208,11 +208,11 @@ class Saving:
 
     def _news(self, step: int, ok: bool, what: str) -> SaveNews:
         stalled = self._saver.stall_seconds - self._stalled_before
-        return SaveNews(step, ok, f"the checkpoint of step {step} {what}", time.monotonic() - self._began, stalled)
+        return SaveNews(step, ok, f"the checkpoint of step {step} {what}", time.monotonic() - self._began_at, stalled)
 
     def newest(self, at_most: int) -> Path | None:
         """The newest checkpoint of this run up to a step that verifies; all ranks together."""
-        if self._has_begun:  # published now, or never: what goes with it goes before one is chosen
+        if self._begun_step is not None:  # published now, or never: what goes with it goes before one is chosen
             try:
                 self._saver.finish(_everyones)
             except CheckpointError as error:
