@@ -8,7 +8,7 @@
     ├── StoppedError             75  a signal asked for it and a checkpoint is saved: run again
     ├── TransportError            1  the gradient exchange failed
     │   └── PeerLostError         1  another rank died, left or did not come in time
-    ├── LoaderError           1  a worker process that fetches data died or could not fetch
+    ├── LoaderError               1  a worker process that fetches data died or could not fetch
     ├── CheckpointError           1  a checkpoint cannot be read or written
     └── ReplicaError              1  the ranks' parameters are no longer the same
 
