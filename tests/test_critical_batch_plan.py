@@ -321,7 +321,7 @@ def test_a_sweep_may_name_a_job_file_or_hold_its_tables(tmp_path: Path) -> None:
         ("[sweep]\ntargets = []", "targets is empty"),
         ("[sweep]\ntargets = [-1.0]", "^[^\n]*sweep.targets: -1.0: Input should be greater than 0$"),
         ("[sweep]\ntargets = [nan, 1.0]", "^[^\n]*sweep.targets: nan: Input should be a finite number$"),
-        ('[sweep]\njob = "none.toml"', "none.toml: cannot be read"),
+        ('[sweep]\njob = "none.toml"', "none.toml: cannot read the job file: No such file"),
         ('[sweep]\njob = "x.toml"\n[task]\nname = "digits"', "task is here too"),
         ("[sweep]\n[batch]\nglobal_batch_size = 64", "task: missing"),
         ("[sweep", "not valid TOML"),

@@ -129,7 +129,7 @@ def test_abort_ends_all_ranks_with_its_code(mpi: MpiEnvironment, tmp_path: Path)
 
 def test_mpirun_without_mpi4py_says_what_to_install(tmp_path: Path) -> None:
     program = "import sys; sys.modules['mpi4py'] = None\n" + MPI_SUM.replace(
-        'initialise(here, "cpu", 30)',
+        'store = initialise(here, "cpu", 30).underlying_store',
         'from ddp.errors import UsageError\ntry: initialise(here, "cpu", 30)\nexcept UsageError as e: print(e); sys.exit()',
     )
     ended = run_command([*MPIRUN, "2", *python("-c", program)], tmp_path)

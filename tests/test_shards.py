@@ -206,8 +206,9 @@ def test_a_row_keeps_its_projection_behind_its_numbers() -> None:
     row = StepRow(3.0, 2.0, measure_seconds=0.5, projection=tuple(float(each) for each in range(1, DIRECTIONS + 1)))
     packed = row.pack()
     assert packed.shape == (ROW_LENGTH,) and StepRow.unpack(packed) == row
-    numbers = len(fields(StepRow)) - 1
-    assert packed[:2].tolist() == [3.0, 2.0] and packed[numbers - 1] == 0.5
+    names = [field.name for field in fields(StepRow)]
+    numbers = len(names) - 1
+    assert packed[:2].tolist() == [3.0, 2.0] and packed[names.index("measure_seconds")] == 0.5
     assert packed[numbers : numbers + DIRECTIONS].tolist() == list(row.projection)
     assert not packed[numbers + DIRECTIONS :].any()
 
