@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from ddp.board import PHASES, Position
 
-ROLL_CALL_SECONDS = 3.0
-REPORT_SECONDS = 0.5  # to tell the store, on the way out
+ROLL_CALL_SECONDS = 1.5
+REPORT_SECONDS = 0.25  # to tell the store, on the way out
 
 
 @dataclass(frozen=True, slots=True)
