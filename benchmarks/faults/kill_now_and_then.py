@@ -6,6 +6,7 @@ by a later attempt, so of each step the last line counts.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -143,7 +144,8 @@ def _wait(running: Running, seconds: float) -> bool:
 
 def _kill(folder: Path, rank: int) -> None:
     process_id = int((folder / f"rank-{rank}.pid").read_text())
-    os.kill(process_id, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # the run has come to its end just now
+        os.kill(process_id, signal.SIGKILL)
 
 
 def _life(log: Sequence[Step], kills: Sequence[float], began: float, ended: float) -> Life:

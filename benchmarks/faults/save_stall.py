@@ -40,7 +40,7 @@ class Size:
 
 
 # Saved about as often as pays where something fails every ten minutes: sqrt(2 x cost x time between failures), Young 1974.
-TINY = Size("MLP of 5,000 parameters", 32, 48, 10, 1, 32, 500, 6)
+TINY = Size("MLP of 5,000 parameters", 32, 48, 10, 1, 32, 2000, 6)
 LARGE = Size("MLP of 25 M parameters", 1024, 2048, 1000, 5, 32, 200, 3)
 
 
