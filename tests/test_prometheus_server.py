@@ -140,6 +140,28 @@ def instant_query(address: str, query: str) -> dict[str, float]:
     return {each["metric"].get("run", ""): float(each["value"][1]) for each in answer["data"]["result"]}
 
 
+EXAMPLES = 3 * 1_472.0  # that the job below has trained on in the end
+
+
+@contextmanager
+def scraped_job(project: Path, *settings: str) -> Iterator[Callable[[str], dict[str, float]]]:
+    """Two ranks under torchrun whose last numbers a server has; they end well afterwards."""
+    own = ["run.id=scraped", f"run.directory={project / 'runs'}", "run.epochs=3", "metrics.hold_seconds=15"]
+    command = [sys.executable, "-m", "launch", "torchrun", str(REPOSITORY / "examples" / "digits.toml")]
+    command += ["--nproc-per-node", "2", *(word for setting in (*own, *settings) for word in ("--set", setting))]
+    with prometheus_server(project) as query, (project / "job.log").open("w") as log:
+        job = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
+        try:
+            seen = {"scraped": EXAMPLES}
+            wait_for("all examples", lambda: True if query("ddp_examples_total") == seen else None)
+            yield query
+            assert job.wait(timeout=DEADLINE_SECONDS) == 0, (project / "job.log").read_text()
+        finally:
+            if job.poll() is None:
+                job.terminate()
+                job.wait(timeout=60)
+
+
 def test_the_server_accepts_the_configuration() -> None:
     command = [program("promtool"), "check", "config", str(CONFIGURATION)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
@@ -200,47 +222,23 @@ def test_a_real_job_is_scraped_over_tls(project: Path) -> None:
     ):
         text = text.replace(f"/etc/prometheus/{name}", str(path))
     configuration.write_text(text)
-    settings = ["run.id=scraped", f"run.directory={project / 'runs'}", "run.epochs=3", "metrics.hold_seconds=15"]
-    settings += [f"metrics.certificate={server.certificate}", f"metrics.private_key={server.key}"]
+    settings = [f"metrics.certificate={server.certificate}", f"metrics.private_key={server.key}"]
     settings += [f"metrics.client_certificates={client.certificate}"]
-    command = [sys.executable, "-m", "launch", "torchrun", str(REPOSITORY / "examples" / "digits.toml")]
-    command += ["--nproc-per-node", "2", *(word for setting in settings for word in ("--set", setting))]
-    with prometheus_server(project) as query, (project / "job.log").open("w") as log:
-        job = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
-        try:
-            total = 3 * 1_472.0
-            wait_for("all examples", lambda: True if query("ddp_examples_total") == {"scraped": total} else None)
-            assert query("up") == {"scraped": 1.0}
-            assert job.wait(timeout=DEADLINE_SECONDS) == 0, (project / "job.log").read_text()
-        finally:
-            if job.poll() is None:
-                job.terminate()
-                job.wait(timeout=60)
+    with scraped_job(project, *settings) as query:
+        assert query("up") == {"scraped": 1.0}
 
 
 def test_a_real_job_is_scraped(project: Path) -> None:
     """Two ranks under torchrun; what the server saw last is what the run's own record says."""
-    settings = ["run.id=scraped", f"run.directory={project / 'runs'}", "run.epochs=3", "metrics.hold_seconds=15"]
-    command = [sys.executable, "-m", "launch", "torchrun", str(REPOSITORY / "examples" / "digits.toml")]
-    command += ["--nproc-per-node", "2", *(word for setting in settings for word in ("--set", setting))]
-    with prometheus_server(project) as query, (project / "job.log").open("w") as log:
-        job = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
-        try:
-            total = 3 * 1_472.0
-            wait_for("all examples", lambda: True if query("ddp_examples_total") == {"scraped": total} else None)
-            noise = query('ddp_gradient_noise_scale_examples{metric="plain"}')
-            states = query('ddp_gradient_noise_scale_state{metric="plain"} == 1')
-            headline = "ddp_gradient_noise_scale_headline_info"
-            joined = query(f"ddp_gradient_noise_scale_examples * on (run, metric) group_left (method) {headline}")
-            with closing(open_recording(project / "runs" / "scraped" / "run.db")) as database:
-                *_, last = read_steps(database)
-            assert last.noise is not None
-            assert (last.examples_total, states) == (total, {"scraped": 1.0})
-            assert noise == pytest.approx({"scraped": last.noise.plain.noise_scale}, nan_ok=True)
-            assert joined == pytest.approx({"scraped": last.noise.reading.noise_scale}, nan_ok=True)
-            assert job.wait(timeout=DEADLINE_SECONDS) == 0, (project / "job.log").read_text()
-        finally:
-            if job.poll() is None:
-                job.terminate()
-                job.wait(timeout=60)
+    with scraped_job(project) as query:
+        noise = query('ddp_gradient_noise_scale_examples{metric="plain"}')
+        states = query('ddp_gradient_noise_scale_state{metric="plain"} == 1')
+        headline = "ddp_gradient_noise_scale_headline_info"
+        joined = query(f"ddp_gradient_noise_scale_examples * on (run, metric) group_left (method) {headline}")
+        with closing(open_recording(project / "runs" / "scraped" / "run.db")) as database:
+            *_, last = read_steps(database)
+        assert last.noise is not None
+        assert (last.examples_total, states) == (EXAMPLES, {"scraped": 1.0})
+        assert noise == pytest.approx({"scraped": last.noise.plain.noise_scale}, nan_ok=True)
+        assert joined == pytest.approx({"scraped": last.noise.reading.noise_scale}, nan_ok=True)
     assert list((project / "runs" / "targets").iterdir()) == []

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import small_disk
 from ddp import outcome
 from ddp.errors import UsageError
 from ddp.job import MetricsSection
@@ -140,21 +141,6 @@ def test_a_metrics_server_that_dies_does_not_end_the_run(tmp_path: Path) -> None
         station.close()
 
 
-@contextlib.contextmanager
-def _small_disk(path: Path, size: str) -> Iterator[Path]:
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        reason = f"a disk of {size} needs root and mount: {mounted.stderr.strip()}"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
-
-
 def _fill(folder: Path) -> None:
     with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
         while True:
@@ -165,7 +151,7 @@ def test_a_disk_that_is_full_at_the_end_fails_no_finished_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     info = run_info()
-    with _small_disk(tmp_path / "disk", "1m") as disk:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         station = Station(MetricsSection(enabled=False), info)
         try:
             station.open(disk)
