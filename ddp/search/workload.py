@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset
 
 from ddp.errors import UsageError
+from ddp.job import OptimizerSection
 from ddp.search.sweep_file import Sweep
 from ddp.tasks import load_task
 from ddp.tasks.base import Batch, Task, metric_goal
@@ -63,13 +64,13 @@ def load_workload(sweep: Sweep, *, allow_import: Sequence[str] = ()) -> Workload
     return workload
 
 
-def rehearse(workload: Workload) -> None:
-    """Build a model and step an optimizer once: torch then imports what it puts off, 2 s that each fork would pay.
+def rehearse(model: nn.Module, section: OptimizerSection) -> None:
+    """Step an optimizer on `model` once: torch then imports what it puts off, 2 s that each fork would pay.
 
     No backward, whose threads a fork would not have.
     """
-    parameters = [each for each in workload.task.model().parameters() if each.requires_grad]
-    optimizer = build_optimizer(workload.sweep.job.optimizer, parameters)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = build_optimizer(section, parameters)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -38,6 +39,7 @@ from ddp.telemetry.targets import publish
 from ddp.telemetry.tls import tls_context
 
 RECORD = "run.db"
+NO_REPORT_VARIABLE = "DDP_NO_REPORT"  # set by `ddp sweep` for its trials: `ddp report` can still draw one
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,8 @@ class Station:
 
     def _report(self) -> Path | None:
         """Its path; a report that cannot be drawn must not fail a run that is done."""
+        if NO_REPORT_VARIABLE in os.environ:
+            return None
         try:
             return write_report(self._run_directory)
         except Exception as error:
