@@ -23,6 +23,7 @@ COLOURS = ("blue", "orange", "green", "violet", "teal", "sand")
 NARROW_INCHES = (SIZE_INCHES[0], 5.0)
 LOG_FROM = 20.0  # largest over smallest value, from which a panel is logarithmic
 MANY_CHOICES = 4
+EDGE = 0.04  # of a range's width, beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Panel:
 
     label: str
     value: Callable[[TrialResult], float]
+    from_zero: bool = False
 
 
 def panels(found: Findings) -> tuple[Panel, ...]:
@@ -44,8 +46,8 @@ def panels(found: Findings) -> tuple[Panel, ...]:
     return (
         Panel(f"training {name}", lambda result: error(result.training_value)),
         Panel(f"validation {name}", lambda result: error(result.value)),
-        Panel("memory, MiB", lambda result: result.peak_memory_bytes / 2**20 or math.nan),
-        Panel("run time, s", lambda result: result.seconds),
+        Panel("memory, MiB", lambda result: result.peak_memory_bytes / 2**20 or math.nan, from_zero=True),
+        Panel("run time, s", lambda result: result.seconds, from_zero=True),
     )
 
 
@@ -63,9 +65,9 @@ def dimension_chart(found: Findings, dimension: Dimension, *, wide: bool) -> Dra
     return finished_drawing(figure, last, label, _keys(found, dimension), x_label="")
 
 
-def progress_chart(found: Findings) -> Drawing:
+def progress_chart(found: Findings, *, wide: bool) -> Drawing:
     """Trials in the order of their beginning, and the best so far of each stage."""
-    figure, axes = new_figure(WIDE_INCHES)
+    figure, axes = new_figure(WIDE_INCHES if wide else SIZE_INCHES)
     panel, before = panels(found)[1], 0
     for each, colour in zip(found.stages, _colours(found), strict=True):
         _points(axes, list(each.trials), lambda trial, offset=before: offset + trial.number + 1, panel, colour)
@@ -78,7 +80,7 @@ def progress_chart(found: Findings) -> Drawing:
         if xs:
             axes.step([*xs, before + len(each.trials)], [*ys, ys[-1]], where="post", color=PALETTE[colour], linewidth=1)
         before += len(each.trials)
-    _value_axis(axes)
+    _value_axis(axes, panel)
     axes.set_ylabel(panel.label)
     return finished_drawing(figure, axes, f"{panel.label} over trials", _stage_keys(found), x_label="trial")
 
@@ -104,7 +106,7 @@ def _draw(axes: Axes, found: Findings, dimension: Dimension, panel: Panel) -> No
     if best is not None and best.result is not None and dimension.key in best.values:
         at = places(best.values[dimension.key]), panel.value(best.result)
         axes.plot(*at, "o", color=PALETTE["ink"], markerfacecolor="none", markersize=8, markeredgewidth=1.2)
-    _value_axis(axes)
+    _value_axis(axes, panel)
     axes.set_title(panel.label, fontsize=9, color=PALETTE["muted"], loc="left")
     _dimension_axis(axes, dimension)
 
@@ -149,14 +151,20 @@ def _dimension_axis(axes: Axes, dimension: Dimension) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=dimension.kind == "int"))
+    if dimension.kind == "int":
+        axes.set_xlim(dimension.low - 0.5, dimension.high + 0.5)
+    elif dimension.kind == "float":
+        axes.set_xlim(dimension.at(-EDGE), dimension.at(1 + EDGE))
 
 
-def _value_axis(axes: Axes) -> None:
+def _value_axis(axes: Axes, panel: Panel) -> None:
     """Logarithmic where values span much; with nothing finite on it as it is."""
     values = [float(y) for line in axes.lines for y in _own_values(axes, line)]
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) > LOG_FROM * min(finite):
         log_axis(axes)
+    elif finite and panel.from_zero:
+        axes.set_ylim(0, 1.15 * max(finite))
 
 
 def _own_values(axes: Axes, line: Any) -> list[float]:

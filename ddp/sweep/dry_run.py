@@ -9,6 +9,7 @@ from ddp.sweep.sweep_file import Sweep
 def plan_text(sweep: Sweep) -> str:
     """A line a stage, and one for each of its dimensions."""
     lines: list[str] = []
+    ranks = sweep.section.ranks
     for stage in expand(sweep):
         plan = plan_stage(sweep, stage, ())
         epochs, steps = stage.length
@@ -20,7 +21,7 @@ def plan_text(sweep: Sweep) -> str:
             else "the job's length"
         )
         lines.append(
-            f"{stage.name}: {plan.trials} trials, {stage.sampler}, {length}, {sweep.section.ranks} rank(s) each"
+            f"{stage.name}: {plan.trials} trials, {stage.sampler}, {length}, {ranks} rank{'s' * (ranks > 1)} each"
         )
         for each in plan.space.dimensions:
             if each.key in stage.varied:

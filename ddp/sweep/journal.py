@@ -80,7 +80,7 @@ class Journal:
         """A new trial: the next point of a grid, or values that the sampler draws.
 
         The sampler is made anew, its seed from `seed` and the trial's number: which values the n-th trial has does not
-        depend on who asks, nor on a sweep's having been interrupted.
+        depend on who asks.
         """
         with self._understood(), quiet():
             from optuna.trial import TrialState

@@ -6,6 +6,7 @@ on from their last checkpoint; those that ended are not run again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
-from ddp.errors import JobFileError, StoppedError, UsageError
+from ddp.errors import DdpError, JobFileError, StoppedError, UsageError
 from ddp.search.progress import SearchProgress
 from ddp.sweep.findings import Findings, find, write_findings
 from ddp.sweep.findings_text import trial_line
@@ -29,7 +30,7 @@ from ddp.sweep.planning import Planner, Work
 from ddp.sweep.stages import Stage
 from ddp.sweep.sweep_file import Sweep
 from ddp.sweep.trials import Trial, TrialResult, ranked
-from ddp.sweep.watching import FROM_OUTSIDE, STOP_SECONDS, Watched
+from ddp.sweep.watching import FROM_OUTSIDE, Watched
 from ddp.training.signals import StopRequest
 
 logger = logging.getLogger("ddp.sweep")
@@ -184,7 +185,7 @@ class Master:
         """All trials save and stop. One that came to its end all the same is kept."""
         for each in self.watched:
             each.ask("stopped")
-        until = time.monotonic() + STOP_SECONDS + KILL_SECONDS
+        until = time.monotonic() + self.sweep.section.stop_seconds + KILL_SECONDS
         while self.watched and time.monotonic() < until:
             for each in list(self.watched):
                 if (result := each.look(lambda *_: False)) is None:
@@ -251,9 +252,12 @@ def run_sweep(
         many = workers or section.workers or default_workers(section.ranks, server.ready)
         try:
             Master(sweep, directory, journal, planner, server, many, allow_import, stop, progress).run()
-        finally:  # of a sweep that was stopped, what there is
-            found = find(sweep, journal, planner, server.ready.goal)
-            write_results(found, directory)
+        except DdpError:
+            with contextlib.suppress(DdpError, OSError):  # what there is; the error is worth more
+                write_results(find(sweep, journal, planner, server.ready.goal), directory)
+            raise
+        found = find(sweep, journal, planner, server.ready.goal)
+        write_results(found, directory)
     return found
 
 

@@ -49,16 +49,17 @@ def _cards(found: Findings) -> list[Card]:
     trials = [trial for each in found.stages for trial in each.trials]
     ended = [trial.result for trial in trials if trial.result is not None]
     counts = {state: sum(each.state == state for each in ended) for state in ("pruned", "diverged", "failed")}
+    ranks = found.sweep.section.ranks
     seconds = sum(each.seconds for each in ended if math.isfinite(each.seconds))
     cards: list[Card] = []
     if (best := found.best) is not None and best.result is not None:
-        detail = f"{best.stage}/{best.name}, after {best.result.epochs:.3g} epochs"
+        detail = f"{best.stage}/{best.name}, after {best.result.steps:,} steps"
         cards.append(Card(f"Best {found.metric}", f"{best.result.value:.4g}", detail))
         cards.append(Card("Its training value", f"{best.result.training_value:.4g}", "on a sample of the training set"))
     complete = sum(each.state == "complete" for each in ended)
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none ended early"
     cards.append(Card("Trials", f"{complete} of {sum(each.wanted for each in found.stages)}", f"complete; {told}"))
-    cards.append(Card("Run time", duration_text(seconds), f"of all trials, {found.sweep.section.ranks} rank(s) each"))
+    cards.append(Card("Run time", duration_text(seconds), f"of all trials, {ranks} rank{'s' * (ranks > 1)} each"))
     return cards
 
 
@@ -88,9 +89,9 @@ def _charts(found: Findings) -> list[Chart]:
             )
             for each in found.sweep.dimensions
         ]
-        over_time = charts.progress_chart(found)
+        over_time = [charts.progress_chart(found, wide=wide) for wide in (False, True)]
         caption = "In the order of their beginning; the line is the best so far of its stage."
-        drawn.insert(0, Chart("Trial after trial", over_time, caption, over_time))
+        drawn.insert(0, Chart("Trial after trial", over_time[0], caption, over_time[1]))
         for each in found.stages:
             if each.importance:
                 caption = f"PED-ANOVA over the complete trials of stage {each.stage.name}."

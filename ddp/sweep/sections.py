@@ -107,6 +107,7 @@ class SweepSection(Section):
     silence_seconds: PositiveFloat = Field(
         default=900.0, description="without anything new in its record; then it is taken for hung and killed"
     )
+    stop_seconds: PositiveFloat = Field(default=20.0, description="for a trial to stop; then it is killed")
     keep: NonNegative = Field(default=5, description="trials of a stage, the best, whose checkpoints stay")
     pruner: PrunerSection = PrunerSection()
     stages: tuple[StageSection, ...] = ()

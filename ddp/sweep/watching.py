@@ -24,7 +24,6 @@ from ddp.sweep.stages import Stage
 from ddp.sweep.trials import Trial, TrialResult
 
 FROM_OUTSIDE = " (stopped from outside)"  # the end of a cause
-STOP_SECONDS = 20.0  # for a trial that was asked to stop, before it is killed
 
 Asked = Literal["", "pruned", "not finite", "deadline", "silent", "stopped"]
 
@@ -79,7 +78,7 @@ class Watched:
             self.ask("silent")
         if self.seconds > self.stage.deadline_seconds:
             self.ask("deadline")
-        if now - self.asked_at > STOP_SECONDS:
+        if now - self.asked_at > self.section.stop_seconds:
             self.running.kill()
         return None
 
