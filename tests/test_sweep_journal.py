@@ -156,6 +156,7 @@ def test_a_master_that_is_killed_while_it_draws(tmp_path: Path, sampler: str) ->
         whole.work()
     lines = (whole.directory / FILE_NAME).read_bytes().splitlines(keepends=True)
     expected = [trial.values for trial in whole.journal.trials("coarse")]
+    whole.masters.__exit__()
     for cut in range(len(lines) - 14, len(lines)):
         folder = tmp_path / str(cut)
         (folder / "out").mkdir(parents=True)
@@ -177,10 +178,10 @@ def test_a_grid_runs_every_point_once(tmp_path: Path) -> None:
     assert len({json.dumps(values, sort_keys=True) for values in done}) == len(done)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "gp", "nsgaii"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "nsgaii"])
 def test_samplers_find_a_planted_optimum(tmp_path: Path, sampler: str) -> None:
     """60 trials over three decades, of which the best is within a factor of 1.3."""
-    wanted = desk(tmp_path, sampler, "sweep.stages=[]", f"sweep.trials={20 if sampler == 'gp' else 60}")
+    wanted = desk(tmp_path, sampler, "sweep.stages=[]", "sweep.trials=60")
     wanted.run()
     best = wanted.findings().best
     assert best is not None
@@ -365,4 +366,5 @@ def test_a_plan_is_the_same_for_every_master(tmp_path: Path) -> None:
     stage = other.planner.stages[1]
     plans = [each.planner.plan(stage) for each in (one, other)]
     assert plans[0] is not None and plans[1] is not None
-    assert plans[0].to_json() == plans[1].to_json() != plan_stage(other.sweep, stage, ()).to_json()
+    texts = [json.dumps(each.to_json()) for each in (*plans, plan_stage(other.sweep, stage, ()))]
+    assert texts[0] == texts[1] != texts[2]
