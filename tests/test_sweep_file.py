@@ -85,7 +85,11 @@ def test_what_a_dimension_is_by_default(sweep_file: Path) -> None:
 
 
 def test_whole_numbers_at_both_ends_of_what_takes_fractions_are_a_range(sweep_file: Path) -> None:
-    text = sweep_file.read_text().replace('"optimizer.weight_decay" =', "").replace("low = 1e-6, high = 1e-2", 'low = 0, high = 1, scale = "linear"')
+    text = (
+        sweep_file.read_text()
+        .replace('"optimizer.weight_decay" =', "")
+        .replace("low = 1e-6, high = 1e-2", 'low = 0, high = 1, scale = "linear"')
+    )
     sweep_file.write_text(text)
     decay = {each.key: each for each in load_sweep(sweep_file).dimensions}["optimizer.weight_decay"]
     assert (decay.kind, decay.low, decay.high, decay.log) == ("float", 0, 1, False)
@@ -101,7 +105,11 @@ def test_whole_numbers_at_both_ends_of_what_takes_fractions_are_a_range(sweep_fi
         ("low = 4, high = 32", "low = 32, high = 4", r"low 32 must be below high 4"),
         ("low = 4, high = 32", "low = -4, high = 32", r"task.channels: should be greater than 0.*\n.*task.channels=-4"),
         ('["sgd", "adam"]', '["sgd", "adm"]', r"'adm' is not valid.*did you mean adam"),
-        ('"optimizer.name" = "sgd"', '"optimizer.nme" = "sgd"', r"optimizer.nme is no dimension \(did you mean optimizer.name"),
+        (
+            '"optimizer.name" = "sgd"',
+            '"optimizer.nme" = "sgd"',
+            r"optimizer.nme is no dimension \(did you mean optimizer.name",
+        ),
         ('network = ["task.channels"', 'network = ["task.chanels"', r"subjects.network: task.chanels is no dimension"),
         ("epochs = 0.3", "epochs = 0.3\nsteps = 3", r"stages.0: give either epochs or steps"),
         ("epochs = 0.3", 'set = ["evaluation.every_step=3"]', r"stages.coarse.set.*every_step: unknown key"),

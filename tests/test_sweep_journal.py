@@ -165,7 +165,11 @@ def test_a_master_that_is_killed_while_it_draws(tmp_path: Path, sampler: str) ->
         while len(found := later.journal.trials("coarse")) < 3 or not all(trial.values for trial in found):
             later.work()
         assert [trial.number for trial in found] == [0, 1, 2]
-        assert [trial.values for trial in found[:2]] == expected[:2] if sampler == "grid" else found[0].values == expected[0]
+        assert (
+            [trial.values for trial in found[:2]] == expected[:2]
+            if sampler == "grid"
+            else found[0].values == expected[0]
+        )
         if sampler == "grid":
             assert found[2].values == expected[2]
         later.masters.__exit__()

@@ -33,7 +33,6 @@ from ddp.telemetry.station import NO_REPORT_VARIABLE
 from ddp.topology import FAMILIES, RESTARTED_FROM_OUTSIDE
 
 MARK = "DDP_SWEEP_TRIAL"  # in the environment of a command: which trial it is
-LOST_SERVER = "the process that it was forked from ended"
 
 
 class Running(Protocol):

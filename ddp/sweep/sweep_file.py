@@ -25,7 +25,17 @@ from ddp.sweep.space import Space, Values, in_order
 FREE = "task.options."  # keys that no type of the job file knows
 OF_CRITICAL_BATCH = ("batch_sizes", "learning_rates", "targets", "subset_examples")
 Table = TypeVar("Table", bound=BaseModel)
-CHANGEABLE = {"job", "directory", "workers", "keep", "deadline_seconds", "silence_seconds", "stop_seconds", "start", "trials"}
+CHANGEABLE = {
+    "job",
+    "directory",
+    "workers",
+    "keep",
+    "deadline_seconds",
+    "silence_seconds",
+    "stop_seconds",
+    "start",
+    "trials",
+}
 
 
 @dataclass(frozen=True, slots=True)

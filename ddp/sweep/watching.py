@@ -132,4 +132,4 @@ class Watched:
             return "failed", f"hung: nothing new in its record for {self.section.silence_seconds:g} s"
         if said is not None and said.code:
             return "failed", f"{said.line()}{FROM_OUTSIDE if ended == StoppedError.exit_code else ''}"
-        return "failed", describe_end(code)
+        return "failed", f"{describe_end(code)}; see {self.trial.name}.log"
