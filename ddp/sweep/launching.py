@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from ddp import errors
-from ddp.errors import DdpError
+from ddp.errors import DdpError, StoppedError
 from ddp.job import Job
 from ddp.outcome import OUTCOME_FILE_VARIABLE, STDERR_VARIABLE
 from ddp.search.workers import PR_SET_PDEATHSIG, READY_SECONDS, describe_end, environment_of_one_thread
@@ -31,7 +31,9 @@ from ddp.sweep.fork_server import Ended, Ready, Signal, Start, Unusable, serve
 from ddp.sweep.processes import descendants, kill_all, marked, peak_rss_bytes
 from ddp.telemetry.station import NO_REPORT_VARIABLE
 from ddp.topology import FAMILIES, RESTARTED_FROM_OUTSIDE
+from ddp.training.signals import StopRequest
 
+LOOK_SECONDS = 0.1
 MARK = "DDP_SWEEP_TRIAL"  # in the environment of a command: which trial it is
 
 
@@ -83,11 +85,13 @@ class Request:
 class ForkServer:
     """The master's end of `fork_server`; a context manager, after which nothing of it runs."""
 
-    def __init__(self, job: Job, ranks: int, allow_import: Sequence[str]) -> None:
+    def __init__(self, job: Job, ranks: int, allow_import: Sequence[str], stop: StopRequest) -> None:
         """
         Raises:
             DdpError: the job cannot run, as the error that it was there.
+            StoppedError: a signal came while the task was loaded.
         """
+        self._stop = stop
         self._arguments = (job, ranks, tuple(allow_import))
         self._forks: dict[str, _Fork] = {}
         self._process: BaseProcess | None = None
@@ -146,12 +150,17 @@ class ForkServer:
     def _first_word(self) -> Ready:
         assert self._pipe is not None and self._process is not None
         try:
-            if not self._pipe.poll(READY_SECONDS):
-                raise DdpError(f"the task was not loaded within {READY_SECONDS:g} s")
+            until = time.monotonic() + READY_SECONDS
+            while not self._pipe.poll(LOOK_SECONDS):
+                if self._stop.asked:
+                    raise StoppedError(f"stopped by {self._stop.signal_name} while the task was loaded: run again")
+                if time.monotonic() > until:
+                    raise DdpError(f"the task was not loaded within {READY_SECONDS:g} s")
             answer = self._pipe.recv()
         except EOFError:
             self._process.join()
             end = describe_end(self._process.exitcode)
+            self.close()
             raise DdpError(f"the process that loads the task {end}; its error is above") from None
         except BaseException:
             self.close()

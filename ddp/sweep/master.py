@@ -242,7 +242,7 @@ def run_sweep(
         raise UsageError('sweep.start: "fork" is for trials of one rank; leave it out')
     with (
         opened_directory(sweep, resume=resume, join=join) as masters,
-        ForkServer(sweep.job, section.ranks, allow_import) as server,
+        ForkServer(sweep.job, section.ranks, allow_import, stop) as server,
         SearchProgress(stream) as progress,
     ):
         if starts_by_fork(sweep, server.ready) and server.ready.device != "cpu":

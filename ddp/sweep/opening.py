@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ddp.errors import UsageError
+from ddp.errors import DdpError, UsageError
 from ddp.search.critical_batch import difference
 from ddp.sweep.locks import FileLock, Masters, held
 from ddp.sweep.stages import expand
@@ -30,15 +30,30 @@ def opened_directory(sweep: Sweep, *, resume: bool, join: bool) -> Iterator[Mast
     directory = sweep.directory
     missing = [each for each in (directory, *directory.parents) if not each.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with Masters(directory) as masters:
-            _check_directory(sweep, masters, resume=resume, join=join)
+        with _entered(sweep, resume=resume, join=join) as masters:
             yield masters
-    except OSError as error:
-        raise UsageError(f"{error.filename or directory}: {error.strerror}; give another sweep.directory") from None
+    except OSError as error:  # while trials run
+        raise DdpError(
+            f"{error.filename or directory}: {error.strerror or error}; the trials that ended are kept: go on with --resume "
+            "once the cause is gone"
+        ) from None
     finally:
         if not any((directory / each.name).exists() for each in expand(sweep)) and missing:
             _remove_empty(directory, missing)
+
+
+@contextlib.contextmanager
+def _entered(sweep: Sweep, *, resume: bool, join: bool) -> Iterator[Masters]:
+    with contextlib.ExitStack() as stack:
+        try:
+            sweep.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            masters = stack.enter_context(Masters(sweep.directory))
+            _check_directory(sweep, masters, resume=resume, join=join)
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename or sweep.directory}: {error.strerror}; give another sweep.directory"
+            ) from None
+        yield masters
 
 
 def _check_directory(sweep: Sweep, masters: Masters, *, resume: bool, join: bool) -> None:

@@ -26,7 +26,7 @@ class TrialResult:
         training_value: of the same metric on a sample of the training set, of the same evaluation.
         epochs: seen by then of the training set.
         seconds: of the trial's processes from start to end, over all attempts at it.
-        peak_memory_bytes: peak RSS of its largest process; 0 where not known.
+        peak_memory_bytes: peak RSS of its largest process, of a fork with what it shares; 0 where not known.
     """
 
     state: State
