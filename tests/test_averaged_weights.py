@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from ddp import checkpoint
+from ddp.checkpoint.export import export
+from ddp.errors import CheckpointError
 from ddp.job import AveragedWeightsSection
 from ddp.telemetry.recording import open_recording, read_evaluations
 from ddp.training.averaged_weights import AveragedWeights
@@ -18,7 +21,7 @@ from training_runs import differences, job, saved, train_ranks
 DECAY, STEPS = 0.8, 14
 
 
-def run(pool: RankPool, folder: Path, world_size: int, steps: int = STEPS, resume: str | None = None) -> Any:
+def run(pool: RankPool, folder: Path, world_size: int, steps: int = STEPS, resume: str | None = None) -> None:
     settings = {"averaged_weights__decay": DECAY, "averaged_weights__every_steps": 2, "evaluation__every_steps": 7}
     here = job(
         *(folder,),
@@ -68,6 +71,28 @@ def test_a_resumed_average_goes_on_bit_for_bit(rank_pool: RankPool, tmp_path: Pa
     assert not differences(whole["own"], parts["own"])
 
 
+def test_the_average_is_exported_and_one_that_is_not_there_is_missed(rank_pool: RankPool, tmp_path: Path) -> None:
+    run(rank_pool, tmp_path, 2, steps=4)
+    path = checkpoint.find(tmp_path / "run" / "checkpoints", 4)
+    export(path, tmp_path / "averaged.safetensors", averaged=True)
+    found, state = load_file(tmp_path / "averaged.safetensors"), saved(tmp_path / "run", 4, 2)
+    assert found.keys() == load_names(path)
+    for name, weight in state["shared"]["averaged_parameters"].items():
+        assert torch.equal(found[name], weight)
+    means = [state["own"][rank]["averaged_buffers"]["1.running_mean"].double() for rank in range(2)]
+    torch.testing.assert_close(found["1.running_mean"].double(), sum(means) / 2, rtol=1e-6, atol=1e-9)
+    here = job(tmp_path / "plain", run__steps=1)
+    train_ranks(rank_pool, 1, here)
+    plain = checkpoint.find(tmp_path / "plain" / "run" / "checkpoints", 1)
+    with pytest.raises(CheckpointError, match="has no averaged weights"):
+        export(plain, tmp_path / "none.safetensors", averaged=True)
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def load_names(path: Path) -> set[str]:
+    return set(checkpoint.load_shared(path)["state_dict"])
+
+
 def test_counters_indices_and_masks_are_taken_as_they_are() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
@@ -80,5 +105,6 @@ def test_counters_indices_and_masks_are_taken_as_they_are() -> None:
     averaged = AveragedWeights(AveragedWeightsSection(decay=0.999), module)
     for step in range(1, 9):
         averaged.observe(step)
-    assert torch.equal(averaged.module.ids, torch.arange(5)) and averaged.module.mask.tolist() == [True, False]
+    buffers = dict(averaged.module.named_buffers())
+    assert torch.equal(buffers["ids"], torch.arange(5)) and buffers["mask"].tolist() == [True, False]
     assert averaged.updates == 8
