@@ -11,6 +11,7 @@ from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
 from ddp.job.plain_file import read_plain_file
 from ddp.job.private_file import read_private_file
+from ddp.job.regularisation import Regulariser, regularisers, with_regulariser, without_regularisation
 from ddp.job.run_id import (
     RUN_ID,
     RUN_ID_VARIABLE,
@@ -61,6 +62,7 @@ __all__ = [
     "PositiveFloat",
     "QuadraticSection",
     "RedactingFormatter",
+    "Regulariser",
     "ScheduleSection",
     "Section",
     "TaskSection",
@@ -79,7 +81,10 @@ __all__ = [
     "read_private_file",
     "read_toml",
     "redact",
+    "regularisers",
     "resolve_run_id",
     "resolve_secrets",
     "run_id_is_given",
+    "with_regulariser",
+    "without_regularisation",
 ]
