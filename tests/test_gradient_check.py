@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,6 @@ from ddp.check.differences import Probe, estimate, judge
 from ddp.check.gradient_check import ParameterFinding, check_gradients, choose_entries
 from ddp.check.gradient_verdict import from_text, gradient_verdict, has_kinks, looseness, merged, to_text
 from ddp.check.verdicts import Verdict
-
-import numpy as np
 
 
 class Wrong(torch.autograd.Function):
@@ -58,7 +57,9 @@ def verdict_on(model: nn.Module, scale: float = 1.0, **options: Any) -> tuple[Ve
         return scale * model(x).square().mean()
 
     found = check_gradients(loss, dict(model.named_parameters()), seed=0, **options)
-    return gradient_verdict("gradient", found, layers=3, smooth=not has_kinks(loss())), {each.name: each for each in found}
+    return gradient_verdict("gradient", found, layers=3, smooth=not has_kinks(loss())), {
+        each.name: each for each in found
+    }
 
 
 def test_a_right_gradient_agrees_to_seven_digits() -> None:
@@ -116,7 +117,9 @@ def test_a_parameter_that_sits_on_a_kink_is_left_out_and_a_wrong_one_beside_it_i
     def loss() -> Tensor:
         return corner.relu().sum() + near.abs().sum() + Wrong.apply(wrong, 3.0).square().sum()
 
-    found = {each.name: each for each in check_gradients(loss, {"corner": corner, "near": near, "wrong": wrong}, seed=0)}
+    found = {
+        each.name: each for each in check_gradients(loss, {"corner": corner, "near": near, "wrong": wrong}, seed=0)
+    }
     assert (found["corner"].kinks, found["corner"].judged) == (3, 0)
     assert found["near"].judged == 4 and found["near"].error < 1e-7
     assert found["wrong"].error == pytest.approx(2 / 3)
@@ -171,10 +174,10 @@ def test_parameters_are_put_back_also_where_the_loss_raises() -> None:
         nonlocal calls
         calls += 1
         if calls == 4:
-            raise ValueError
+            raise ValueError("in the middle")
         return weight.square().sum()
 
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="in the middle"):
         check_gradients(loss, {"weight": weight}, seed=0)
     assert weight.tolist() == [1.0, 1.0, 1.0]
 
@@ -191,7 +194,7 @@ def test_sparse_gradients_and_scalars_are_taken() -> None:
 
 def test_a_request_to_stop_ends_early() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    assert check_gradients(lambda: weight.sum(), {"weight": weight}, seed=0, asked_to_stop=lambda: True) == []
+    assert check_gradients(weight.sum, {"weight": weight}, seed=0, asked_to_stop=lambda: True) == []
 
 
 def test_entries_are_the_largest_and_others_each_once() -> None:

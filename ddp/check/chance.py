@@ -48,7 +48,9 @@ def check_chance_level(subject: Subject) -> Verdict:
     return Verdict(CHANCE, status, found, _ADVICE_HIGH if off > 0 else _ADVICE_LOW, figures)
 
 
-_ADVICE_HIGH = "the model starts out sure of wrong answers: smaller initial weights in the last layer, standardised inputs"
+_ADVICE_HIGH = (
+    "the model starts out sure of wrong answers: smaller initial weights in the last layer, standardised inputs"
+)
 _ADVICE_LOW = (
     "the fresh model knows something already: pretrained weights, classes of very unequal size, or labels that leak into "
     "the inputs"
@@ -72,7 +74,9 @@ def count_classes(task: Task, call: Call, batch: Batch) -> tuple[int | None, int
         return None, 1
     if outputs.numel() == examples:
         return (2, 1) if any(_is_zeros_and_ones(each, examples) for each in values) else (None, 1)
-    labels = [each for each in values if not each.is_floating_point() and each.dtype != torch.bool and int(each.min()) >= 0]
+    labels = [
+        each for each in values if not each.is_floating_point() and each.dtype != torch.bool and int(each.min()) >= 0
+    ]
     for axis in (1, outputs.dim() - 1):
         shape = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
         if any(each.shape == shape and _are_classes(each, outputs.shape[axis]) for each in labels):
@@ -88,4 +92,8 @@ def _are_classes(labels: Tensor, classes: int) -> bool:
 
 
 def _is_zeros_and_ones(labels: Tensor, examples: int) -> bool:
-    return labels.numel() == examples and bool(((labels == 0) | (labels == 1)).all()) and bool(labels.min() != labels.max())
+    return (
+        labels.numel() == examples
+        and bool(((labels == 0) | (labels == 1)).all())
+        and bool(labels.min() != labels.max())
+    )

@@ -1,10 +1,10 @@
 """A loss that is the same number whenever it is asked for, in double precision, at a copy of the model.
 
-    dropout        off: modules of torch's dropout, and the dropout of its attention and recurrent layers
-    BatchNorm      the batch's own statistics in every call, as in training: running ones would change from call to call
-                   and the analytic gradient would not see it; they belong to the copy
-    other draws    all generators are seeded before each call
-    dtypes         parameters, buffers, examples and whatever the forward makes are float64
+dropout        off: modules of torch's dropout, and the dropout of its attention and recurrent layers
+BatchNorm      the batch's own statistics in every call, as in training: running ones would change from call to call
+               and the analytic gradient would not see it; they belong to the copy
+other draws    all generators are seeded before each call
+dtypes         parameters, buffers, examples and whatever the forward makes are float64
 """
 
 from __future__ import annotations

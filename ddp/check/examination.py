@@ -21,7 +21,9 @@ from ddp.check.stronger_regularisation import RAISES, check_stronger_regularisat
 from ddp.check.structure import INPUTS, OUTPUT, check_inputs, check_output
 from ddp.check.subject import Subject
 from ddp.check.verdicts import Verdict
+from ddp.errors import StoppedError
 from ddp.training.agreement import gather_texts
+from ddp.training.signals import StopRequest
 
 BURN_IN = "first steps of training"
 GRAVITY = ("failed", "warning", "ok", "skipped")
@@ -31,8 +33,11 @@ def examine(subject: Subject, trained: Trained, allow_import: Sequence[str] = ()
     """The verdicts, the same on all ranks, each as soon as it is there. Collective."""
     yield burn_in_verdict(trained)
     data = check_data_gradient(subject)
-    yield from data_verdicts(subject, data)
-    yield penalty_verdict(subject, check_penalty_gradient(subject), data)
+    verdict, dead = data_verdicts(subject, data)
+    yield verdict
+    yield dead
+    right = verdict.status not in ("failed", "skipped")
+    yield penalty_verdict(subject, check_penalty_gradient(subject), data, data_is_right=right)
     yield on_all_ranks(subject, CHANCE, lambda: check_chance_level(subject))
     done: list[Overfitted] = []
     yield on_all_ranks(subject, OVERFIT, lambda: _overfit(subject, done))
@@ -45,12 +50,25 @@ def examine(subject: Subject, trained: Trained, allow_import: Sequence[str] = ()
     yield on_all_ranks(subject, RATE, lambda: check_matrix_rate(subject))
 
 
+def stop_if_asked(stop: StopRequest) -> None:
+    """End all ranks where a signal came to one. Collective.
+
+    Raises:
+        StoppedError: on all ranks.
+    """
+    asked = [name for name in gather_texts(stop.signal_name or "") if name]
+    if asked:
+        raise StoppedError(f"stopped by {asked[0]} before all was checked: run the check again")
+
+
 def burn_in_verdict(trained: Trained) -> Verdict:
     """Whether training as the job has it begins at all."""
     if trained.fault:
         advice = "a smaller learning rate or warm-up; the checks that follow look at the weights as they were then"
         return Verdict(BURN_IN, "failed", trained.fault, advice, {"steps": trained.steps})
-    return Verdict(BURN_IN, "ok", f"{trained.steps} steps taken, losses and gradients finite", "", {"steps": trained.steps})
+    return Verdict(
+        BURN_IN, "ok", f"{trained.steps} steps taken, losses and gradients finite", "", {"steps": trained.steps}
+    )
 
 
 def on_all_ranks(subject: Subject, check: str, look: Callable[[], Verdict]) -> Verdict:
@@ -77,4 +95,3 @@ def _raise_regularisation(subject: Subject, done: Sequence[Overfitted], allow_im
     if not done or not done[0].is_there:
         return Verdict(RAISES, "skipped", "it takes a model that fits 20 examples")
     return check_stronger_regularisation(subject, done[0], allow_import)
-

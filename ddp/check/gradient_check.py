@@ -120,9 +120,14 @@ def _of_parameter(
     name: str, loss: _Scaled, tensor: Tensor, gradient: Tensor, chosen: Sequence[tuple[int, ...]]
 ) -> ParameterFinding:
     stretch = max(1.0, float(tensor.detach().square().mean().sqrt())) if tensor.numel() else 1.0
-    judged = [(index, float(gradient[index]), _entry(loss, tensor, index, float(gradient[index]), stretch)) for index in chosen]
+    judged = [
+        (index, float(gradient[index]), _entry(loss, tensor, index, float(gradient[index]), stretch))
+        for index in chosen
+    ]
     counted = [each for each in judged if each[2].kind in ("judged", "zero")]
-    index, analytic, worst = max(counted, key=lambda each: each[2].error, default=((), math.nan, Entry("zero", math.nan, 0.0)))
+    index, analytic, worst = max(
+        counted, key=lambda each: each[2].error, default=((), math.nan, Entry("zero", math.nan, 0.0))
+    )
     kinds = [entry.kind for *_, entry in judged]
     return ParameterFinding(
         name,
@@ -144,7 +149,9 @@ def _entry(loss: _Scaled, tensor: Tensor, index: tuple[int, ...], analytic: floa
     found = judge(analytic, loss.middle, probes)
     if found.is_settled:
         return found
-    return judge(analytic, loss.middle, [*probes, *(_probe(loss, tensor, index, step * stretch) for step in MORE_STEPS)])
+    return judge(
+        analytic, loss.middle, [*probes, *(_probe(loss, tensor, index, step * stretch) for step in MORE_STEPS)]
+    )
 
 
 def _probe(loss: Callable[[], float], tensor: Tensor, index: tuple[int, ...], step: float) -> Probe:

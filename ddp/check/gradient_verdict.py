@@ -97,7 +97,9 @@ def gradient_verdict(check: str, findings: Sequence[ParameterFinding], *, layers
         if band:
             return Verdict(check, status, _blame(band, judged, limit * loose), advice, figures)  # type: ignore[arg-type]
     worst = max(judged, key=lambda each: each.error)
-    return Verdict(check, "ok", f"{_counts(findings)}; largest relative error {worst.error:.1e}, {worst.entry()}", "", figures)
+    return Verdict(
+        check, "ok", f"{_counts(findings)}; largest relative error {worst.error:.1e}, {worst.entry()}", "", figures
+    )
 
 
 def dead_verdict(findings: Sequence[ParameterFinding]) -> Verdict:
@@ -115,9 +117,13 @@ _ADVICE_WRONG = (
     "a backward is wrong: of the operations between the last parameter that is right and the first that is wrong, look at "
     "hand-written backwards, detach(), .data and in-place changes"
 )
-_ADVICE_SUSPECT = "probably a wrong term or factor in a hand-written backward: too much for rounding in double precision"
+_ADVICE_SUSPECT = (
+    "probably a wrong term or factor in a hand-written backward: too much for rounding in double precision"
+)
 _ADVICE_ROUGH = "more than a smooth loss should have: look for float32 inside the forward, or an approximate backward"
-_ADVICE_UNSEEN = "the differences tell nothing here: check again after other steps (--burn-in) or with a smooth activation"
+_ADVICE_UNSEEN = (
+    "the differences tell nothing here: check again after other steps (--burn-in) or with a smooth activation"
+)
 _ADVICE_DEAD = (
     "units that no example switches on (smaller learning rate, other initialisation), a bias before BatchNorm (leave it "
     "out), or a part that these examples do not use (then fine)"

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from ddp.check.determinism import PrecisionWatch, double_precision, seeded_loss, to_double, without_dropout
 from ddp.check.gradient_check import ParameterFinding, check_gradients
-from ddp.check.gradient_verdict import count_layers, dead_verdict, from_text, gradient_verdict, has_kinks, merged, to_text
+from ddp.check.gradient_verdict import (
+    count_layers,
+    dead_verdict,
+    from_text,
+    gradient_verdict,
+    has_kinks,
+    merged,
+    to_text,
+)
 from ddp.check.subject import Subject
 from ddp.check.verdicts import Verdict
 from ddp.metering.measurement import has_batch_statistics
@@ -82,10 +90,14 @@ def data_verdicts(subject: Subject, checked: Checked) -> list[Verdict]:
     ]
 
 
-def penalty_verdict(subject: Subject, checked: Checked | None, data: Checked) -> Verdict:
-    """Of all ranks together. Collective."""
+def penalty_verdict(subject: Subject, checked: Checked | None, data: Checked, *, data_is_right: bool) -> Verdict:
+    """Of all ranks together; what the task adds is the difference of two losses, and needs the data's to be right. Collective."""
     if checked is None:
-        return Verdict(PENALTY, "skipped", "the job has no weight decay, and nothing of its task that is known to regularise")
+        return Verdict(
+            PENALTY, "skipped", "the job has no weight decay, and nothing of its task that is known to regularise"
+        )
+    if not data_is_right and subject.task is not subject.plain_task:
+        return Verdict(PENALTY, "skipped", "the gradient of the data's own loss is to be mended first")
     findings, smooth, refusal = _gathered(subject, checked)
     ratio = checked.norm / data.norm if data.norm else math.inf
     ratio = max(float(each) for each in _gather(subject, repr(ratio)))
@@ -99,7 +111,9 @@ def penalty_verdict(subject: Subject, checked: Checked | None, data: Checked) ->
     return Verdict(PENALTY, status, found, advice, {**verdict.figures, "norm_over_data_norm": ratio})
 
 
-_REFUSED = "nothing is known of this gradient: let the forward take float64 and draw from torch's generators, then check again"
+_REFUSED = (
+    "nothing is known of this gradient: let the forward take float64 and draw from torch's generators, then check again"
+)
 
 
 def _check(subject: Subject, losses: Callable[[nn.Module], Callable[[], Tensor]], *, entries: int) -> Checked:

@@ -55,7 +55,9 @@ def rate_verdict(operations: float, rate: float, blas: float, *, threads: int, e
     if operations < LEAST_OPERATIONS:
         found = f"a micro-batch of {examples} has {operations:.2g} operations in products: too few to judge; {machine}"
         return Verdict(RATE, "skipped", found, "", figures)
-    found = f"a micro-batch of {examples} runs at {rate / 1e9:.3g} Gflop/s, {rate / blas:.1%} of the BLAS rate; {machine}"
+    found = (
+        f"a micro-batch of {examples} runs at {rate / 1e9:.3g} Gflop/s, {rate / blas:.1%} of the BLAS rate; {machine}"
+    )
     if rate < SANE * blas:
         return Verdict(RATE, "warning", found, _ADVICE, figures)
     return Verdict(RATE, "ok", found, "", figures)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from ddp.check.ranks import COMPARED, Trained, equal_norms, example_hashes
 from ddp.check.subject import Subject
-from ddp.errors import DivergedError
-from ddp.job import without_regularisation
+from ddp.errors import DivergedError, UsageError
+from ddp.job import Job, without_regularisation
 from ddp.tasks import load_task
 from ddp.tasks.base import Task
 from ddp.training.agreement import together
 from ddp.training.data import StepData, split
+from ddp.training.random_state import preserved_random_state, seed_rank
 from ddp.training.session import Session
 
 
@@ -28,12 +28,12 @@ def prepare(session: Session, *, steps: int, allow_import: Sequence[str] = ()) -
         plain_task = together(lambda: load_task(plain_job.task, allow_import=allow_import))
         training, _ = together(plain_task.datasets)
     module = trainer.model.module
-    initial = copy.deepcopy(module)
+    initial = together(lambda: plain_copy(job, plan.task, module))
     trained = _train(session, steps)
     subject = Subject(
         *(job, plain_job, plan.task, plain_task),
         initial=initial,
-        model=copy.deepcopy(module),
+        model=together(lambda: plain_copy(job, plan.task, module)),
         training=training,
         decay=_decay(session, module),
         device=session.device,
@@ -44,12 +44,31 @@ def prepare(session: Session, *, steps: int, allow_import: Sequence[str] = ()) -
     return subject, trained
 
 
+def plain_copy(job: Job, task: Task, module: nn.Module) -> nn.Module:
+    """The model as the task makes it, with the state of `module`.
+
+    That may have been compiled, compute activations again, or normalise over all ranks: no copy of it could be called by
+    one rank alone.
+
+    Raises:
+        UsageError: the task made another model this time.
+    """
+    with preserved_random_state():
+        seed_rank(job.run.seed, 0)
+        result = task.model().to(next(module.parameters()).device)
+    try:
+        result.load_state_dict(module.state_dict())
+    except RuntimeError as error:
+        raise UsageError(f"task: model() made another model the second time: {error}") from None
+    return result
+
+
 def _train(session: Session, steps: int) -> Trained:
     """Some steps of the job, on all its ranks; what was fetched on this one is looked at on its way."""
     trainer = session.trainer
     fetched: list[str] = []
     norms: list[list[float]] = []
-    data = _watched(_batches(session), fetched)
+    data = _watched(session.steps(), fetched)
     while len(norms) < steps and not trainer.course.is_over(trainer.step_count):
         try:
             rows = trainer.step(data)
@@ -59,16 +78,6 @@ def _train(session: Session, steps: int) -> Trained:
         if any(bool(row.stop) for row in rows):
             break
     return Trained(len(norms), tuple(fetched), equal_norms(norms))
-
-
-def _batches(session: Session) -> Iterator[StepData]:
-    trainer = session.trainer
-    return trainer.course.batches(
-        trainer.splits.training,
-        trainer.rank,
-        lambda ahead: trainer.watch.least_parts(trainer.step_count + 1 + ahead),
-        trainer.loader,
-    )
 
 
 def _watched(steps: Iterator[StepData], fetched: list[str]) -> Iterator[StepData]:

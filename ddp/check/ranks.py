@@ -51,9 +51,7 @@ def check_weights(subject: Subject) -> Verdict:
     return Verdict(WEIGHTS, "ok", f"equal bit for bit on {subject.world_size} ranks, at the start and after training")
 
 
-_ADVICE_WEIGHTS = (
-    "look for weights that are changed outside the optimizer, by what is random or rank-dependent; test the machine's memory"
-)
+_ADVICE_WEIGHTS = "look for weights that are changed outside the optimizer, by what is random or rank-dependent; test the machine's memory"
 
 
 def check_data(subject: Subject, trained: Trained) -> Verdict:
@@ -90,7 +88,9 @@ def check_data_set(subject: Subject) -> Verdict:
     indices = list(range(0, subject.size, -(-subject.size // COMPARED)))
     sizes = gather_texts(str(subject.size))
     if len(set(sizes)) > 1:
-        return Verdict(DATA_SET, "failed", f"{', '.join(sizes)} examples on the ranks, in their order", _ADVICE_DATA_SET)
+        return Verdict(
+            DATA_SET, "failed", f"{', '.join(sizes)} examples on the ranks, in their order", _ADVICE_DATA_SET
+        )
     ranks = gather_texts(" ".join(hashes(subject, indices)))
     others = [rank for rank, text in enumerate(ranks) if text != ranks[0]]
     if others:

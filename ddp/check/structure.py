@@ -19,7 +19,19 @@ SCALES = (0.3, 3.0)  # of a standardised input's standard deviation
 UNEQUAL = 10.0  # root mean square of one channel over that of all
 # Nodes of autograd that move values, average over positions or squash: behind them a BatchNorm is still the last layer.
 TRANSPARENT = (
-    *("View", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "TBackward", "Permute", "Slice", "Select", "Clone", "Alias"),
+    *(
+        "View",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "TBackward",
+        "Permute",
+        "Slice",
+        "Select",
+        "Clone",
+        "Alias",
+    ),
     *("Expand", "Contiguous", "Softmax", "Sigmoid", "Tanh", "ToCopy", "AsStrided", "Unbind", "Split", "Mean"),
 )
 
@@ -30,7 +42,9 @@ def check_inputs(subject: Subject) -> Verdict:
     if not inputs:
         kinds = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in whole})) or "no tensor"
         found = f"the model is given {kinds}: nothing to standardise"
-        advice = "indices of an embedding need nothing; bytes that the model turns into numbers should be standardised there"
+        advice = (
+            "indices of an embedding need nothing; bytes that the model turns into numbers should be standardised there"
+        )
         return Verdict(INPUTS, "skipped", found, advice)
     faults, seen, figures = [], [], []
     for number, tensor in enumerate(inputs):
@@ -41,7 +55,9 @@ def check_inputs(subject: Subject) -> Verdict:
         faults += [f"{name}: {fault}"] if fault else []
     if any(not torch.isfinite(tensor).all() for tensor in inputs):
         found = f"values that are not finite; {', '.join(seen)}"
-        return Verdict(INPUTS, "failed", found, "find the examples and leave them out, or mend them", {"inputs": figures})
+        return Verdict(
+            INPUTS, "failed", found, "find the examples and leave them out, or mend them", {"inputs": figures}
+        )
     if faults:
         found = f"{'; '.join(faults)} ({', '.join(seen)})"
         return Verdict(INPUTS, "warning", found, _ADVICE_INPUTS, {"inputs": figures})

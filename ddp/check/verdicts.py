@@ -34,10 +34,9 @@ class Verdict:
         return f"{self.status:<8} {self.check}: {self.found}{advice}"
 
 
-def in_words(verdicts: Sequence[Verdict]) -> str:
-    """A line each, and how many there are of each status."""
-    counts = [f"{count} {status}" for status in STATUSES if (count := _count(verdicts, status))]
-    return "\n".join([*(verdict.line() for verdict in verdicts), ", ".join(counts)])
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many there are of each status."""
+    return ", ".join(f"{count} {status}" for status in STATUSES if (count := _count(verdicts, status)))
 
 
 def to_json(verdicts: Sequence[Verdict]) -> str:
