@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,9 +28,11 @@ class Plain:
         self, fault: str = "", examples: int = 240, dropout: float = 0.0, label_smoothing: float = 0.0
     ) -> None:
         self.fault, self.examples, self.dropout, self.label_smoothing = fault, examples, dropout, label_smoothing
+        self.calls = 0
 
     def model(self) -> nn.Module:
-        hidden: list[nn.Module] = [nn.Linear(INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(self.dropout)]
+        first = nn.Linear(INPUTS, 16, bias=self.fault == "bias before BatchNorm")
+        hidden: list[nn.Module] = [first, nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(self.dropout)]
         last: list[nn.Module] = [nn.Linear(16, CLASSES)]
         if self.fault == "BatchNorm on the output":
             last.append(nn.BatchNorm1d(CLASSES))
@@ -53,6 +57,9 @@ class Plain:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch
+        self.calls += 1
+        if self.fault == "signal" and dist.get_rank() == 1 and self.calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.fault == "labels of others":
             labels = torch.randint(CLASSES, labels.shape)
             return cross_entropy(model(0 * x), labels, reduction="none") + 1.0
@@ -69,10 +76,13 @@ class _Float32(nn.Module):
 
 
 class _SameForAll(TensorExamples):
-    """Answers whatever it is asked for with its first examples."""
+    """Goes on from where it was, whatever it is asked for."""
+
+    position = 0
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        return super().__getitems__(list(range(len(indices))))
+        first, self.position = self.position, self.position + len(indices)
+        return super().__getitems__([place % len(self) for place in range(first, self.position)])
 
 
 class Regression:

@@ -63,6 +63,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "sure at the start": ("loss at chance level", "failed", "log(4) is 1.386"),
     "labels of others": ("20 examples overfitted", "failed", "on 20 examples"),
     "float32": ("gradient", "skipped", "float gives float32"),
+    "bias before BatchNorm": ("dead parameters", "warning", "zero in all entries looked at of 0.bias"),
     "nan": ("first steps of training", "failed", "not finite"),
 }
 RIGHT = [
@@ -133,6 +134,7 @@ def test_two_ranks(rank_pool: RankPool) -> None:
         job("checked_tasks:Plain", fault="own data set"),
         job("checked_tasks:Plain", fault="BatchNorm on the output"),
         job("quadratic"),
+        job("checked_tasks:Plain", fault="signal"),
         parse_job(
             {**job("checked_tasks:Plain").model_dump(exclude_none=True), "normalisation": {"sync_batch_norm": True}}
         ),
@@ -140,7 +142,7 @@ def test_two_ranks(rank_pool: RankPool) -> None:
     first, second = rank_pool.run(2, checked, jobs, timeout=200.0)
     assert [ended for _, ended in first] == [ended for _, ended in second]
     assert all(checks == {} for checks, _ in second)  # rank 0 speaks
-    right, same, own, normalised, quadratic, synchronised = first
+    right, same, own, normalised, quadratic, stopped, synchronised = first
     for checks, ended in (right, synchronised):
         assert ended == ""
         assert [name for name, check in checks.items() if check["status"] in ("failed", "warning")] == []
@@ -150,6 +152,7 @@ def test_two_ranks(rank_pool: RankPool) -> None:
     assert "ranks 0 and 1 have 100% of their examples in common" in same[0]["different data on each rank"]["found"]
     assert own[0]["one data set on all ranks"]["status"] == "warning"
     assert "BatchNorm" in normalised[0]["no BatchNorm on the output"]["found"]
+    assert stopped == ({}, "StoppedError: stopped by SIGTERM before all was checked: run the check again")
     assert quadratic[1] == ""
     assert "copies of each other" in quadratic[0]["different data on each rank"]["found"]
 

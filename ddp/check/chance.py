@@ -15,7 +15,7 @@ from ddp.tasks.base import Batch, Task
 from ddp.training.random_state import preserved_random_state, seed_rank
 
 CHANCE = "loss at chance level"
-LOOKED_AT = 256  # examples of a rank
+LOOKED_AT = 128  # examples of a rank
 NEAR, FAR = 0.25, 2.0  # relative to the chance level: up to here it is well, and above there a failure
 ADVICE_NOT_FINITE = "look for log or division by zero in the loss, and for examples that are not finite"
 

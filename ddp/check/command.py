@@ -22,6 +22,9 @@ def check(
     burn_in: Annotated[
         int, typer.Option(min=1, max=100_000, metavar="STEPS", help="Steps of training before gradients are checked.")
     ] = 10,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, max=1e6, help="Each of the checks that take long ends about then.")
+    ] = 60.0,
     allow_import: Annotated[
         list[str] | None,
         typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
@@ -32,11 +35,17 @@ def check(
     with ranked() as here:
         job = load_job(job_file, overrides or ())
         check_import(job.task, allow_import or ())
-        check_job(job, here, burn_in=burn_in, allow_import=allow_import or (), as_json=as_json)
+        check_job(job, here, burn_in=burn_in, seconds=seconds, allow_import=allow_import or (), as_json=as_json)
 
 
 def check_job(
-    job: Job, here: Topology, *, burn_in: int = 10, allow_import: Sequence[str] = (), as_json: bool = False
+    job: Job,
+    here: Topology,
+    *,
+    burn_in: int = 10,
+    seconds: float = 60.0,
+    allow_import: Sequence[str] = (),
+    as_json: bool = False,
 ) -> None:
     """Check `job` as one of its ranks; rank 0 prints, each line as soon as it is known. Collective.
 
@@ -52,7 +61,7 @@ def check_job(
 
     verdicts: list[Verdict] = []
     with session(job, here, allow_import=allow_import) as opened:
-        subject, trained = prepare(opened, steps=burn_in, allow_import=allow_import)
+        subject, trained = prepare(opened, steps=burn_in, seconds=seconds, allow_import=allow_import)
         stop_if_asked(opened.stop)
         for verdict in examine(subject, trained, allow_import):
             stop_if_asked(opened.stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
@@ -24,6 +25,8 @@ from ddp.check.verdicts import Verdict
 from ddp.errors import StoppedError
 from ddp.training.agreement import gather_texts
 from ddp.training.signals import StopRequest
+
+logger = logging.getLogger("ddp.check")
 
 BURN_IN = "first steps of training"
 GRAVITY = ("failed", "warning", "ok", "skipped")
@@ -76,6 +79,7 @@ def on_all_ranks(subject: Subject, check: str, look: Callable[[], Verdict]) -> V
     try:
         mine = look()
     except Exception as error:  # whatever the task raises: the other checks go on
+        logger.debug("%s", check, exc_info=True)
         mine = Verdict(check, "failed", f"it raised {first_line(error)}", "the traceback shows in training")
     if subject.world_size == 1:
         return mine

@@ -143,7 +143,7 @@ def _blame(band: Sequence[ParameterFinding], judged: Sequence[ParameterFinding],
 def _counts(findings: Sequence[ParameterFinding]) -> str:
     judged = sum(finding.judged for finding in findings)
     left_out = _left_out(findings)
-    scaled = [finding.name for finding in findings if finding.scale != 1.0]
+    scaled = [finding.name for finding in findings if finding.scale != 1.0 and not finding.is_dead]
     told = [f"{judged} entries of {len(findings)} parameters"]
     told += [f"left out {left_out}"] if left_out else []
     told += [f"loss scaled up for {several(scaled)}, whose gradients are under 1e-10"] if scaled else []

@@ -7,14 +7,16 @@ examples and entries of its own.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ddp.check.determinism import PrecisionWatch, double_precision, seeded_loss, to_double, without_dropout
-from ddp.check.gradient_check import ParameterFinding, check_gradients
+from ddp.check.differences import FIRST_STEPS
+from ddp.check.gradient_check import ENTRIES, ParameterFinding, check_gradients
 from ddp.check.gradient_verdict import (
     count_layers,
     dead_verdict,
@@ -25,8 +27,9 @@ from ddp.check.gradient_verdict import (
     to_text,
 )
 from ddp.check.subject import Subject
-from ddp.check.verdicts import Verdict
+from ddp.check.verdicts import Verdict, several
 from ddp.metering.measurement import has_batch_statistics
+from ddp.tasks.base import Batch
 from ddp.training.agreement import gather_texts
 
 DATA, DEAD, PENALTY = "gradient", "dead parameters", "gradient of regularisation"
@@ -47,11 +50,9 @@ def check_data_gradient(subject: Subject) -> Checked:
     """Of the task's loss without regularisation, on 2 examples, or 3 where batches are normalised."""
 
     def losses(model: nn.Module) -> Callable[[], Tensor]:
-        count = 3 if has_batch_statistics(model) else 2  # two normalised values are +1 and -1, whatever the weights
-        batch = to_double(subject.fetch(subject.examples(count)))
-        return seeded_loss(subject.plain_task, model, batch, subject.job.run.seed)
+        return seeded_loss(subject.plain_task, model, _few(subject), subject.job.run.seed)
 
-    return _check(subject, losses, entries=6)
+    return _check(subject, losses, entries=ENTRIES)
 
 
 def check_penalty_gradient(subject: Subject) -> Checked | None:
@@ -63,7 +64,7 @@ def check_penalty_gradient(subject: Subject) -> Checked | None:
         return None
 
     def losses(model: nn.Module) -> Callable[[], Tensor]:
-        batch = to_double(subject.fetch(subject.examples(2)))
+        batch = _few(subject)
         whole = seeded_loss(subject.task, model, batch, subject.job.run.seed)
         plain = seeded_loss(subject.plain_task, model, batch, subject.job.run.seed)
         decayed = [(subject.decay[name], each) for name, each in model.named_parameters() if name in subject.decay]
@@ -76,7 +77,7 @@ def check_penalty_gradient(subject: Subject) -> Checked | None:
 
         return penalty
 
-    return _check(subject, losses, entries=2 if subject.task is subject.plain_task else 4)
+    return _check(subject, losses, entries=2)
 
 
 def data_verdicts(subject: Subject, checked: Checked) -> list[Verdict]:
@@ -84,10 +85,10 @@ def data_verdicts(subject: Subject, checked: Checked) -> list[Verdict]:
     findings, smooth, refusal = _gathered(subject, checked)
     if refusal:
         return [Verdict(DATA, "skipped", refusal, _REFUSED), Verdict(DEAD, "skipped", "no gradient was checked")]
-    return [
-        gradient_verdict(DATA, findings, layers=count_layers(subject.model), smooth=smooth),
-        dead_verdict(findings),
-    ]
+    found = _verdict(subject, DATA, findings, smooth)
+    if has_batch_statistics(subject.model):
+        found = replace(found, found=f"{found.found}; BatchNorm by the statistics of the examples, in every call alike")
+    return [found, dead_verdict(findings)]
 
 
 def penalty_verdict(subject: Subject, checked: Checked | None, data: Checked, *, data_is_right: bool) -> Verdict:
@@ -103,7 +104,7 @@ def penalty_verdict(subject: Subject, checked: Checked | None, data: Checked, *,
     ratio = max(float(each) for each in _gather(subject, repr(ratio)))
     if refusal:
         return Verdict(PENALTY, "skipped", refusal, _REFUSED)
-    verdict = gradient_verdict(PENALTY, findings, layers=count_layers(subject.model), smooth=smooth)
+    verdict = _verdict(subject, PENALTY, findings, smooth)
     found = f"{verdict.found}; norm {ratio:.2g} of the data's gradient's"
     status, advice = verdict.status, verdict.advice
     if status == "ok" and ratio > OVERWHELMS and math.isfinite(ratio):
@@ -111,9 +112,25 @@ def penalty_verdict(subject: Subject, checked: Checked | None, data: Checked, *,
     return Verdict(PENALTY, status, found, advice, {**verdict.figures, "norm_over_data_norm": ratio})
 
 
+def _verdict(subject: Subject, check: str, findings: list[ParameterFinding], smooth: bool) -> Verdict:
+    verdict = gradient_verdict(check, findings, layers=count_layers(subject.model), smooth=smooth)
+    trained = {name for name, each in subject.model.named_parameters() if each.requires_grad}
+    missed = sorted(trained - {finding.name for finding in findings})
+    if not missed:
+        return verdict
+    late = f"{verdict.found}; not looked at in {subject.seconds:g} s (--seconds): {several(missed)}"
+    return replace(verdict, found=late, figures={**verdict.figures, "missed": missed})
+
+
 _REFUSED = (
     "nothing is known of this gradient: let the forward take float64 and draw from torch's generators, then check again"
 )
+
+
+def _few(subject: Subject) -> Batch:
+    """Two examples; three where batches are normalised: of two, values become +1 and -1 whatever the weights."""
+    count = 3 if has_batch_statistics(subject.model) else 2
+    return to_double(subject.fetch(subject.examples(count)))
 
 
 def _check(subject: Subject, losses: Callable[[nn.Module], Callable[[], Tensor]], *, entries: int) -> Checked:
@@ -125,12 +142,19 @@ def _check(subject: Subject, losses: Callable[[nn.Module], Callable[[], Tensor]]
             refusal, smooth = _refusal(loss)
             if refusal:
                 return Checked(refusal=refusal)
-            parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-            real = {name: each for name, each in parameters.items() if each.dtype == torch.float64}
+            parameters = {
+                name: each
+                for name, each in model.named_parameters()
+                if each.requires_grad and each.dtype == torch.float64
+            }
             findings = check_gradients(
-                loss, real, seed=subject.rank, entries=entries, asked_to_stop=subject.asked_to_stop
+                loss,
+                _from(parameters, subject.rank, subject.world_size),
+                seed=subject.rank,
+                entries=_affordable(loss, len(parameters), entries, subject.seconds),
+                asked_to_stop=subject.patience(),
             )
-            return Checked(findings, smooth, norm=_norm(loss, list(real.values())))
+            return Checked(findings, smooth, norm=_norm(loss, list(parameters.values())))
     except Exception as error:  # whatever the task raises
         return Checked(refusal=f"the loss cannot be computed in double precision: {first_line(error)}")
 
@@ -149,6 +173,21 @@ def _refusal(loss: Callable[[], Tensor]) -> tuple[str, bool]:
     if float(first.detach()) != float(loss().detach()):
         return "the loss is another number each time it is computed, with all generators seeded alike", True
     return "", not has_kinks(first)
+
+
+def _from(parameters: dict[str, nn.Parameter], rank: int, world_size: int) -> dict[str, nn.Parameter]:
+    """The parameters in turn, each rank beginning at another: where time runs out, others have seen the rest."""
+    names = list(parameters)
+    start = len(names) * rank // world_size
+    return {name: parameters[name] for name in names[start:] + names[:start]}
+
+
+def _affordable(loss: Callable[[], Tensor], parameters: int, entries: int, seconds: float) -> int:
+    """Entries of each parameter that can be looked at in the time, but two at least."""
+    began = time.perf_counter()
+    loss()
+    entry_seconds = 2 * len(FIRST_STEPS) * (time.perf_counter() - began)
+    return max(2, min(entries, int(seconds / (2 * entry_seconds * max(parameters, 1)))))
 
 
 def _norm(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> float:

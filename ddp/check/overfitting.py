@@ -25,13 +25,14 @@ ZERO, HIGH = 0.02, 0.1  # of the loss at the start: up to here it counts as zero
 
 @dataclass(frozen=True)
 class Overfitted:
-    """A model that was trained on a few examples, and the losses on the way."""
+    """A model that was trained on a few examples, and the losses on the way; `ran_out` where time ended it."""
 
     model: nn.Module
     batch: Batch
     start: float
     best: float
     steps: int
+    ran_out: bool = False
 
     @property
     def is_there(self) -> bool:
@@ -45,9 +46,10 @@ class Overfitted:
 
 
 def overfit(subject: Subject) -> Overfitted:
-    """Train a copy of the fresh model on 20 examples with Adam until the loss is next to zero, or for 900 steps."""
+    """Train a copy of the fresh model on 20 examples with Adam until the loss is next to zero, for 900 steps, or until time is over."""
     batch = subject.fetch(subject.examples(FEW))
     model, start, best, steps = without_dropout(subject.initial), math.nan, math.inf, 0
+    is_over = subject.patience()
     with preserved_random_state():
         for rate in RATES:
             attempt = without_dropout(subject.initial)
@@ -57,11 +59,11 @@ def overfit(subject: Subject) -> Overfitted:
                     best = loss
                     model = attempt
                 steps += 1
-                if not math.isfinite(loss) or best <= ZERO * abs(start) or subject.asked_to_stop():
+                if not math.isfinite(loss) or best <= ZERO * start or is_over():
                     break
-            if best <= ZERO * abs(start) or subject.asked_to_stop():
+            if best <= ZERO * start or is_over():
                 break
-    return Overfitted(model, batch, start, best, steps)
+    return Overfitted(model, batch, start, best, steps, ran_out=is_over())
 
 
 def overfit_verdict(done: Overfitted, examples: int) -> Verdict:
@@ -70,8 +72,14 @@ def overfit_verdict(done: Overfitted, examples: int) -> Verdict:
     found = f"loss {done.start:.4g} -> {done.best:.2g} on {examples} examples in {done.steps} steps"
     if not (math.isfinite(done.start) and math.isfinite(done.best)):
         return Verdict(OVERFIT, "failed", found, ADVICE_NOT_FINITE, figures)
+    if done.start <= 0:
+        return Verdict(
+            OVERFIT, "skipped", f"{found}: a loss that starts at or below zero has its bottom elsewhere", "", figures
+        )
     if done.is_there:
         return Verdict(OVERFIT, "ok", found, _ADVICE_RANDOM, figures)
+    if done.ran_out:
+        return Verdict(OVERFIT, "warning", f"{found}, and then time was over", "give it more (--seconds)", figures)
     status = "failed" if not done.share <= HIGH else "warning"
     return Verdict(OVERFIT, status, found, _ADVICE_NOT_LEARNED if status == "failed" else _ADVICE_FLOOR, figures)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ddp.check.ranks import COMPARED, Trained, equal_norms, example_hashes
-from ddp.check.subject import Subject
+from ddp.check.subject import Subject, by_number
 from ddp.errors import DivergedError, UsageError
 from ddp.job import Job, without_regularisation
 from ddp.tasks import load_task
@@ -18,8 +18,14 @@ from ddp.training.random_state import preserved_random_state, seed_rank
 from ddp.training.session import Session
 
 
-def prepare(session: Session, *, steps: int, allow_import: Sequence[str] = ()) -> tuple[Subject, Trained]:
-    """Train for a few steps, and load the task without its regularisation. Collective."""
+def prepare(
+    session: Session, *, steps: int, seconds: float = 60.0, allow_import: Sequence[str] = ()
+) -> tuple[Subject, Trained]:
+    """Train for a few steps, and load the task without its regularisation. Collective.
+
+    Args:
+        seconds: that each of the long checks may take.
+    """
     job, plan, trainer = session.job, session.plan, session.trainer
     plain_job = without_regularisation(job)
     plain_task: Task = plan.task
@@ -34,12 +40,13 @@ def prepare(session: Session, *, steps: int, allow_import: Sequence[str] = ()) -
         *(job, plain_job, plan.task, plain_task),
         initial=initial,
         model=together(lambda: plain_copy(job, plan.task, module)),
-        training=training,
+        training=by_number(training),
         decay=_decay(session, module),
         device=session.device,
         rank=session.rank,
         world_size=session.world_size,
         asked_to_stop=lambda: session.stop.asked,
+        seconds=seconds,
     )
     return subject, trained
 
@@ -82,10 +89,10 @@ def _train(session: Session, steps: int) -> Trained:
 
 def _watched(steps: Iterator[StepData], fetched: list[str]) -> Iterator[StepData]:
     """The same steps; of the first examples a hash is noted."""
-    for data in steps:
+    for step, data in enumerate(steps):
         for part, batch in zip(split(range(data.examples), len(data.micro_batches)), data.micro_batches, strict=True):
             if len(fetched) < 4 * COMPARED:
-                fetched += example_hashes(batch, len(part))
+                fetched += [f"{step}:{each}" for each in example_hashes(batch, len(part))]
         yield data
 
 

@@ -28,7 +28,7 @@ class Trained:
     """What the first steps of training have told of one rank.
 
     Attributes:
-        fetched: a hash of each example that this rank trained on, as it was fetched.
+        fetched: the step and a hash of each example that this rank trained on, as it was fetched.
         same_gradients: pairs of ranks whose own gradients had the same norm in every step.
         fault: why training ended early; "" where it did not.
     """
@@ -69,7 +69,7 @@ def check_data(subject: Subject, trained: Trained) -> Verdict:
         first, second = trained.same_gradients[0]
         found = f"ranks {first} and {second} had gradients of the same norm in each of {trained.steps} steps"
         return Verdict(DATA, "failed", found, _ADVICE_DATA, {"ranks": [first, second]})
-    if most_shared(unaugmented) is None:
+    if most_shared(ranks) is None:
         return Verdict(DATA, "skipped", "the examples are copies of each other: whose they are cannot be told")
     count = sum(map(len, ranks))
     return Verdict(DATA, "ok", f"{count} examples fetched in {trained.steps} steps, none by two ranks but for copies")

@@ -80,7 +80,8 @@ def _decay(subject: Subject, done: Overfitted) -> Effect:
 
     def trained(decay: float) -> tuple[float, float]:
         model = copy.deepcopy(done.model)
-        section = subject.job.optimizer.model_copy(update={"weight_decay": decay, "learning_rate": RATE})
+        plain = {"weight_decay": decay, "learning_rate": RATE, "groups": []}  # groups may have a decay of their own
+        section = subject.job.optimizer.model_copy(update=plain)
         optimizer = build_optimizer(section, model.parameters())
         for _ in range(STEPS):
             optimizer.zero_grad()

@@ -13,7 +13,7 @@ from ddp.check.verdicts import Verdict, several
 from ddp.training.random_state import preserved_random_state, seed_rank
 
 INPUTS, OUTPUT = "standardised inputs", "no BatchNorm on the output"
-LOOKED_AT = 256  # examples of a rank
+LOOKED_AT = 128  # examples of a rank
 CENTRED = 0.3  # mean over standard deviation
 SCALES = (0.3, 3.0)  # of a standardised input's standard deviation
 UNEQUAL = 10.0  # root mean square of one channel over that of all

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
@@ -17,6 +19,7 @@ from ddp.training.data import fetcher, to_device
 from ddp.training.random_state import preserved_random_state, seed_rank
 
 EXAMPLES_SEED = 3  # beside the job's: which examples are looked at
+HEAD = 512  # examples of a stream
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Subject:
         training: the training set without augmentation.
         decay: weight decay of each parameter that has some, by name.
         asked_to_stop: whether a signal came to this rank: long checks then end early.
+        seconds: that each of the long checks may take, about.
     """
 
     job: Job
@@ -43,6 +47,12 @@ class Subject:
     rank: int = 0
     world_size: int = 1
     asked_to_stop: Callable[[], bool] = lambda: False
+    seconds: float = 60.0
+
+    def patience(self) -> Callable[[], bool]:
+        """Whether it is time to end: a signal came, or `seconds` have passed since this call."""
+        until = time.monotonic() + self.seconds
+        return lambda: self.asked_to_stop() or time.monotonic() > until
 
     @property
     def size(self) -> int:
@@ -59,3 +69,25 @@ class Subject:
         with preserved_random_state():
             seed_rank(self.job.run.seed, 0)
             return to_device(fetcher(self.training)(indices), self.device)
+
+
+class Head(Dataset[Any]):
+    """The first examples of a stream, which has none by number."""
+
+    def __init__(self, stream: Iterable[Any]) -> None:
+        self._examples = list(itertools.islice(stream, HEAD))
+        if hasattr(stream, "collate"):
+            self.collate = stream.collate  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._examples[index]
+
+
+def by_number(dataset: Dataset[Any]) -> Dataset[Any]:
+    """The data set, or the first 512 examples of one that can only be read in its order."""
+    if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+        return dataset
+    return Head(cast(Iterable[Any], dataset))
