@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
+from ddp.check.chance import count_classes
 from ddp.check.command import check_job
+from ddp.check.examination import examine
 from ddp.check.matrix_rate import rate_verdict
-from ddp.check.ranks import equal_norms, most_shared
+from ddp.check.observing import Call
+from ddp.check.overfitting import Overfitted, overfit_verdict
+from ddp.check.ranks import Trained, equal_norms, most_shared
+from ddp.check.subject import Subject, by_number
+from ddp.check.threads import useful_threads
+from ddp.check.verdicts import Verdict, to_json
 from ddp.errors import DdpError
 from ddp.job import Job, load_job, parse_job, regularisers, without_regularisation
+from ddp.tasks import load_task
+from ddp.tasks.base import TensorExamples
 from ddp.topology import Topology
 from jobs import python, run_command
 from ranks import RankPool
@@ -73,6 +88,7 @@ RIGHT = [
     job("examples.custom_task:Spirals"),
     job("checked_tasks:Regression"),
     job("checked_tasks:Regression", embedded=True),
+    job("text", context_length=32, layers=1, heads=2, width=32, validation_examples=8),
 ]
 
 
@@ -95,7 +111,7 @@ def test_right_jobs_pass(on_one_rank: list[tuple[dict[str, Any], str]], number: 
 
 
 def test_what_the_right_jobs_are_told(on_one_rank: list[tuple[dict[str, Any], str]]) -> None:
-    digits, quadratic, plain, spirals, regression, embedded = (checks for checks, _ in on_one_rank[: len(RIGHT)])
+    digits, quadratic, plain, spirals, regression, embedded, text = (checks for checks, _ in on_one_rank[: len(RIGHT)])
     assert digits["gradient of regularisation"]["status"] == "ok"
     assert "log(10)" in digits["loss at chance level"]["found"]
     assert {"weight decay", "dropout"} == set(digits["stronger regularisation"]["figures"])
@@ -105,6 +121,8 @@ def test_what_the_right_jobs_are_told(on_one_rank: list[tuple[dict[str, Any], st
     assert {"weight decay", "dropout", "label smoothing"} == set(plain["stronger regularisation"]["figures"])
     assert plain["gradient of regularisation"]["figures"]["norm_over_data_norm"] > 0
     assert spirals["loss at chance level"]["figures"]["classes"] == 2
+    assert text["loss at chance level"]["figures"]["classes"] == 256
+    assert "int64" in text["standardised inputs"]["found"]
     assert "no classes" in regression["loss at chance level"]["found"]
     assert "int64" in embedded["standardised inputs"]["found"]
     assert "embedding" in embedded["standardised inputs"]["advice"]
@@ -195,6 +213,110 @@ def test_without_regularisation_switches_off_what_has_a_key() -> None:
     assert digits.task.dropout == 0.0  # type: ignore[union-attr]
     assert [each.key for each in regularisers(digits)] == ["optimizer.weight_decay", "task.dropout"]
     assert [each.key for each in regularisers(job("quadratic"))] == ["optimizer.weight_decay"]
+
+
+def test_nothing_of_the_job_is_changed() -> None:
+    given = job("checked_tasks:Plain", weight_decay=0.1, dropout=0.2, label_smoothing=0.1)
+    plain = without_regularisation(given)
+    task, plain_task = (load_task(each.task, allow_import=MODULES) for each in (given, plain))
+    training, _ = plain_task.datasets()
+    assert isinstance(training, TensorExamples)
+    subject = Subject(
+        *(given, plain, task, plain_task, task.model(), task.model(), training),
+        decay={"0.weight": 0.1},
+        device=torch.device("cpu"),
+    )
+    models = (subject.initial, subject.model)
+    before = [{name: each.clone() for name, each in model.state_dict().items()} for model in models]
+    data, generators, dtype = (
+        [each.clone() for each in training.tensors],
+        torch.get_rng_state(),
+        torch.get_default_dtype(),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as everywhere in tests: cores are shared
+    try:
+        verdicts = list(examine(subject, Trained(4), MODULES))
+    finally:
+        torch.set_num_threads(threads)
+    assert [verdict.line() for verdict in verdicts if verdict.status == "failed"] == []
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.2]
+    assert all(torch.equal(one, other) for one, other in zip(data, training.tensors, strict=True))
+    assert torch.equal(generators, torch.get_rng_state()) and torch.get_default_dtype() == dtype
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "classes", "positions"),
+    [
+        (torch.zeros(8, 10), torch.arange(8), 10, 1),
+        (torch.zeros(8, 5, 4, 4), torch.arange(8 * 16).view(8, 4, 4) % 5, 5, 16),
+        (torch.zeros(8, 12, 256), torch.arange(8 * 13).view(8, 13).to(torch.uint8), 256, 12),
+        (torch.zeros(8, 1), torch.tensor([0.0, 1.0] * 4), 2, 1),
+        (torch.zeros(8), torch.tensor([0, 1] * 4), 2, 1),
+        (torch.zeros(8, 10), torch.arange(8) + 5, None, 1),
+        (torch.zeros(8, 10), torch.randn(8, 10), None, 1),
+        (torch.zeros(8, 1), torch.randn(8, 1), None, 1),
+    ],
+)
+def test_classes_are_told_by_outputs_and_labels(
+    outputs: Tensor, labels: Tensor, classes: int | None, positions: int
+) -> None:
+    call = Call(torch.zeros(8), [], [outputs])
+    assert count_classes(object(), call, {"x": torch.randn(8, 3), "labels": labels}) == (classes, positions)  # type: ignore[arg-type]
+
+
+def test_a_task_may_say_its_classes() -> None:
+    class Told:
+        classes = 7
+
+    assert count_classes(Told(), Call(torch.zeros(8), [], [torch.zeros(8, 2, 7)]), ()) == (7, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("start", "best", "ran_out", "status"),
+    [
+        (2.0, 0.01, False, "ok"),
+        (2.0, -0.5, False, "ok"),
+        (2.0, 0.1, False, "warning"),
+        (2.0, 1.0, False, "failed"),
+        (2.0, 1.0, True, "warning"),
+        (math.nan, math.inf, False, "failed"),
+        (-1.0, -3.0, False, "skipped"),
+    ],
+)
+def test_verdicts_on_overfitting(start: float, best: float, ran_out: bool, status: str) -> None:
+    done = Overfitted(nn.Linear(1, 1), (), start, best, 9, ran_out=ran_out)
+    assert overfit_verdict(done, 20).status == status
+
+
+def test_threads_are_as_before_also_after_an_error() -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError, match="in the middle"), useful_threads(lambda: None):
+        raise ValueError("in the middle")
+    assert torch.get_num_threads() == threads
+
+
+def test_a_stream_is_looked_at_by_its_beginning() -> None:
+    class Numbers(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return itertools.count()
+
+    head = by_number(Numbers())
+    assert (len(head), head[0], head[511]) == (512, 0, 511)  # type: ignore[arg-type]
+    indexed = TensorExamples(torch.zeros(3))
+    assert by_number(indexed) is indexed
+
+
+def test_a_line_and_json_say_the_same() -> None:
+    verdict = Verdict("gradient", "failed", "it is wrong", "mend it", {"error": math.inf, "index": (1, 2)})
+    assert verdict.line() == "failed   gradient: it is wrong -> mend it"
+    told = json.loads(to_json([verdict, Verdict("inputs", "ok", "fine")]))
+    assert told["counts"] == {"ok": 1, "warning": 0, "failed": 1, "skipped": 0}
+    assert told["checks"][0]["figures"] == {"error": None, "index": [1, 2]}
+    assert told["checks"][1] == {"check": "inputs", "status": "ok", "found": "fine", "advice": "", "figures": {}}
 
 
 def test_examples_in_common() -> None:

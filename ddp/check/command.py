@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ddp.errors import ChecksFailedError
-from ddp.job import Job, check_import, load_job
+from ddp.job import Job, check_import, load_job, redact
 from ddp.ranked_command import ranked
 from ddp.topology import Topology
 
@@ -67,9 +67,9 @@ def check_job(
             stop_if_asked(opened.stop)
             verdicts.append(verdict)
             if here.rank == 0 and not as_json:
-                print(verdict.line(), flush=True)
+                print(redact(verdict.line()), flush=True)
     if here.rank == 0:
-        print(to_json(verdicts) if as_json else summary(verdicts), flush=True)
+        print(redact(to_json(verdicts)) if as_json else summary(verdicts), flush=True)
     if names := failed(verdicts):
         error = ChecksFailedError(f"{len(names)} of {len(verdicts)} checks failed: {', '.join(names)}")
         error.consequence = here.rank != 0  # one rank says it for all

@@ -27,6 +27,7 @@ from ddp.check.gradient_verdict import (
     to_text,
 )
 from ddp.check.subject import Subject
+from ddp.check.threads import useful_threads
 from ddp.check.verdicts import Verdict, several
 from ddp.metering.measurement import has_batch_statistics
 from ddp.tasks.base import Batch
@@ -147,14 +148,15 @@ def _check(subject: Subject, losses: Callable[[nn.Module], Callable[[], Tensor]]
                 for name, each in model.named_parameters()
                 if each.requires_grad and each.dtype == torch.float64
             }
-            findings = check_gradients(
-                loss,
-                _from(parameters, subject.rank, subject.world_size),
-                seed=subject.rank,
-                entries=_affordable(loss, len(parameters), entries, subject.seconds),
-                asked_to_stop=subject.patience(),
-            )
-            return Checked(findings, smooth, norm=_norm(loss, list(parameters.values())))
+            with useful_threads(loss):
+                findings = check_gradients(
+                    loss,
+                    _from(parameters, subject.rank, subject.world_size),
+                    seed=subject.rank,
+                    entries=_affordable(loss, len(parameters), entries, subject.seconds),
+                    asked_to_stop=subject.patience(),
+                )
+                return Checked(findings, smooth, norm=_norm(loss, list(parameters.values())))
     except Exception as error:  # whatever the task raises
         return Checked(refusal=f"the loss cannot be computed in double precision: {first_line(error)}")
 

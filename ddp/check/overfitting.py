@@ -12,6 +12,7 @@ from torch import nn
 from ddp.check.chance import ADVICE_NOT_FINITE
 from ddp.check.determinism import without_dropout
 from ddp.check.subject import Subject
+from ddp.check.threads import useful_threads
 from ddp.check.verdicts import Verdict
 from ddp.tasks.base import Batch
 from ddp.training.random_state import preserved_random_state, seed_rank
@@ -50,7 +51,7 @@ def overfit(subject: Subject) -> Overfitted:
     batch = subject.fetch(subject.examples(FEW))
     model, start, best, steps = without_dropout(subject.initial), math.nan, math.inf, 0
     is_over = subject.patience()
-    with preserved_random_state():
+    with preserved_random_state(), useful_threads(lambda: subject.plain_task.loss(model, batch)):
         for rate in RATES:
             attempt = without_dropout(subject.initial)
             for loss in _losses(subject, attempt, batch, rate):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ddp.check.ranks import COMPARED, Trained, equal_norms, example_hashes
 from ddp.check.subject import Subject, by_number
-from ddp.errors import DivergedError, UsageError
+from ddp.errors import DivergedError, ReplicaError, UsageError
 from ddp.job import Job, without_regularisation
 from ddp.tasks import load_task
 from ddp.tasks.base import Task
@@ -79,7 +79,7 @@ def _train(session: Session, steps: int) -> Trained:
     while len(norms) < steps and not trainer.course.is_over(trainer.step_count):
         try:
             rows = trainer.step(data)
-        except DivergedError as error:
+        except (DivergedError, ReplicaError) as error:  # on all ranks alike
             return Trained(len(norms), tuple(fetched), equal_norms(norms), fault=str(error))
         norms.append([row.own_squared_norm for row in rows])
         if any(bool(row.stop) for row in rows):

@@ -17,6 +17,7 @@ from ddp.check.determinism import without_dropout
 from ddp.check.gradients import first_line
 from ddp.check.overfitting import Overfitted
 from ddp.check.subject import Subject
+from ddp.check.threads import useful_threads
 from ddp.check.verdicts import Verdict, several
 from ddp.errors import DdpError
 from ddp.job import regularisers, with_regulariser
@@ -53,6 +54,12 @@ class Effect:
 
 def check_stronger_regularisation(subject: Subject, done: Overfitted, allow_import: Sequence[str]) -> Verdict:
     """Weight decay through the job's optimizer, dropout modules, and the task's label smoothing: each by itself."""
+    with useful_threads(lambda: subject.plain_task.loss(done.model, done.batch)):
+        return _verdict(*_effects(subject, done, allow_import))
+
+
+def _effects(subject: Subject, done: Overfitted, allow_import: Sequence[str]) -> tuple[list[Effect], str]:
+    """What each kind does, and what could not be tried."""
     effects, not_tried = [_decay(subject, done)], ""
     if any(isinstance(module, _DropoutNd) for module in done.model.modules()):
         effects.append(_dropout(subject, done))
@@ -65,6 +72,10 @@ def check_stronger_regularisation(subject: Subject, done: Overfitted, allow_impo
                 not_tried = f"; {regulariser.key} was not tried: {first_line(error)}"
             else:
                 effects.append(_smoothing(subject, done, task))
+    return effects, not_tried
+
+
+def _verdict(effects: Sequence[Effect], not_tried: str) -> Verdict:
     figures = {each.name: {"off": each.off, "strong": each.strong, "norm": each.norm} for each in effects}
     found = f"loss of the overfitted examples: {', '.join(each.in_words() for each in effects)}{not_tried}"
     if idle := [each.name for each in effects if not each.is_seen]:
