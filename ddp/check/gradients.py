@@ -115,7 +115,8 @@ def penalty_verdict(subject: Subject, checked: Checked | None, data: Checked, *,
 
 def _verdict(subject: Subject, check: str, findings: list[ParameterFinding], smooth: bool) -> Verdict:
     verdict = gradient_verdict(check, findings, layers=count_layers(subject.model), smooth=smooth)
-    trained = {name for name, each in subject.model.named_parameters() if each.requires_grad}
+    parameters = subject.model.named_parameters()
+    trained = {name for name, each in parameters if each.requires_grad and each.is_floating_point()}
     missed = sorted(trained - {finding.name for finding in findings})
     if not missed:
         return verdict

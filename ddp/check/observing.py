@@ -1,4 +1,4 @@
-"""What goes into a model and comes out of it while its task computes a loss; and where the loss came from."""
+"""What goes into a model and comes out of it while its task computes a loss."""
 
 from __future__ import annotations
 
