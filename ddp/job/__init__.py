@@ -13,6 +13,7 @@ from ddp.job.optimization import OptimizerSection, ScheduleSection
 from ddp.job.plain_file import read_plain_file
 from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
+from ddp.job.regularisation import Regulariser, regularisers, with_regulariser, without_regularisation
 from ddp.job.run_id import (
     RUN_ID,
     RUN_ID_VARIABLE,
@@ -67,6 +68,7 @@ __all__ = [
     "PrecisionSection",
     "QuadraticSection",
     "RedactingFormatter",
+    "Regulariser",
     "ScheduleSection",
     "Section",
     "TaskSection",
@@ -85,7 +87,10 @@ __all__ = [
     "read_private_file",
     "read_toml",
     "redact",
+    "regularisers",
     "resolve_run_id",
     "resolve_secrets",
     "run_id_is_given",
+    "with_regulariser",
+    "without_regularisation",
 ]
