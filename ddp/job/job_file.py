@@ -14,7 +14,9 @@ from ddp.errors import JobFileError
 from ddp.job.batch import BatchSection
 from ddp.job.faults import in_words
 from ddp.job.fields import Section
-from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.initialisation import InitialisationSection
+from ddp.job.optimization import OptimizerSection
+from ddp.job.schedule import ScheduleSection
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -40,6 +42,7 @@ class Job(Section):
     batch: BatchSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    initialisation: InitialisationSection = InitialisationSection()
     data: DataSection = DataSection()
     transport: TransportSection = TransportSection()
     noise_scale: NoiseScaleSection = NoiseScaleSection()

@@ -46,17 +46,17 @@ class Task(Protocol):
         ...
 
 
-def metric_goal(task: Task, metric: str) -> Goal:
-    """The direction in which `metric` gets better; "loss" is always known, and "min".
+def metric_goal(task: Task, metric: str, field: str = "evaluation.metric") -> Goal:
+    """The direction in which `metric`, as the job's `field` names it, gets better; "loss" is always known, and "min".
 
     Raises:
-        UsageError: the task has no such metric (the text speaks of the job's `evaluation.metric`).
+        UsageError: the task has no such metric.
     """
     goals: dict[str, Goal] = {**task.goals, "loss": "min"}
     if metric not in goals:
         close = difflib.get_close_matches(metric, goals, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UsageError(f"evaluation.metric: the task has no metric {metric!r}{hint}; valid: {', '.join(goals)}")
+        raise UsageError(f"{field}: the task has no metric {metric!r}{hint}; valid: {', '.join(goals)}")
     return goals[metric]
 
 

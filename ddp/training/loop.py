@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from ddp.errors import StoppedError
-from ddp.telemetry.records import EventKind, RunEvent
+from ddp.telemetry.records import EvaluationRecord, EventKind, RunEvent
 from ddp.training.course import say_rate
 from ddp.training.evaluation import evaluate_splits
 from ddp.training.saving import SaveNews
 from ddp.training.trainer import Trainer
 from ddp.transport.row import StepRow
+
+logger = logging.getLogger("ddp.training")
 
 
 @dataclass
@@ -87,6 +90,17 @@ class Loop:
         for record in records or ():
             trainer.sinks.evaluation(record)
             self._evaluated_at, self._metric = trainer.step_count, record.value(trainer.job.evaluation.metric)
+        self._follow(records or ())
+
+    def _follow(self, records: Sequence[EvaluationRecord]) -> None:
+        """A plateau counts what is due alone: where the run ends there may be one that a longer run would not have had."""
+        trainer, job = self.trainer, self.trainer.job
+        for record in records:
+            value = record.value(job.schedule.metric or job.evaluation.metric)
+            if record.split == "validation" and value is not None and self._evaluation_is_due():
+                news = trainer.course.take_evaluation(trainer.step_count, value)
+                if news and trainer.rank == 0:
+                    logger.info("step %d: %s", trainer.step_count, news)
 
     def _metric_now(self) -> float | None:
         """Of the validation set at the weights as they are now, where it was taken."""

@@ -56,7 +56,12 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
             f"{batches.examples:,}"
         )
     splits = Splits(training, validation, _sample(training, size_of(validation)))
-    return Plan(task, module, splits, begin_course(job, batches, batch_statistics=has_batch_statistics(module)), goal)
+    course = begin_course(
+        *(job, batches),
+        batch_statistics=has_batch_statistics(module),
+        goal=goal if job.schedule.metric is None else metric_goal(task, job.schedule.metric, "schedule.metric"),
+    )
+    return Plan(task, module, splits, course, goal)
 
 
 def size_of(dataset: Dataset[Any]) -> int:
