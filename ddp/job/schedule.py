@@ -19,8 +19,8 @@ OWN: Mapping[str, tuple[str, ...]] = {
     "cosine": ("final_fraction",),
     "plateau": ("factor", "metric", "patience", "threshold", "threshold_mode", "cooldown", "min_learning_rate"),
 }
-NEEDED = {"step": ("step_every_steps", "step_every_epochs")}
-NEEDED |= dict.fromkeys(("exponential", "inverse_time"), ("decay_steps", "decay_epochs"))
+_DECAY = ("decay_steps", "decay_epochs")
+NEEDED = {"step": ("step_every_steps", "step_every_epochs"), "exponential": _DECAY, "inverse_time": _DECAY}
 
 
 class ScheduleSection(Section):

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp.board import PhaseBoard
 from ddp.job import Job
 from ddp.telemetry.sinks import Sinks
+from ddp.training.agreement import together
+from ddp.training.initialisation import freeze_, load_weights_
 from ddp.training.loader import Loader
 from ddp.training.optimizers import build_optimizer
 from ddp.training.plan import Plan
@@ -35,11 +37,21 @@ def build_trainer(
     checkpoints: Path,
     board: PhaseBoard,
     loader: Loader | None = None,
+    fresh: bool = True,
 ) -> Trainer:
-    """The trainer of a planned run, its model and buckets ready. Collective."""
+    """The trainer of a planned run, its model and buckets ready. Collective.
+
+    Args:
+        fresh: whether weights come from the job's initialisation.file; not where a checkpoint's follow, for which it is not
+            needed any more.
+    """
     exchange.board = board
+    if fresh:
+        together(lambda: load_weights_(plan.module, job.initialisation))
+    plan.module.to(device)
+    optimizer = together(lambda: build_optimizer(job.optimizer, plan.module.named_parameters()))
     model = DistributedDataParallel(
-        plan.module.to(device),
+        plan.module,
         **_keep_buffers_apart(),
         gradient_as_bucket_view=True,
     )
@@ -47,6 +59,7 @@ def build_trainer(
     register(model, exchange, comm_hook)
     seed_rank(job.run.seed, exchange.transport.rank)
     model.train()
+    freeze_(plan.module, job.initialisation.freeze)  # normalisation layers of frozen parts stay out of training
     registry = Registry()
     saving = Saving(
         *(checkpoints, job.checkpoint, registry),
@@ -62,7 +75,7 @@ def build_trainer(
         course=plan.course,
         device=device,
         model=model,
-        optimizer=build_optimizer(job.optimizer, model.parameters()),
+        optimizer=optimizer,
         exchange=exchange,
         saving=saving,
         stop=stop,

@@ -42,7 +42,9 @@ def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter
         case "sgd" | "momentum" | "nesterov":
             return SGD(groups, **common, momentum=section.momentum, nesterov=section.uses_nesterov, fused=fused)
         case "adagrad":
-            own = _given(lr_decay=section.learning_rate_decay, initial_accumulator_value=section.initial_accumulator_value)
+            own = _given(
+                lr_decay=section.learning_rate_decay, initial_accumulator_value=section.initial_accumulator_value
+            )
             on_cpu = all(parameter.device.type == "cpu" for _, parameter in trained)
             return Adagrad(groups, **common, **own, eps=section.epsilon, fused=fused and on_cpu)
         case "rmsprop":  # torch has neither this nor the next fused

@@ -19,6 +19,7 @@ from ddp.tasks.base import Goal, Task, metric_goal
 from ddp.training.course import Course, begin_course
 from ddp.training.data import BatchPlan
 from ddp.training.evaluation import Splits
+from ddp.training.initialisation import initialise_
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
     task = load_task(job.task, allow_import=allow_import)
     torch.manual_seed(job.run.seed)  # whatever building the task drew
     module = task.model()
+    initialise_(module, job.initialisation, job.run.seed)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
+        frozen = "with what initialisation.freeze names " if job.initialisation.freeze else ""
+        raise UsageError(f"task: {frozen}the model has no parameter that takes a gradient: nothing to train")
     goal = metric_goal(task, job.evaluation.metric)
     training, validation = task.datasets()
     batch = job.batch

@@ -117,6 +117,7 @@ def _train_opened(place: _Place, plan: Plan, exchange: GradientExchange, run: Op
         checkpoints=run.directory.checkpoints,
         board=place.roll.board,
         loader=loader,
+        fresh=run.origin.checkpoint is None,
     )
     if run.station is not None:
         trainer.saving.registry.add("goodput", run.station.goodput)

@@ -29,7 +29,7 @@ from ddp.training.evaluation import Splits
 from ddp.training.judging import BuffersBefore, Judge, Verdict
 from ddp.training.loader import Loader
 from ddp.training.measuring import GradientWatch
-from ddp.training.optimizers import clip_
+from ddp.training.optimizers import clip_, set_momentum_, set_rate_
 from ddp.training.phases import PhaseClock, PhaseSeconds
 from ddp.training.replica_watch import ReplicaWatch
 from ddp.training.saving import Saving
@@ -240,8 +240,9 @@ class Trainer:
     def _update(self, rate: float, norm: float) -> None:
         """Clip the gradient of this norm, and step."""
         section = self.job.optimizer
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate_(self.optimizer, rate)
+        if section.final_momentum is not None:
+            set_momentum_(self.optimizer, self.course.momentum)
         if section.gradient_clip_norm is not None:
             clip_(self.optimizer, self.model.parameters(), norm, section.gradient_clip_norm)
         self.optimizer.step()
