@@ -12,10 +12,12 @@ from pydantic import ValidationError, model_validator
 
 from ddp.errors import JobFileError
 from ddp.job.batch import BatchSection
+from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.faults import in_words
 from ddp.job.fields import Section
 from ddp.job.initialisation import InitialisationSection
 from ddp.job.optimization import OptimizerSection
+from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.schedule import ScheduleSection
 from ddp.job.sections import (
     CheckpointSection,
@@ -43,6 +45,10 @@ class Job(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     initialisation: InitialisationSection = InitialisationSection()
+    precision: PrecisionSection = PrecisionSection()
+    normalisation: NormalisationSection = NormalisationSection()
+    averaged_weights: AveragedWeightsSection = AveragedWeightsSection()
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
     data: DataSection = DataSection()
     transport: TransportSection = TransportSection()
     noise_scale: NoiseScaleSection = NoiseScaleSection()

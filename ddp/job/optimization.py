@@ -67,6 +67,10 @@ class OptimizerSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     groups: list[GroupSection] = Field(default=[], description="parameters with a rate or weight decay of their own")
     gradient_clip_norm: PositiveFloat | None = Field(default=None, description="norm of the mean gradient")
+    sam_rho: PositiveFloat | None = Field(
+        default=None,
+        description="sharpness-aware: the gradient at the weights moved this far uphill along the rank's own; 0.05 for example",
+    )
     learning_rate_rule: Literal["auto", "none", "linear", "sqrt", "noise_scale", "adascale"] = Field(
         default="auto",
         description="how the learning rate follows the batch size; auto: noise_scale. With adascale run.epochs and run.steps "
@@ -121,11 +125,6 @@ class OptimizerSection(Section):
     def uses_nesterov(self) -> bool:
         """By its name, or as a setting of sgd."""
         return self.name == "nesterov" or self.nesterov
-
-    @property
-    def has_momentum(self) -> bool:
-        """Whether it keeps a mean of past gradients."""
-        return self.name in ("adam", "adamw") or self.momentum > 0
 
     @property
     def first_momentum(self) -> float:

@@ -113,7 +113,8 @@ def _is_frozen(prefix: str, layer: nn.Module, patterns: Sequence[str]) -> bool:
 
 def _stay_in_evaluation(layer: nn.Module, *_: Any) -> None:
     """Whoever calls `train()` on the whole model does not mean this one. A function of a module survives deepcopy."""
-    layer.training = False
+    if layer.training:  # asked first for the sake of compiled code, which then has nothing to put back
+        layer.training = False
 
 
 def _draw(section: InitialisationSection) -> Callable[[Tensor, torch.Generator], object]:

@@ -30,7 +30,8 @@ class Plan:
     module: nn.Module
     splits: Splits
     course: Course
-    goal: Goal
+    goal: Goal  # of evaluation.metric
+    stopping_goal: Goal  # of early_stopping.monitor
 
     @property
     def batches(self) -> BatchPlan:
@@ -49,6 +50,8 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
         frozen = "with what initialisation.freeze names " if job.initialisation.freeze else ""
         raise UsageError(f"task: {frozen}the model has no parameter that takes a gradient: nothing to train")
     goal = metric_goal(task, job.evaluation.metric)
+    stopping = job.early_stopping
+    stopping_goal = metric_goal(task, stopping.monitor, "early_stopping.monitor")
     training, validation = task.datasets()
     batch = job.batch
     global_batch_size, micro_batch_size = batch.examples_per_step(world_size), batch.examples_at_once(world_size)
@@ -64,7 +67,7 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
         batch_statistics=has_batch_statistics(module),
         goal=goal if job.schedule.metric is None else metric_goal(task, job.schedule.metric, "schedule.metric"),
     )
-    return Plan(task, module, splits, course, goal)
+    return Plan(task, module, splits, course, goal, stopping_goal if stopping.mode == "auto" else stopping.mode)
 
 
 def size_of(dataset: Dataset[Any]) -> int:
