@@ -6,7 +6,7 @@ import copy
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,12 +27,30 @@ DRAWN: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }
 
 
-def network() -> nn.Sequential:
-    features = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Tanh(), nn.ConvTranspose2d(5, 3, 2))
-    model = nn.Sequential()
-    model.add_module("features", features)
-    model.add_module("head", nn.Linear(3, 4))
-    return model
+class Network(nn.Module):
+    """A backbone with batch normalisation, and a head of so many outputs."""
+
+    def __init__(self, outputs: int = 4) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Tanh(), nn.ConvTranspose2d(5, 3, 2))
+        self.head = nn.Linear(3, outputs)
+
+    @property
+    def convolution(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.features[0])
+
+    @property
+    def norm(self) -> nn.BatchNorm2d:
+        return cast(nn.BatchNorm2d, self.features[1])
+
+    @property
+    def up(self) -> nn.ConvTranspose2d:
+        return cast(nn.ConvTranspose2d, self.features[3])
+
+    @property
+    def running_mean(self) -> Tensor:
+        assert self.norm.running_mean is not None
+        return self.norm.running_mean
 
 
 def section(**settings: Any) -> InitialisationSection:
@@ -41,25 +59,26 @@ def section(**settings: Any) -> InitialisationSection:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_weights_are_torchs_for_the_same_seed(name: str) -> None:
-    model, norm = network(), torch.arange(5.0)
-    model.features[1].weight.data.copy_(norm)
+    model, norm = Network(), torch.arange(5.0)
+    model.norm.weight.data.copy_(norm)
     global_state = torch.get_rng_state()
     initialise_(model, section(weights=name, activation="tanh"), seed=11)
     assert torch.equal(global_state, torch.get_rng_state())  # what the run draws is the same for every initialisation
     generator = torch.Generator().manual_seed(11)
-    for layer in (model.features[0], model.features[3], model.head):
+    for layer in (model.convolution, model.up, model.head):
         assert torch.equal(layer.weight, DRAWN[name](torch.empty_like(layer.weight), generator))
-        assert not layer.bias.any()
-    assert torch.equal(model.features[1].weight, norm)
+        assert layer.bias is not None and not layer.bias.any()
+    assert torch.equal(model.norm.weight, norm)
 
 
 def test_biases_may_stay_and_shared_weights_are_drawn_once() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    biases = [layer.bias.clone() for layer in model]
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(first, second)
+    second.weight = first.weight
+    biases = [first.bias.clone(), second.bias.clone()]
     initialise_(model, section(weights="xavier_normal", biases="leave", activation="linear"), seed=3)
     expected = init.xavier_normal_(torch.empty(4, 4), generator=torch.Generator().manual_seed(3))
-    assert torch.equal(model[1].weight, expected) and all(map(torch.equal, biases, [each.bias for each in model]))
+    assert torch.equal(second.weight, expected) and all(map(torch.equal, biases, [first.bias, second.bias]))
     with pytest.raises(UsageError, match="no linear or convolution layer"):
         initialise_(nn.Sequential(nn.Embedding(3, 2)), section(weights="orthogonal"), seed=0)
 
@@ -71,17 +90,15 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 def test_a_whole_model_or_a_backbone_comes_from_a_file_of_anybody(tmp_path: Path) -> None:
-    source, model = network(), network()
-    source.features[1].running_mean.fill_(0.25)
+    source, model = Network(), Network()
+    source.running_mean.fill_(0.25)
     whole = write(tmp_path / "whole.safetensors", source.state_dict())
     assert load_weights_(model, section(file=str(whole))) == 11
     assert all(map(torch.equal, model.state_dict().values(), source.state_dict().values()))
-    other = nn.Sequential()
-    other.add_module("features", copy.deepcopy(network().features))
-    other.add_module("head", nn.Linear(3, 7))
+    other = Network(7)
     head = other.head.weight.clone()
     for choice in ({"only": ["features.*"]}, {"skip": ["head.*"]}):
-        other.features.load_state_dict(network().features.state_dict())
+        other.features.load_state_dict(Network().features.state_dict())
         assert load_weights_(other, section(file=str(whole), **choice)) == 9
         assert all(map(torch.equal, other.features.state_dict().values(), source.features.state_dict().values()))
         assert torch.equal(other.head.weight, head)
@@ -91,15 +108,15 @@ def test_a_whole_model_or_a_backbone_comes_from_a_file_of_anybody(tmp_path: Path
 
 
 def test_of_tied_weights_one_name_in_the_file_is_enough(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
-    model[1].weight = model[0].weight
+    embedding, layer = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+    layer.weight, model = embedding.weight, nn.Sequential(embedding, layer)
     weight = torch.randn(4, 3)
     load_weights_(model, section(file=str(write(tmp_path / "tied.safetensors", {"0.weight": weight}))))
-    assert torch.equal(model[1].weight, weight)
+    assert torch.equal(layer.weight, weight)
 
 
 def test_all_that_does_not_fit_is_in_one_message_and_nothing_is_taken(tmp_path: Path) -> None:
-    model = network()
+    model = Network()
     before = copy.deepcopy(model.state_dict())
     tensors = {**model.state_dict(), "head.weight": torch.zeros(7, 3), "neck.weight": torch.zeros(2)}
     del tensors["features.3.bias"]
@@ -133,7 +150,7 @@ def test_all_that_does_not_fit_is_in_one_message_and_nothing_is_taken(tmp_path: 
 
 
 def test_a_file_that_is_not_to_be_trusted_is_refused(tmp_path: Path) -> None:
-    model = network()
+    model = Network()
     good = write(tmp_path / "good.safetensors", model.state_dict())
     content = good.read_bytes()
     bad = {
@@ -164,26 +181,27 @@ def test_a_file_that_is_not_to_be_trusted_is_refused(tmp_path: Path) -> None:
 
 
 def test_frozen_normalisation_stays_in_evaluation_mode_whoever_calls_train() -> None:
-    model = network().double()
+    model = Network().double()
     freeze_(model, ["features.*"])
     assert [name for name, each in model.named_parameters() if each.requires_grad] == ["head.weight", "head.bias"]
     for each in (model, copy.deepcopy(model)):
-        norm, before = each.features[1], each.features[1].running_mean.clone()
+        before = each.running_mean.clone()
         each.train()
         inputs = torch.randn(3, 2, 6, 6, dtype=torch.float64, requires_grad=True)
         out = each.features(inputs)
-        assert not norm.training and torch.equal(norm.running_mean, before) and norm.num_batches_tracked == 0
+        assert not each.norm.training and torch.equal(each.running_mean, before)
+        assert each.norm.num_batches_tracked == 0
         alone = each.features(inputs[:1])  # does not depend on the others of the batch
         torch.testing.assert_close(out[:1], alone)
         assert each.features[2].training
     freeze_(model, ["features.*"])
-    assert len(model.features[1]._forward_pre_hooks) == 1
+    assert len(model.norm._forward_pre_hooks) == 1
 
 
 def test_a_layer_that_is_frozen_in_part_goes_on_normalising_by_its_batch() -> None:
-    model = network()
+    model = Network()
     freeze_(model, ["features.1.weight"])
-    assert model.features[1].training and not model.features[1].weight.requires_grad
+    assert model.norm.training and not model.norm.weight.requires_grad
     bare = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False))
     freeze_(bare, ["0.*"])
     assert bare[1].training
