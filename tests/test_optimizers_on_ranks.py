@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddp import checkpoint
 from ddp.checkpoint.export import export
-from ddp.job import Job
+from ddp.job import Job, load_job
 from ddp.tasks.base import Goal, TensorExamples
 from ddp.training.data import BatchPlan
 from ranks import RankPool
@@ -245,6 +245,15 @@ def test_a_new_head_on_a_frozen_backbone(rank_pool: RankPool, tmp_path: Path) ->
     assert len(state["shared"]["optimizer"]["state"]) == 2  # the head's two
     readings = [record.noise for record in steps_of(tmp_path / "run")]
     assert all(each is not None and math.isfinite(each.plain.variance_trace) for each in readings[2:])
+    with_all = {"normalisation__sync_batch_norm": True, "averaged_weights__decay": 0.9, "optimizer__sam_rho": 0.05}
+    for name, more in (("all", with_all), ("split", {"noise_scale__split": True})):
+        ranks = 3 if name == "all" else 1
+        others = train_ranks(rank_pool, ranks, job(tmp_path / name, **tuning, **more))
+        assert {each.kind for each in others} == {""}, others[0].message
+        held = saved(tmp_path / name / "run", 12, ranks)
+        for rank in range(ranks):
+            tensors = {**held["shared"]["parameters"], **held["own"][rank]["buffers"]}
+            assert all(torch.equal(tensors[key], each) for key, each in backbone.items() if key.startswith("features."))
     file.unlink()
     longer = train_ranks(rank_pool, 2, job(tmp_path, **{**tuning, "run__steps": 15}), resume="auto")
     assert {each.kind for each in longer} == {""}
@@ -254,6 +263,22 @@ def test_a_new_head_on_a_frozen_backbone(rank_pool: RankPool, tmp_path: Path) ->
         rank_pool, 1, job(tmp_path / "nothing", **{**task, **NOTHING, "task__options": {"classes": 2}})
     )
     assert "initialisation.freeze" in nothing[0].message and "nothing to train" in nothing[0].message
+
+
+def test_the_example_of_fine_tuning(rank_pool: RankPool, tmp_path: Path) -> None:
+    examples = Path(__file__).parent.parent / "examples"
+    here = [f"run.directory={tmp_path}", "run.epochs=1", "run.threads_per_rank=1", "metrics.enabled=false"]
+    train_ranks(rank_pool, 2, load_job(examples / "digits.toml", [*here, "run.id=backbone"]))
+    file = tmp_path / "backbone.safetensors"
+    export(checkpoint.find(tmp_path / "backbone" / "checkpoints", 23), file)
+    job_here = load_job(examples / "fine_tuning.toml", [*here, "run.id=run", f"initialisation.file={file}"])
+    ended = train_ranks(rank_pool, 2, job_here)
+    assert [each.kind for each in ended] == ["", ""], ended[0].message
+    records = steps_of(tmp_path / "run")
+    assert records[-1].loss < 0.8 * records[0].loss
+    assert records[0].momentum == 0.5 and 0.87 < records[-1].momentum < 0.9
+    group = saved(tmp_path / "run", 23, 2)["shared"]["optimizer"]["param_groups"][0]
+    assert group["lr"] == pytest.approx(10 * records[-1].learning_rate)
 
 
 NOTHING = {"initialisation__freeze": ["*"]}

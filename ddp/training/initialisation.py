@@ -94,7 +94,7 @@ def freeze_(module: nn.Module, patterns: Sequence[str]) -> None:
     """
     if not patterns:
         return
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))  # either name of one that is tied
     require_matches(patterns, list(parameters), f"{FIELD}.freeze")
     for name, parameter in parameters.items():
         if matches(name, patterns):
