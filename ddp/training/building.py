@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def compile_(module: nn.Module, device: torch.device) -> None:
     """
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("precision.compile: torch.compile needs a C++ compiler on CPU, and there is no g++ or clang++")
-    module.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of parts of it that it loads now
+        module.compile()
 
 
 def _keep_buffers_apart() -> dict[str, Any]:

@@ -105,10 +105,10 @@ class _Normalise(torch.autograd.Function):
         normalised = ((wide - mean[:, None]) * scale[:, None]).to(values.dtype)
         ctx.save_for_backward(normalised, scale, sums[-1:])
         ctx.group = group
-        mean, variance = mean.to(values.dtype), variance.to(values.dtype)
-        ctx.mark_non_differentiable(mean, variance)
+        mean, variance, everyones = mean.to(values.dtype), variance.to(values.dtype), sums[-1].clone()
+        ctx.mark_non_differentiable(mean, variance, everyones)
         ctx.set_materialize_grads(False)
-        return normalised, mean, variance, sums[-1]
+        return normalised, mean, variance, everyones
 
     @staticmethod
     @once_differentiable
