@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -176,7 +177,7 @@ def test_a_saved_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
 
 
-TORCHS: dict[str, type[torch.optim.Optimizer]] = {
+TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": SGD,
     "momentum": SGD,
     "nesterov": SGD,
