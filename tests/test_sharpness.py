@@ -33,7 +33,8 @@ def m_sharpness(world_size: int) -> tuple[list[Tensor], list[float]]:
     """Weights and gradient norms of a loop in one process: each rank's share has its own way uphill."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(INPUTS, 3), nn.Tanh(), nn.Linear(3, 1))
-    weights, norms = list(model.parameters()), []
+    weights: list[Tensor] = list(model.parameters())
+    norms: list[float] = []
     plan = BatchPlan(EXAMPLES, 12, 12, world_size, 0)
     epoch, position = 0, 0
     for _ in range(STEPS):
@@ -43,20 +44,20 @@ def m_sharpness(world_size: int) -> tuple[list[Tensor], list[float]]:
             share = plan.share(position, rank)
             examples = order[share.start : share.stop]
             own = gradient(model, examples)
-            norm = torch.sqrt(sum(each.square().sum() for each in own))
+            norm = torch.cat([each.flatten() for each in own]).norm()
             before = [each.detach().clone() for each in weights]
             with torch.no_grad():
                 for weight, each in zip(weights, own, strict=True):
-                    weight += RHO / norm * each
+                    weight.add_(RHO / norm * each)
             for total, each in zip(mean, gradient(model, examples), strict=True):
-                total += len(examples) / len(plan.batch(position)) * each
+                total.add_(len(examples) / len(plan.batch(position)) * each)
             with torch.no_grad():
                 for weight, each in zip(weights, before, strict=True):
                     weight.copy_(each)
-        norms.append(float(torch.sqrt(sum(each.square().sum() for each in mean))))
+        norms.append(float(torch.cat([each.flatten() for each in mean]).norm()))
         with torch.no_grad():
             for weight, each in zip(weights, mean, strict=True):
-                weight -= RATE * each
+                weight.sub_(RATE * each)
         epoch, position = plan.after(epoch, plan.batch(position).stop)
     return weights, norms
 
@@ -92,7 +93,9 @@ def test_the_noise_scale_sees_the_gradient_that_is_sent_and_a_resumed_run_is_the
 
 def test_it_leaves_weights_statistics_and_generators_as_they_were() -> None:
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 1)).train()
+    normalisation = nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(4, 6), normalisation, nn.Dropout(0.5), nn.Linear(6, 1)).train()
+    buffers = dict(normalisation.named_buffers())
     inputs, before = torch.randn(7, 4), [each.clone() for each in model.parameters()]
     drawn: list[Tensor] = []
 
@@ -103,11 +106,11 @@ def test_it_leaves_weights_statistics_and_generators_as_they_were() -> None:
     with Sharpness(model, 0.5).uphill(backward):
         moved = torch.cat([(now - old).flatten() for now, old in zip(model.parameters(), before, strict=True)])
         assert float(moved.detach().norm()) == pytest.approx(0.5, rel=1e-5)
-        statistics = model[1].running_mean.clone()  # of the first pass
-        assert int(model[1].num_batches_tracked) == 1
+        statistics = buffers["running_mean"].clone()  # of the first pass
+        assert int(buffers["num_batches_tracked"]) == 1
         backward()
     assert torch.equal(*drawn)  # both passes are of the same function
-    assert torch.equal(model[1].running_mean, statistics) and int(model[1].num_batches_tracked) == 1
+    assert torch.equal(buffers["running_mean"], statistics) and int(buffers["num_batches_tracked"]) == 1
     assert all(torch.equal(now, old) for now, old in zip(model.parameters(), before, strict=True))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddp.training.data import split
 from ddp.training.evaluation import averaged_buffers
@@ -25,7 +26,7 @@ def whole(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values.to(dtype), torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def layer(shape: tuple[int, ...], momentum: float | None, dtype: torch.dtype) -> nn.Module:
+def layer(shape: tuple[int, ...], momentum: float | None, dtype: torch.dtype) -> _BatchNorm:
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
     torch.manual_seed(5)
     made = kind(3, momentum=momentum).to(dtype)
@@ -35,26 +36,31 @@ def layer(shape: tuple[int, ...], momentum: float | None, dtype: torch.dtype) ->
     return made
 
 
+def gradients(layer: nn.Module) -> Tensor:
+    return torch.stack([each.grad for each in layer.parameters() if each.grad is not None])
+
+
 def one_rank(
     rank: int, world_size: int, store_address: str, shape: tuple[int, ...], momentum: float | None
 ) -> dict[str, Any]:
     with process_group(rank, world_size, store_address):
-        synced = synchronised(nn.Sequential(layer(shape, momentum, torch.float32)), CPU).train()
+        synced = synchronised(layer(shape, momentum, torch.float32), CPU).train()
+        assert isinstance(synced, SyncBatchNorm)
         values, gradient = whole(shape, torch.float32)
         share = split(range(shape[0]), world_size)[rank]
         mine = values[share.start : share.stop].clone().requires_grad_()
         for _ in range(2):  # running statistics move twice
             outputs = synced(mine)
         outputs.backward(gradient[share.start : share.stop])
-        parameters = torch.stack([synced[0].weight.grad, synced[0].bias.grad])
+        parameters = gradients(synced)
         torch.distributed.all_reduce(parameters)
         evaluated = averaged_buffers(synced, world_size=world_size).eval()(mine)
         return {
             "outputs": outputs.detach(),
             "inputs": mine.grad,
             "parameters": parameters,
-            "mean": synced[0].running_mean,
-            "variance": synced[0].running_var,
+            "mean": synced.running_mean,
+            "variance": synced.running_var,
             "evaluated": evaluated.detach(),
         }
 
@@ -74,11 +80,9 @@ def test_it_is_batch_normalisation_of_the_whole_batch(
     close = {"rtol": 1e-4, "atol": 2e-4, "check_dtype": False}
     torch.testing.assert_close(torch.cat([each["outputs"] for each in found]), outputs.detach(), **close)
     torch.testing.assert_close(torch.cat([each["inputs"] for each in found]), values.grad, **close)
-    torch.testing.assert_close(
-        torch.cat([each["evaluated"] for each in found]), plain.eval()(values).detach(), **close
-    )
+    torch.testing.assert_close(torch.cat([each["evaluated"] for each in found]), plain.eval()(values).detach(), **close)
     for each in found:
-        torch.testing.assert_close(each["parameters"], torch.stack([plain.weight.grad, plain.bias.grad]), **close)
+        torch.testing.assert_close(each["parameters"], gradients(plain), **close)
         torch.testing.assert_close(each["mean"], plain.running_mean, **close)
         torch.testing.assert_close(each["variance"], plain.running_var, **close)
         assert torch.equal(each["mean"], found[0]["mean"]) and torch.equal(each["variance"], found[0]["variance"])
@@ -93,7 +97,8 @@ def test_parameters_and_buffers_stay_the_same_tensors_under_the_same_names() -> 
             converted = synchronised(model, CPU)
             after = {**dict(converted.named_parameters()), **dict(converted.named_buffers())}
             assert list(before) == list(after) and all(before[name] is after[name] for name in before)
-            assert isinstance(converted[1], SyncBatchNorm) and isinstance(converted[2][0], SyncBatchNorm)
-            assert copy.deepcopy(converted)[1]._group is converted[1]._group
+            layers = [each for each in converted.modules() if isinstance(each, SyncBatchNorm)]
+            copies = [each for each in copy.deepcopy(converted).modules() if isinstance(each, SyncBatchNorm)]
+            assert len(layers) == 2 and {id(each._group) for each in copies} == {id(layers[0]._group)}
         finally:
             torch.distributed.destroy_process_group()

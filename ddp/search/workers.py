@@ -173,12 +173,12 @@ def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: Sequence[str
     import torch
 
     from ddp.search import trial  # noqa: F401  # once here, and not in every child
-    from ddp.search.workload import load_workload, rehearse
+    from ddp.search.workload import load_workload, make_model, rehearse
 
     torch.set_num_threads(1)
     try:
         workload = load_workload(sweep, allow_import=allow_import)
-        rehearse(workload.task.model(), sweep.job.optimizer)
+        rehearse(make_model(workload, sweep.job.run.seed), sweep.job.optimizer)
     except DdpError as error:
         pipe.send(Unusable(type(error).__name__, redact(str(error))))
         return

@@ -68,7 +68,7 @@ class SyncBatchNorm(_BatchNorm):
         normalised, mean, variance, count = cast(
             "tuple[Tensor, Tensor, Tensor, Tensor]", _Normalise.apply(channels, self.eps, self._group)
         )
-        self._remember(mean, variance, float(count))
+        self._remember(mean, variance, float(count.detach()))
         shape = (input.shape[1], input.shape[0], *input.shape[2:])
         output = normalised.view(shape).transpose(0, 1)
         if self.weight is not None:
