@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from ddp.topology import Topology
 
 if TYPE_CHECKING:
     from ddp.telemetry.records import EvaluationRecord
+    from ddp.training.place import Place
+    from ddp.training.plan import Plan
     from ddp.training.saved_model import SavedModel
 
 Split = Literal["validation", "training"]
@@ -117,9 +120,7 @@ def evaluate_saved(
     return Evaluated(saved, tuple(records), topology.world_size)
 
 
-def _evaluate(place: Any, saved: SavedModel, plan: Any, split: Split, averaged: bool) -> EvaluationRecord:
-    import time
-
+def _evaluate(place: Place, saved: SavedModel, plan: Plan, split: Split, averaged: bool) -> EvaluationRecord:
     from ddp.telemetry.records import AVERAGED, EvaluationRecord
     from ddp.training.evaluation import evaluate as evaluate_on
     from ddp.training.precision import autocast
@@ -155,7 +156,7 @@ def in_words(found: Evaluated) -> str:
         lines.append(f"{each.split}: {each.examples:,} examples, {shown}")
     if found.recorded is not None:
         name, before, now = found.recorded
-        same = math.isclose(before, now, rel_tol=SAME, abs_tol=1e-12) or before != before and now != now
+        same = math.isclose(before, now, rel_tol=SAME, abs_tol=1e-12) or (before != before and now != now)
         verdict = "the same" if same else "not the same: other data, another task or another machine"
         lines.append(f"recorded in training: {name} {before:.6g}, {verdict}")
     return "\n".join(lines)
@@ -165,7 +166,11 @@ def to_json(found: Evaluated) -> dict[str, Any]:
     """Plain values; a number that is not finite as its name."""
     saved, recorded = found.saved, found.recorded
     records = [
-        {**asdict(each), "loss": _plain(each.loss), "metrics": {name: _plain(value) for name, value in each.metrics.items()}}
+        {
+            **asdict(each),
+            "loss": _plain(each.loss),
+            "metrics": {name: _plain(value) for name, value in each.metrics.items()},
+        }
         for each in found.records
     ]
     kept = ("split", "examples", "loss", "metrics")

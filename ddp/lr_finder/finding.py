@@ -154,7 +154,10 @@ def _pass_json(each: RangePass) -> dict[str, Any]:
     names = ("kind", "start", "steepest", "half_way", "minimum", "half_way_up", "blow_up")
     values = {name: getattr(each.features, name) for name in names}
     return {
-        **{"low": each.low, "high": each.high, "steps": each.steps, "end": each.curve.end},
+        "low": each.low,
+        "high": each.high,
+        "steps": each.steps,
+        "end": each.curve.end,
         **{name: _known(value) if isinstance(value, float) else value for name, value in values.items()},
         "rates": list(each.curve.rates),
         "losses": list(each.curve.losses),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +85,8 @@ def _caption(each: RangePass) -> str:
 
 
 def _drawing(each: RangePass, found: Finding) -> Drawing:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, axes = new_figure()
     rates, losses = np.array(each.curve.rates), np.array(each.curve.losses[1:])
     axes.plot(rates, losses, "o", color=PALETTE["muted"], alpha=0.45, markersize=2.2, markeredgewidth=0)
@@ -94,15 +95,18 @@ def _drawing(each: RangePass, found: Finding) -> Drawing:
         axes.plot(rates, each.features.smoothed, color=PALETTE["blue"])
         keys.append(Key("smoothed", "blue"))
     marks = (
-        ("recommended", found.recommended, "green"),
-        ("half-way down", found.half_way, "violet"),
-        ("steepest", found.steepest, "orange"),
+        ("recommended", found.recommended, "green", "line", {"linewidth": 1.6}),
+        ("half-way down", found.half_way, "violet", "dashed", DASHED),
+        ("steepest", found.steepest, "orange", "dotted", {"linewidth": 1.8, "linestyle": (0, (1, 2))}),
     )
-    for label, rate, colour in marks:
+    for label, rate, colour, style, how in marks:
         if rate is not None and rates[0] <= rate <= rates[-1]:
-            axes.axvline(rate, color=PALETTE[colour], **DASHED)
-            keys.append(Key(f"{label} {rate_text(rate)}", colour, "dashed"))
+            axes.axvline(rate, color=PALETTE[colour], **how)
+            keys.append(Key(f"{label} {rate_text(rate)}", colour, style))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(numticks=7))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(*_window(losses, each))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return finished_drawing(figure, axes, "loss over learning rate", keys, x_label="learning rate")

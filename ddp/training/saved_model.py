@@ -121,7 +121,9 @@ def _read_exported(path: Path) -> SavedModel:
             state = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as fault:
         raise CheckpointError(f"{path}: no safetensors file that can be read: {fault}") from None
-    return SavedModel(path, state=state, step=_whole(texts.get("step")), world_size=_whole(texts.get("world_size")) or 1)
+    return SavedModel(
+        path, state=state, step=_whole(texts.get("step")), world_size=_whole(texts.get("world_size")) or 1
+    )
 
 
 def _whole(text: str | None) -> int | None:
