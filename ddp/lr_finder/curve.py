@@ -5,10 +5,10 @@ Numbers in, numbers out. A curve has one loss more than rates: `losses[i + 1]` i
 
 Where the loss is steepest, or half-way down, depends on the test: the more steps there are to a factor of rate, the
 sooner small rates have done the work. With N steps to a factor of e, gradient descent on a quadratic of curvature h has
-the loss fall as exp(-2 h N rate): it is steepest at 1 / (2 h N), while the best constant rate is 1 / h. Where it comes up
-again depends on the test too, the other way round: rates above 2 / h diverge, and need steps to show it. So both sides of
-the valley miss the best rate by factors that grow with each other, one from below and one from above, and the middle
-between them, by factors, is what is recommended.
+the loss fall as exp(-2 h N rate): it is half-way down at log(2) / (2 h N), while the best constant rate is 1 / h. Where it
+comes up again lies above 2 / h, from which on rates diverge, since they need steps to show it. The best rate thus lies
+between the two sides of the valley, and what is recommended is the middle between them, by factors. A finer test sees
+the first side earlier, by as much as it is finer: it is counted as one of `REFERENCE` steps to a factor of e would see it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LIVE_SMOOTHING = 0.7  # while the test goes on: what is late blows up further
 NOISE_OF_A_BLOW_UP = 6.0  # standard deviations of single losses
 NOISE_OF_A_DESCENT = 1.5
 STARTED = 0.1  # of the descent
+REFERENCE = 10.0  # steps to a factor of e
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,18 @@ class Baseline:
     @classmethod
     def of(cls, losses: Sequence[float]) -> Baseline:
         """From some losses of the untouched model; robust: medians, of differences of neighbours over 0.6745 sqrt(2)."""
-        first = np.asarray(losses, dtype=float)
-        noise = float(np.median(np.abs(np.diff(first)))) / (0.6745 * math.sqrt(2)) if len(first) > 1 else 0.0
-        return cls(float(np.median(first)), noise)
+        return cls(float(np.median(losses)), noise_of(losses))
 
     def ceiling(self, lowest: float) -> float:
         """The smoothed loss from which on a curve that had come down to `lowest` has blown up."""
         return self.loss + max(self.loss - lowest, 0.5 * abs(self.loss), NOISE_OF_A_BLOW_UP * self.noise)
+
+
+def noise_of(losses: Sequence[float]) -> float:
+    """The standard deviation of single losses, if what they are about changes little from one to the next."""
+    if len(losses) < 2:
+        return 0.0
+    return float(np.median(np.abs(np.diff(losses)))) / (0.6745 * math.sqrt(2))
 
 
 def baseline_steps(steps: int) -> int:
@@ -127,7 +133,8 @@ class Features:
 
     Attributes:
         kind: "found"; "open": it came down and did not come up again within the range; "flat": it did not come down;
-            "rises at once": and it blew up within its first steps; "not finite": already before any update.
+            "rises at once": nor that, and it blew up within its first steps; "not finite": nor that, and it was no number
+            all of a sudden, or already before any update.
         start: where a tenth of the descent is done.
         steepest: where the smoothed loss falls fastest over the logarithm of the rate.
         half_way: where half of the descent is done.
@@ -148,11 +155,6 @@ class Features:
     smoothed: tuple[float, ...] = ()
     baseline: Baseline | None = None
 
-    @property
-    def middle(self) -> float:
-        """Of the valley, at half its depth, by factors; NaN where it has but one side, or none."""
-        return math.sqrt(self.half_way * self.half_way_up)
-
 
 def features(curve: Curve, steps: int, baseline: Baseline | None = None) -> Features:
     """Of a pass that was meant to have so many `steps`; `baseline` where it is known from an earlier one."""
@@ -162,17 +164,25 @@ def features(curve: Curve, steps: int, baseline: Baseline | None = None) -> Feat
     fixed, plateau = baseline, baseline_steps(steps)
     baseline = fixed or Baseline.of(curve.losses[:plateau])
     if len(curve.rates) < LEAST_BASELINE:
-        return Features("rises at once" if curve.end != "range" else "flat", blow_up=blow_up, baseline=baseline)
+        return Features(_without_descent(curve, baseline, steps), blow_up=blow_up, baseline=baseline)
     descent = _descent(curve, baseline)
     while fixed is None and descent.start + 1 > 1.2 * plateau:  # more of the losses are of the untouched model
         plateau = int(descent.start) + 1
         baseline = Baseline.of(curve.losses[:plateau])
         descent = _descent(curve, baseline)
     line = tuple(float(value) for value in descent.line)
-    if not descent.depth > max(NOISE_OF_A_DESCENT * baseline.noise, 1e-6 * abs(baseline.loss)):
-        at_once = curve.end != "range" and len(curve.rates) < 2 * baseline_steps(steps)
-        return Features("rises at once" if at_once else "flat", blow_up=blow_up, smoothed=line, baseline=baseline)
+    noise = max(baseline.noise, noise_of(curve.losses[: max(descent.lowest + 2, plateau)]))
+    if not descent.depth > max(NOISE_OF_A_DESCENT * noise, 1e-6 * abs(baseline.loss)):
+        kind = _without_descent(curve, baseline, steps)
+        return Features(kind, blow_up=blow_up, smoothed=line, baseline=baseline)
     return _valley(curve, baseline, descent, blow_up)
+
+
+def _without_descent(curve: Curve, baseline: Baseline, steps: int) -> Kind:
+    if curve.end == "not finite" and curve.losses[-1] <= baseline.ceiling(min(curve.losses)):
+        return "not finite"
+    at_once = curve.end != "range" and len(curve.rates) < 2 * baseline_steps(steps)
+    return "rises at once" if at_once else "flat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,3 +257,8 @@ def continued_rates(rates: Sequence[float], highest: float) -> tuple[float, ...]
     factor = math.log(rates[-1] / rates[-2])
     more = int(math.log(highest / rates[-1]) / factor + 1e-9) if highest > rates[-1] else 0
     return (*rates, *(rates[-1] * math.exp(factor * (index + 1)) for index in range(more)))
+
+
+def middle(half_way: float, half_way_up: float, steps_per_e: float) -> float:
+    """Of a valley at half its depth, see the module; `steps_per_e` of the test that found the first side."""
+    return math.sqrt(half_way * max(1.0, steps_per_e / REFERENCE) * half_way_up)

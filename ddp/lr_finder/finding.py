@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ddp.lr_finder.curve import Curve, Features, Kind
+from ddp.lr_finder.curve import Curve, Features, Kind, middle
 
 Rate = float | None
 
@@ -20,6 +20,11 @@ class RangePass:
     steps: int
     curve: Curve
     features: Features
+
+    @property
+    def steps_per_e(self) -> float:
+        """Steps to a factor of e."""
+        return (self.steps - 1) / math.log(self.high / self.low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +76,9 @@ class Finding:
 
     @property
     def recommended(self) -> Rate:
-        """The middle, by factors, of the two rates half-way down and half-way up; half-way down where it never came up."""
+        """The middle between half-way down and half-way up, see `curve`; half-way down where it never came up."""
         down, up = self.half_way, self.half_way_up
-        return down if down is None or up is None else math.sqrt(down * up)
+        return down if down is None or up is None else middle(down, up, self.finest.steps_per_e)
 
     @property
     def setting(self) -> str | None:
@@ -88,7 +93,7 @@ class Finding:
         match self.kind:
             case "found":
                 return (
-                    f"Recommended: a learning rate of {_text(self.recommended)}, the middle between {_text(self.half_way)}, "
+                    f"Recommended: a learning rate of {_text(self.recommended)}, in the middle between {_text(self.half_way)}, "
                     f"where the loss is half-way down, and {_text(self.half_way_up)}, where half of that is lost again. "
                     f"It falls fastest at {_text(self.steepest)}."
                 )
@@ -101,20 +106,23 @@ class Finding:
             case "flat":
                 return f"No suggestion: {self._why_flat(low, high)}"
             case "rises at once":
-                bad = (
-                    " If that does not help, look for bad values in the data."
-                    if first.curve.end == "not finite"
-                    else ""
-                )
                 return (
                     f"No suggestion: the loss blows up after {len(first.curve.losses)} steps from {low} on, before it has come "
-                    f"down. Begin lower: --from {rate_text(1e-4 * first.low)}.{bad}"
+                    f"down. Begin lower: --from {rate_text(1e-4 * first.low)}."
                 )
             case "not finite":
-                return (
-                    "No suggestion: the loss or its gradient is not finite in the first step, before any update. No learning "
-                    "rate is at fault: look for bad values in the data, the initialisation, or the loss."
-                )
+                return f"No suggestion: {self._why_not_finite(high)}"
+
+    def _why_not_finite(self, high: str) -> str:
+        steps = len(self.passes[0].curve.losses)
+        look = "look for bad values in the data, the initialisation or the loss"
+        if not steps:
+            return f"the loss or its gradient is not finite in the first step, before any update: no rate is at fault; {look}."
+        lower = rate_text(1e-4 * self.passes[0].low)
+        return (
+            f"the loss or its gradient is not finite in step {steps + 1}, at a rate of {high}, all of a sudden and before the "
+            f"loss has come down: {look}, or begin lower, --from {lower}."
+        )
 
     def _why_flat(self, low: str, high: str) -> str:
         found = self.passes[0].features
