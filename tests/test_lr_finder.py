@@ -239,7 +239,7 @@ def test_bad_ends_are_clear_and_shared_by_all_ranks(rank_pool: RankPool) -> None
         (_job(), {"steps": 3}),
         (_job(), {"high": 1e-3, "low": 1e-6, "steps": 40}),
         (_job(batch__global_batch_size=30, batch__micro_batch_size=7), {"steps": 60}),
-        (_job(batch__global_batch_size="auto", batch__micro_batch_size=3), {"steps": 40, "zoom": False}),
+        (_digits(batch__global_batch_size="auto"), {"zoom": False}),
         (_job(**{options: {"signal_at": 9}}), {}),
     ]
     first, second = rank_pool.run(2, _find_all, cases)
@@ -254,6 +254,7 @@ def test_bad_ends_are_clear_and_shared_by_all_ranks(rank_pool: RankPool) -> None
     assert few.startswith("UsageError: find-lr: 3 steps")
     assert narrow.passes[0].curve.end == "range" and narrow.kind in ("open", "flat")
     assert small.epochs > 5 and small.kind == "found" and small.global_batch_size == 30
+    assert not isinstance(auto, str), auto
     assert auto.kind == "found" and len(auto.passes) == 1
 
 

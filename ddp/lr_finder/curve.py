@@ -26,10 +26,11 @@ Kind = Literal["found", "open", "flat", "rises at once", "not finite"]
 
 BASELINE_SHARE = 0.1  # of the steps, whose losses are taken for those of the untouched model
 LEAST_BASELINE = 5
-SMOOTHING = 0.85  # weight of what came before
+SMOOTHING = 0.06  # of a test: how far back losses still count, by 1 / e
 LIVE_SMOOTHING = 0.7  # while the test goes on: what is late blows up further
 NOISE_OF_A_BLOW_UP = 6.0  # standard deviations of single losses
-NOISE_OF_A_DESCENT = 1.5
+NOISE_OF_A_DESCENT = 15.0  # the same over sqrt(steps), as what is averaged is a share of the steps, but at least
+LEAST_NOISE_OF_A_DESCENT = 1.2  # this: of 500 tests of 40, 100 and 300 steps of noise alone 2, 3 and 3 % see a descent
 STARTED = 0.1  # of the descent
 REFERENCE = 10.0  # steps to a factor of e
 
@@ -110,12 +111,13 @@ def exponential_rates(low: float, high: float, steps: int) -> tuple[float, ...]:
     return tuple(float(rate) for rate in np.geomspace(low, high, steps))
 
 
-def smoothed(losses: Sequence[float], beta: float = SMOOTHING) -> NDArray[np.float64]:
+def smoothed(losses: Sequence[float], steps: int) -> NDArray[np.float64]:
     """The mean of two exponential moving averages, one forwards and one backwards, so that nothing is late; (n,).
 
-    Each is corrected for its start (Kingma and Ba 2015, section 3: divided by 1 - beta^t).
+    Each is corrected for its start (Kingma and Ba 2015, section 3: divided by 1 - beta^t). Over how many decades it
+    averages does not depend on the `steps` of the test, so that more of them leave less noise: beta is 0.85 for 100.
     """
-    values = np.asarray(losses, dtype=float)
+    values, beta = np.asarray(losses, dtype=float), math.exp(-1 / (SMOOTHING * steps))
     return (_running(values, beta) + _running(values[::-1], beta)[::-1]) / 2
 
 
@@ -165,17 +167,22 @@ def features(curve: Curve, steps: int, baseline: Baseline | None = None) -> Feat
     baseline = fixed or Baseline.of(curve.losses[:plateau])
     if len(curve.rates) < LEAST_BASELINE:
         return Features(_without_descent(curve, baseline, steps), blow_up=blow_up, baseline=baseline)
-    descent = _descent(curve, baseline)
+    descent = _descent(curve, steps, baseline)
     while fixed is None and descent.start + 1 > 1.2 * plateau:  # more of the losses are of the untouched model
         plateau = int(descent.start) + 1
         baseline = Baseline.of(curve.losses[:plateau])
-        descent = _descent(curve, baseline)
+        descent = _descent(curve, steps, baseline)
     line = tuple(float(value) for value in descent.line)
     noise = max(baseline.noise, noise_of(curve.losses[: max(descent.lowest + 2, plateau)]))
-    if not descent.depth > max(NOISE_OF_A_DESCENT * noise, 1e-6 * abs(baseline.loss)):
+    if not descent.depth > max(noise * _least_depth(steps), 1e-6 * abs(baseline.loss)):
         kind = _without_descent(curve, baseline, steps)
         return Features(kind, blow_up=blow_up, smoothed=line, baseline=baseline)
     return _valley(curve, baseline, descent, blow_up)
+
+
+def _least_depth(steps: int) -> float:
+    """Of a descent, in standard deviations of single losses."""
+    return max(NOISE_OF_A_DESCENT / math.sqrt(steps), LEAST_NOISE_OF_A_DESCENT)
 
 
 def _without_descent(curve: Curve, baseline: Baseline, steps: int) -> Kind:
@@ -195,9 +202,9 @@ class _Descent:
     start: float
 
 
-def _descent(curve: Curve, baseline: Baseline) -> _Descent:
+def _descent(curve: Curve, steps: int, baseline: Baseline) -> _Descent:
     cut = np.minimum(curve.losses, baseline.ceiling(min(curve.losses)))
-    line = smoothed(cut.tolist())[1:]
+    line = smoothed(cut.tolist(), steps)[1:]
     lowest = int(line.argmin())
     depth = baseline.loss - float(line[lowest])
     return _Descent(line, lowest, depth, _down_through(line, lowest, baseline.loss - STARTED * depth))
