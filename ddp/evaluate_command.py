@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -115,14 +115,15 @@ def evaluate_saved(
         for averaged in (False, True) if saved.averaged is not None else (False,):
             together(lambda averaged=averaged: saved.load_into(plan.module, averaged=averaged))
             plan.module.to(place.device)
-            wanted = [each for each in splits if not averaged or each == "validation"]
-            records += [_evaluate(place, saved, plan, each, averaged) for each in wanted]
+            wanted: Sequence[Split] = ("validation",) if averaged else splits
+            records.extend(_evaluate(place, saved, plan, each, averaged) for each in wanted if each in splits)
     return Evaluated(saved, tuple(records), topology.world_size)
 
 
 def _evaluate(place: Place, saved: SavedModel, plan: Plan, split: Split, averaged: bool) -> EvaluationRecord:
     from ddp.telemetry.records import AVERAGED, EvaluationRecord
     from ddp.training.evaluation import evaluate as evaluate_on
+    from ddp.training.optimizers import build_optimizer, weight_decay_penalty
     from ddp.training.precision import autocast
 
     job = place.job
@@ -141,7 +142,9 @@ def _evaluate(place: Place, saved: SavedModel, plan: Plan, split: Split, average
         raise StoppedError("evaluate: stopped by a signal: run it again")
     name = f"{split}{AVERAGED}" if averaged else split
     step, epoch = saved.step or 0, math.nan if saved.epoch is None else saved.epoch
-    return EvaluationRecord(step, epoch, time.time(), name, found.examples, found.loss, found.metrics)
+    optimizer = build_optimizer(job.optimizer, plan.module.named_parameters())
+    penalty = 0.0 if averaged else weight_decay_penalty(optimizer)
+    return EvaluationRecord(step, epoch, time.time(), name, found.examples, found.loss, found.metrics, penalty)
 
 
 def in_words(found: Evaluated) -> str:
@@ -153,7 +156,8 @@ def in_words(found: Evaluated) -> str:
     for each in found.records:
         values = {"loss": each.loss, **each.metrics}
         shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-        lines.append(f"{each.split}: {each.examples:,} examples, {shown}")
+        decay = f", weight decay's part {each.penalty:.6g} beside it" if each.penalty else ""
+        lines.append(f"{each.split}: {each.examples:,} examples, {shown}{decay}")
     if found.recorded is not None:
         name, before, now = found.recorded
         same = math.isclose(before, now, rel_tol=SAME, abs_tol=1e-12) or (before != before and now != now)
@@ -165,22 +169,23 @@ def in_words(found: Evaluated) -> str:
 def to_json(found: Evaluated) -> dict[str, Any]:
     """Plain values; a number that is not finite as its name."""
     saved, recorded = found.saved, found.recorded
-    records = [
+    evaluations = [
         {
-            **asdict(each),
+            "split": each.split,
+            "examples": each.examples,
             "loss": _plain(each.loss),
+            "penalty": _plain(each.penalty),
             "metrics": {name: _plain(value) for name, value in each.metrics.items()},
         }
         for each in found.records
     ]
-    kept = ("split", "examples", "loss", "metrics")
     return {
         "path": str(saved.path),
         "step": saved.step,
         "epoch": saved.epoch,
         "written_by_ranks": saved.world_size,
         "world_size": found.world_size,
-        "evaluations": [{name: each[name] for name in kept} for each in records],
+        "evaluations": evaluations,
         "recorded": None if recorded is None else {"metric": recorded[0], "value": _plain(recorded[1])},
     }
 

@@ -39,6 +39,7 @@ def run(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "micro_batch_size": 11,
         "optimizer__name": "adam",
         "optimizer__learning_rate": 0.01,
+        "optimizer__weight_decay": 0.01,
         "averaged_weights__decay": 0.8,
         "evaluation__metric": "accuracy",
         "evaluation__every_steps": 4,
@@ -72,6 +73,7 @@ def _assert_same(found: Evaluated, recorded: dict[str, EvaluationRecord]) -> Non
         assert (each.step, each.examples, each.epoch) == (before.step, before.examples, pytest.approx(before.epoch))
         assert each.loss == pytest.approx(before.loss, rel=1e-6)
         assert each.metrics == before.metrics, "counts are the very same"
+        assert each.penalty == before.penalty and (each.penalty > 0) == (not each.split.endswith("averaged weights"))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -127,7 +129,7 @@ def test_what_cannot_be_evaluated_is_one_clear_message_on_all_ranks(
     for source, job_of, words in (
         (run, other, "CheckpointError: .*belongs to another model: parameter 0.weight .* give the job"),
         (path, of, "CheckpointError: .*rank-00002.safetensors"),
-        (text, of, "CheckpointError: .*no safetensors file that can be read"),
+        (text, of, "CheckpointError: .*not a whole safetensors file"),
         (run, custom, "UsageError: .*--allow-import training_runs"),
         (tmp_path / "none", of, "UsageError: .*no such"),
     ):

@@ -230,17 +230,16 @@ def test_everything_is_put_back_bit_for_bit(
 
 
 def test_bad_ends_are_clear_and_shared_by_all_ranks(rank_pool: RankPool) -> None:
-    options = "task__options"
     cases = [
-        (_job(**{options: {"bad": 5}}), {}),
+        (_job(task__options={"bad": 5}), {}),
         (_job(), {"low": 1e6, "high": 1e9, "steps": 40}),
-        (_job(**{options: {"still": True}}), {"high": 1.0, "steps": 30}),
+        (_job(task__options={"still": True}), {"high": 1.0, "steps": 30}),
         (_job(), {"low": 0.1, "high": 0.01}),
         (_job(), {"steps": 3}),
         (_job(), {"high": 1e-3, "low": 1e-6, "steps": 40}),
         (_job(batch__global_batch_size=30, batch__micro_batch_size=7), {"steps": 60}),
         (_digits(batch__global_batch_size="auto"), {"zoom": False}),
-        (_job(**{options: {"signal_at": 9}}), {}),
+        (_job(task__options={"signal_at": 9}), {}),
     ]
     first, second = rank_pool.run(2, _find_all, cases)
     for one, other in zip(first, second, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ddp.checkpoint import MANIFEST, SHARED, Metric, load_part, rank_file, read_manifest
 from ddp.checkpoint.tensors import make, mean
+from ddp.checkpoint.weights_file import WeightsFile
 from ddp.errors import CheckpointError
 from ddp.training.evaluation import running_statistics
 from ddp.training.extra_state import ExtraState
@@ -112,23 +113,16 @@ def _epoch(shared: Mapping[str, Any]) -> float:
 
 
 def _read_exported(path: Path) -> SavedModel:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-            names = [name for name in file.keys() if not name.startswith(EXPORTED_RANK)]  # noqa: SIM118  no mapping
-            state = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"{path}: no safetensors file that can be read: {fault}") from None
-    return SavedModel(
-        path, state=state, step=_whole(texts.get("step")), world_size=_whole(texts.get("world_size")) or 1
-    )
+    with WeightsFile(path) as file:
+        names = [name for name in file.shapes if not name.startswith(EXPORTED_RANK)]
+        state = {name: file.tensor(name) for name in names}
+    step, world_size = (_whole(file.texts.get(name)) for name in ("step", "world_size"))
+    return SavedModel(path, state=state, step=step, world_size=world_size or 1)
 
 
-def _whole(text: str | None) -> int | None:
+def _whole(text: object) -> int | None:
     """A number out of a file's texts, which may say anything."""
-    return int(text) if text is not None and text.isdecimal() and len(text) < 10 else None
+    return int(text) if isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 def _load_weights(module: nn.Module, weights: Weights) -> None:
