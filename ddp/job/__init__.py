@@ -7,9 +7,16 @@ schedules and transports are listed here for the same reason; the code behind th
 
 from ddp.job.batch import UNITS, BatchSection
 from ddp.job.fields import Positive, PositiveFloat, Section
+from ddp.job.image_tasks import (
+    Activation,
+    ConvolutionalSection,
+    DigitsSection,
+    ImagesSection,
+    SyntheticImagesSection,
+)
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
-from ddp.job.plain_file import read_plain_file
+from ddp.job.plain_file import opened_plain_file, read_plain_file
 from ddp.job.private_file import read_private_file
 from ddp.job.run_id import (
     RUN_ID,
@@ -34,7 +41,6 @@ from ddp.job.sections import (
 from ddp.job.tasks import (
     TASKS,
     CustomSection,
-    DigitsSection,
     QuadraticSection,
     TaskSection,
     TextSection,
@@ -47,12 +53,15 @@ __all__ = [
     "RUN_ID_VARIABLE",
     "TASKS",
     "UNITS",
+    "Activation",
     "BatchSection",
     "CheckpointSection",
+    "ConvolutionalSection",
     "CustomSection",
     "DataSection",
     "DigitsSection",
     "FaultsSection",
+    "ImagesSection",
     "Job",
     "MetricsSection",
     "NoiseScaleSection",
@@ -63,6 +72,7 @@ __all__ = [
     "RedactingFormatter",
     "ScheduleSection",
     "Section",
+    "SyntheticImagesSection",
     "TaskSection",
     "TextSection",
     "TransportSection",
@@ -74,6 +84,7 @@ __all__ = [
     "hide_secrets_in_hooks",
     "is_loopback",
     "load_job",
+    "opened_plain_file",
     "parse_job",
     "read_plain_file",
     "read_private_file",
