@@ -19,7 +19,7 @@ ACTIVATIONS: Mapping[Activation, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-MOST_FEATURES = 1 << 24  # that the layers after the convolutions see: more is a slip, and would fill the memory
+MOST_WEIGHTS = 1 << 32  # of a layer: more is a slip, and would fill the memory
 
 
 def convolutional_network(
@@ -38,7 +38,7 @@ def convolutional_network(
     outputs = section.channels
     layers: list[nn.Module] = []
     for _ in range(section.layers):
-        _check_features(outputs)
+        _check(9 * inputs * outputs)
         layers.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=not section.batch_norm))
         if section.batch_norm:
             layers.append(nn.BatchNorm2d(outputs))
@@ -48,7 +48,7 @@ def convolutional_network(
             layers.append(nn.MaxPool2d(2))
             height, width, outputs = height // 2, width // 2, 2 * outputs
     features = inputs * height * width
-    _check_features(max(features, section.units))
+    _check(features * (section.units or classes))
     layers.append(nn.Flatten())
     if section.units:
         layers += [nn.Linear(features, section.units), ACTIVATIONS[section.activation]()]
@@ -58,8 +58,8 @@ def convolutional_network(
     return nn.Sequential(OrderedDict({**({"augmentation": augmentation} if augmentation else {}), **named}))
 
 
-def _check_features(features: int) -> None:
-    if features > MOST_FEATURES:
+def _check(weights: int) -> None:
+    if weights > MOST_WEIGHTS:
         raise UsageError(
-            f"task.channels, task.layers, task.units: a layer would have {features:,} outputs, more than {MOST_FEATURES:,}"
+            f"task.channels, task.layers, task.units: a layer would have {weights:,} weights; lower one of them"
         )
