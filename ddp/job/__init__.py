@@ -6,6 +6,7 @@ schedules and transports are listed here for the same reason; the code behind th
 """
 
 from ddp.job.batch import UNITS, BatchSection
+from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.fields import Positive, PositiveFloat, Section
 from ddp.job.image_tasks import (
     Activation,
@@ -17,6 +18,7 @@ from ddp.job.image_tasks import (
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
 from ddp.job.plain_file import opened_plain_file, read_plain_file
+from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
 from ddp.job.run_id import (
     RUN_ID,
@@ -54,20 +56,24 @@ __all__ = [
     "TASKS",
     "UNITS",
     "Activation",
+    "AveragedWeightsSection",
     "BatchSection",
     "CheckpointSection",
     "ConvolutionalSection",
     "CustomSection",
     "DataSection",
     "DigitsSection",
+    "EarlyStoppingSection",
     "FaultsSection",
     "ImagesSection",
     "Job",
     "MetricsSection",
     "NoiseScaleSection",
+    "NormalisationSection",
     "OptimizerSection",
     "Positive",
     "PositiveFloat",
+    "PrecisionSection",
     "QuadraticSection",
     "RedactingFormatter",
     "ScheduleSection",
