@@ -3,11 +3,11 @@
     python benchmarks/letters.py [--path FOLDER [--prefix emnist-letters]] [--target 0.8] [--seeds 3] [--ranks 2] [--json FILE]
 
 The folder holds IDX files, of EMNIST's letters for example; without one, scikit-learn's digits are taken, turned by up to
-60 degrees and shifted by up to a fifth (`letters_data`). The network has two convolutions of 8 and 16 channels and 64 units,
+60 degrees and shifted by up to a fifth (`letters_data`). The network has two convolutions of 8 and 16 channels and 64 units, GELU,
 and each rank has one thread.
 
 Rows: plain SGD and Adam at the learning rate that torch gives them, 1e-3, with batches of 32; both at the rate that the
-range test finds (`ddp find-lr`); Adam with that rate on two ranks; and there with the batch that the noise scale advises, the
+range test finds (`ddp find-lr`: half-way down); Adam with that rate on two ranks; and there with the batch that the noise scale advises, the
 rate following by the square root of it. Advised is the noise scale itself, in Adam's metric, as it stands where the accuracy
 is reached, in runs of their own. "CPU" is processor time of all ranks and threads, "wall" what a clock shows; both of the
 steps alone, without starting up and evaluating (`letters_runs` says how). What finding costs stands in rows of its own.
@@ -34,7 +34,7 @@ from ddp.topology import from_environment
 from harness import machine, table
 from letters_data import write_letters
 from letters_runs import Found, Images, answer
-from places import CASE, FIGURES, Environment, inside_case, start_case
+from places import FIGURES, Environment, inside_case, start_case
 
 BATCH, DEFAULT_RATE = 32, 1e-3  # torch.optim.SGD's and Adam's own
 PACE_ROUNDS = 3

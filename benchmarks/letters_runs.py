@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ddp.lr_finder.range_test import find_learning_rate
 
 from ddp.errors import DivergedError
 from ddp.job import Job, parse_job
-from ddp.lr_finder.range_test import find_learning_rate
 from ddp.telemetry.records import StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import Topology
@@ -29,6 +29,11 @@ from ddp.training.session import Session, prepared
 LONGER = 1.03  # between two evaluations
 VALIDATION_BATCH = 256
 WARM_STEPS = 20
+NETWORK = {"channels": 8, "units": 64, "activation": "gelu", "batch_norm": False}
+LOWEST_RATE, FIND_STEPS = (
+    1e-5,
+    300,
+)  # of the range test: more decades, or fewer steps in each, and nothing is learnt in it
 
 Found = dict[str, float]
 Request = Mapping[str, Any]
@@ -46,7 +51,7 @@ class Images:
     def job(self, request: Request, ranks: int) -> Job:
         """The job of a request: one micro-batch a rank; measured only where that is asked for."""
         batch = request["batch"]
-        task = {"name": "images", "path": self.path, "channels": 8, "units": 64, "batch_norm": False}
+        task = {"name": "images", "path": self.path, **NETWORK}
         optimizer = {"name": request["optimizer"], "learning_rate": request["learning_rate"]}
         if "tuned_batch_size" in request:
             optimizer |= {"tuned_batch_size": request["tuned_batch_size"], "learning_rate_rule": "sqrt"}
@@ -115,8 +120,9 @@ def _find(here: Session) -> Found:
     clocks = StepClocks()
     dist.barrier()
     with clocks:
-        found = find_learning_rate(here)
-    return {"found": found.recommended or math.nan, **clocks.of_all_ranks()}
+        found = find_learning_rate(here, low=LOWEST_RATE, steps=FIND_STEPS)
+    rate = found.half_way or here.job.optimizer.learning_rate  # the job's own where the test finds none
+    return {"found": rate, **clocks.of_all_ranks()}
 
 
 def _pace(here: Session, steps: int) -> Found:
