@@ -37,7 +37,7 @@ from letters_runs import Found, Images, answer
 from places import FIGURES, Environment, inside_case, start_case
 
 BATCH, DEFAULT_RATE = 32, 1e-3  # torch.optim.SGD's and Adam's own
-PACE_ROUNDS = 3
+PACE_BATCHES = (BATCH, 4 * BATCH, 16 * BATCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds of a run's steps; then it is given up")
+    parser.add_argument("--find-steps", type=int, default=300, help="of a pass of the range test")
     parser.add_argument("--pace-steps", type=int, default=150, help="for the efficiency")
+    parser.add_argument("--pace-rounds", type=int, default=3, help="starts of each number of ranks for the efficiency")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
     if (case := inside_case()) is not None:
@@ -107,14 +109,31 @@ class Bench:
         together = self._all_ranks(rates)
         return [*alone, *together]
 
-    def efficiency(self, batch: int, steps: int) -> Found:
-        """Of two starts in turn, several times."""
-        request = {"kind": "pace", "optimizer": "adam", "learning_rate": DEFAULT_RATE, "batch": batch, "seed": 0}
-        found: list[float] = []
-        for _ in range(PACE_ROUNDS):
-            alone, together = (self._ask(ranks, [{**request, "steps": steps}])[0]["wall"] for ranks in (1, self.ranks))
-            found.append(alone / together / self.ranks)
-        return {"batch": batch, "alone": alone, "together": together, "efficiency": statistics.median(found)}
+    def efficiency(self, steps: int, rounds: int) -> list[Found]:
+        """At each of PACE_BATCHES; of starts with one rank and with all by turns."""
+        requests = [
+            {
+                "kind": "pace",
+                "optimizer": "adam",
+                "learning_rate": DEFAULT_RATE,
+                "batch": batch,
+                "seed": 0,
+                "steps": steps,
+            }
+            for batch in PACE_BATCHES
+        ]
+        starts = [(self._ask(1, requests), self._ask(self.ranks, requests)) for _ in range(rounds)]
+        return [
+            {
+                "batch": batch,
+                "alone": statistics.median(alone[n]["wall"] for alone, _ in starts),
+                "together": statistics.median(together[n]["wall"] for _, together in starts),
+                "efficiency": statistics.median(
+                    alone[n]["wall"] / together[n]["wall"] / self.ranks for alone, together in starts
+                ),
+            }
+            for n, batch in enumerate(PACE_BATCHES)
+        ]
 
     def _one_rank(self) -> list[Row]:
         kinds = {
@@ -183,13 +202,15 @@ def _factor(first: Row, row: Row, figure: str) -> str:
     return f"{'' if first.reached else '> '}{first.median(figure) / row.median(figure):.1f}"
 
 
-def show_efficiency(found: Sequence[Found], ranks: int) -> str:
+def show_efficiency(found: Sequence[Found], arguments: argparse.Namespace) -> str:
+    ranks, steps, rounds = arguments.ranks, arguments.pace_steps, arguments.pace_rounds
+    title = f"{steps} steps on 1 and on {ranks} ranks of one thread each, medians of {rounds} starts of each by turns"
     header = ["batch", "1 rank", f"{ranks} ranks", "parallel efficiency"]
     rows = [
         [f"{each['batch']:.0f}", f"{each['alone']:.2f} s", f"{each['together']:.2f} s", f"{each['efficiency']:.2f}"]
         for each in found
     ]
-    return f"The same steps on 1 and on {ranks} ranks of one thread each, medians of {PACE_ROUNDS} starts in turn\n\n{table(header, rows)}"
+    return f"{title}\n\n{table(header, rows)}"
 
 
 if __name__ == "__main__":

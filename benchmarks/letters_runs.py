@@ -47,6 +47,7 @@ class Images:
     prefix: str | None
     target: float  # accuracy
     limit_seconds: float  # wall-clock of a run's steps
+    find_steps: int  # of a pass of the range test
 
     def job(self, request: Request, ranks: int) -> Job:
         """The job of a request: one micro-batch a rank; measured only where that is asked for."""
@@ -88,7 +89,7 @@ def _answer(images: Images, request: Request, place: Place) -> Found:
     with prepared(place, images.job(request, place.topology.world_size)) as here:
         match request["kind"]:
             case "find":
-                return _find(here)
+                return _find(here, images.find_steps)
             case "pace":
                 return _pace(here, request["steps"])
             case _:
@@ -116,11 +117,11 @@ class StepClocks:
         return {"wall": float(wall), "cpu": float(processor)}
 
 
-def _find(here: Session) -> Found:
+def _find(here: Session, steps: int) -> Found:
     clocks = StepClocks()
     dist.barrier()
     with clocks:
-        found = find_learning_rate(here, low=LOWEST_RATE, steps=FIND_STEPS)
+        found = find_learning_rate(here, low=LOWEST_RATE, steps=steps)
     rate = found.half_way or here.job.optimizer.learning_rate  # the job's own where the test finds none
     return {"found": rate, **clocks.of_all_ranks()}
 
