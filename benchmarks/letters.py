@@ -76,12 +76,11 @@ def main() -> int:
         if arguments.path is None:
             write_letters(Path(folder))
         path = os.path.abspath(arguments.path or folder)
-        bench = Bench(
-            Images(path, arguments.prefix, arguments.target, arguments.limit), arguments.seeds, arguments.ranks
-        )
+        images = Images(path, arguments.prefix, arguments.target, arguments.limit, arguments.find_steps)
+        bench = Bench(images, arguments.seeds, arguments.ranks)
         rows = bench.rows()
-        efficiency = [bench.efficiency(batch, arguments.pace_steps) for batch in (BATCH, 4 * BATCH, 16 * BATCH)]
-    print(show(rows, arguments), show_efficiency(efficiency, arguments.ranks), sep="\n\n", flush=True)
+        efficiency = bench.efficiency(arguments.pace_steps, arguments.pace_rounds)
+    print(show(rows, arguments), show_efficiency(efficiency, arguments), sep="\n\n", flush=True)
     if arguments.json:
         figures = {"machine": machine(), "rows": [asdict(row) for row in rows], "efficiency": efficiency}
         Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")

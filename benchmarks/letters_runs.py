@@ -8,6 +8,7 @@ before the next one begins.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def answer(images: Images, requests: Sequence[Request], topology: Topology) -> l
             found = _answer(images, {**request, "learning_rate": rate}, place)
             rates[of] = found.get("found", rates.get(of, rate))
             answers.append({"learning_rate": rate, **found})
+            if topology.rank == 0:
+                print(*(request[key] for key in ("kind", "optimizer", "batch", "seed")), answers[-1], file=sys.stderr)
     return answers
 
 
