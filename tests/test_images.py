@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -15,14 +16,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from ddp.errors import LoaderError, UsageError
-from ddp.job import ImagesSection
+from ddp.job import ImagesSection, load_job
 from ddp.tasks import pictures
 from ddp.tasks.augmentation import RandomAffine
 from ddp.tasks.idx import write_idx
 from ddp.tasks.images import ImagesTask
 from ranks import RankPool
-from training_runs import differences, job, saved, train_ranks
+from training_runs import differences, job, losses_of, saved, train_ranks
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 BUNDLED: Any = load_digits()
 IMAGES = np.repeat(np.repeat((15 * BUNDLED.images).astype(np.uint8), 2, axis=1), 3, axis=2)  # 16 high, 24 wide
 LABELS = BUNDLED.target.astype(np.uint8)
@@ -272,6 +274,20 @@ def test_a_run_on_files_that_is_resumed_is_the_same_run(rank_pool: RankPool, tmp
         assert ended.kind == "", ended.message
     whole, parts = (saved(folder / "run", 9, 2) for folder in (tmp_path / "whole", tmp_path))
     assert differences(whole, parts) == []
+
+
+def test_the_example_reads_the_files_that_the_script_beside_it_writes(
+    rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    importlib.import_module("digits_as_idx").main(tmp_path / "files")
+    settings = [f"task.path={tmp_path / 'files'}", f"run.directory={tmp_path}", "run.epochs=2", "run.id=run"]
+    example = load_job(EXAMPLES / "images.toml", [*settings, "metrics.enabled=false"])
+    (ended, _) = train_ranks(rank_pool, 2, example)
+    assert ended.kind == "", ended.message
+    assert "325 examples" in ended.printed
+    losses = losses_of(tmp_path / "run")
+    assert len(losses) == 46 and np.mean(losses[-8:]) < 0.6 * losses[0]
 
 
 def test_a_missing_folder_ends_all_ranks_alike(rank_pool: RankPool, tmp_path: Path) -> None:

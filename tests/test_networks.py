@@ -109,7 +109,8 @@ def test_labels_are_smoothed_while_training_and_only_then() -> None:
     plain = DigitsTask(DigitsSection(name="digits"))
     torch.manual_seed(0)
     model = Counting(task.model())
-    batch = task.datasets()[0].__getitems__(range(6))
+    images, labels = task.datasets()[0].__getitems__(range(6))
+    batch = images, labels
     losses, metrics = task.loss_and_metrics(model, batch)
     assert model.calls == 1 and losses.requires_grad and not metrics["accuracy"].requires_grad
     logits = model(batch[0])

@@ -15,6 +15,7 @@ Pixels = Annotated[int, Field(gt=0, le=4096)]
 class ConvolutionalSection(Section):
     """A small convolutional network: `layers` convolutions, then `units` fully connected ones if any, then the classes."""
 
+    name: str
     channels: Positive = Field(default=32, description="of the first convolution; twice as many after each halving")
     layers: Annotated[int, Field(ge=1, le=64)] = Field(
         default=2, description="convolutions; each halves the resolution while there is one to halve"
