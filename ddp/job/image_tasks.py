@@ -15,7 +15,7 @@ Pixels = Annotated[int, Field(gt=0, le=4096)]
 class ConvolutionalSection(Section):
     """A small convolutional network: `layers` convolutions, then `units` fully connected ones if any, then the classes."""
 
-    name: str
+    name: str  # here, so that it stands first in what is printed
     channels: Positive = Field(default=32, description="of the first convolution; twice as many after each halving")
     layers: Annotated[int, Field(ge=1, le=64)] = Field(
         default=2, description="convolutions; each halves the resolution while there is one to halve"
@@ -30,13 +30,13 @@ class ConvolutionalSection(Section):
 class DigitsSection(ConvolutionalSection):
     """scikit-learn's bundled handwritten digits: 1,472 training and 325 validation images, 8x8."""
 
-    name: Literal["digits"]
+    name: Literal["digits"]  # pyright: ignore[reportIncompatibleVariableOverride]  frozen: nothing else is ever assigned
 
 
 class ImagesSection(ConvolutionalSection):
     """Images in a folder of the user's: IDX files as MNIST and EMNIST have them, or pictures in a folder for each class."""
 
-    name: Literal["images"]
+    name: Literal["images"]  # pyright: ignore[reportIncompatibleVariableOverride]  frozen: nothing else is ever assigned
     path: PathText = Field(description="folder of IDX files, or with train/CLASS/PICTURE or CLASS/PICTURE below it")
     prefix: str | None = Field(
         default=None, description='IDX: which files, where the folder holds several sets, for example "emnist-letters"'
