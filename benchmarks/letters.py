@@ -104,7 +104,7 @@ class Bench:
 
     def rows(self) -> list[Row]:
         alone = self._one_rank()
-        rates = [each["found"] for each in alone[3].answers]
+        rates = [DEFAULT_RATE if math.isnan(each["found"]) else each["found"] for each in alone[3].answers]
         together = self._all_ranks(rates)
         return [*alone, *together]
 
@@ -190,6 +190,8 @@ def _line(row: Row, first: Row) -> list[str]:
     times = [f"{'' if row.reached else '> '}{each:.2f} s" for each in seconds.values()]
     if "found" in row.answers[0]:
         return [*start, f"{row.median('found'):.2g}", "", "", *times, "", ""]
+    if any(math.isnan(each["learning_rate"]) for each in row.answers):
+        return [*start, "none found", "", "", "", "", "", ""]
     factors = [_factor(first, row, name) for name in seconds]
     counts = [f"{row.median(name):,.0f}" for name in ("steps", "examples")]
     return [*start, f"{row.median('learning_rate'):.2g}", *counts, *times, *factors]

@@ -38,6 +38,7 @@ LOWEST_RATE, FIND_STEPS = (
 
 Found = dict[str, float]
 Request = Mapping[str, Any]
+NOT_BEGUN: Found = {"reached": 0.0, "steps": 0, "examples": 0, "wall": math.nan, "cpu": math.nan}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,18 @@ class Images:
 def answer(images: Images, requests: Sequence[Request], topology: Topology) -> list[Found]:
     """One answer for each request, the same on all ranks. Collective.
 
-    A request's `learning_rate` may be "found": what the latest search for its optimizer and seed has found.
+    A request's `learning_rate` may be "found": what the latest search for its optimizer and seed has found. Where that is
+    nothing, the answer is a run that was never begun.
     """
     answers: list[Found] = []
     rates: dict[tuple[str, int], float] = {}
     with opened_place(images.job({**requests[0], "learning_rate": 1.0}, topology.world_size), topology) as place:
         for request in requests:
             of = (request["optimizer"], request["seed"])
-            rate = rates.get(of, 1e-3) if request["learning_rate"] == "found" else request["learning_rate"]
-            found = _answer(images, {**request, "learning_rate": rate}, place)
-            rates[of] = found.get("found", rates.get(of, rate))
+            rate = rates[of] if request["learning_rate"] == "found" else request["learning_rate"]
+            found = NOT_BEGUN if math.isnan(rate) else _answer(images, {**request, "learning_rate": rate}, place)
+            if "found" in found:
+                rates[of] = found["found"]
             answers.append({"learning_rate": rate, **found})
             if topology.rank == 0:
                 print(*(request[key] for key in ("kind", "optimizer", "batch", "seed")), answers[-1], file=sys.stderr)
@@ -124,9 +127,8 @@ def _find(here: Session, steps: int) -> Found:
     clocks = StepClocks()
     dist.barrier()
     with clocks:
-        found = find_learning_rate(here, low=LOWEST_RATE, steps=steps)
-    rate = found.half_way or here.job.optimizer.learning_rate  # the job's own where the test finds none
-    return {"found": rate, **clocks.of_all_ranks()}
+        found = find_learning_rate(here, low=LOWEST_RATE[here.job.optimizer.name], steps=steps)
+    return {"found": found.half_way or math.nan, **clocks.of_all_ranks()}
 
 
 def _pace(here: Session, steps: int) -> Found:
