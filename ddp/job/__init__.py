@@ -15,11 +15,13 @@ from ddp.job.image_tasks import (
     ImagesSection,
     SyntheticImagesSection,
 )
+from ddp.job.initialisation import InitialisationSection
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
-from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.optimization import GroupSection, OptimizerSection
 from ddp.job.plain_file import opened_plain_file, read_plain_file
 from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
+from ddp.job.regularisation import Regulariser, regularisers, with_regulariser, without_regularisation
 from ddp.job.run_id import (
     RUN_ID,
     RUN_ID_VARIABLE,
@@ -28,6 +30,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
+from ddp.job.schedule import ScheduleSection
 from ddp.job.secret_hooks import hide_secrets_in_hooks
 from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
 from ddp.job.sections import (
@@ -65,7 +68,9 @@ __all__ = [
     "DigitsSection",
     "EarlyStoppingSection",
     "FaultsSection",
+    "GroupSection",
     "ImagesSection",
+    "InitialisationSection",
     "Job",
     "MetricsSection",
     "NoiseScaleSection",
@@ -76,6 +81,7 @@ __all__ = [
     "PrecisionSection",
     "QuadraticSection",
     "RedactingFormatter",
+    "Regulariser",
     "ScheduleSection",
     "Section",
     "SyntheticImagesSection",
@@ -96,7 +102,10 @@ __all__ = [
     "read_private_file",
     "read_toml",
     "redact",
+    "regularisers",
     "resolve_run_id",
     "resolve_secrets",
     "run_id_is_given",
+    "with_regulariser",
+    "without_regularisation",
 ]
