@@ -8,10 +8,17 @@ schedules and transports are listed here for the same reason; the code behind th
 from ddp.job.batch import UNITS, BatchSection
 from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.fields import Positive, PositiveFloat, Section
+from ddp.job.image_tasks import (
+    Activation,
+    ConvolutionalSection,
+    DigitsSection,
+    ImagesSection,
+    SyntheticImagesSection,
+)
 from ddp.job.initialisation import InitialisationSection
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import GroupSection, OptimizerSection
-from ddp.job.plain_file import read_plain_file
+from ddp.job.plain_file import opened_plain_file, read_plain_file
 from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
 from ddp.job.regularisation import Regulariser, regularisers, with_regulariser, without_regularisation
@@ -39,7 +46,6 @@ from ddp.job.sections import (
 from ddp.job.tasks import (
     TASKS,
     CustomSection,
-    DigitsSection,
     QuadraticSection,
     TaskSection,
     TextSection,
@@ -52,15 +58,18 @@ __all__ = [
     "RUN_ID_VARIABLE",
     "TASKS",
     "UNITS",
+    "Activation",
     "AveragedWeightsSection",
     "BatchSection",
     "CheckpointSection",
+    "ConvolutionalSection",
     "CustomSection",
     "DataSection",
     "DigitsSection",
     "EarlyStoppingSection",
     "FaultsSection",
     "GroupSection",
+    "ImagesSection",
     "InitialisationSection",
     "Job",
     "MetricsSection",
@@ -75,6 +84,7 @@ __all__ = [
     "Regulariser",
     "ScheduleSection",
     "Section",
+    "SyntheticImagesSection",
     "TaskSection",
     "TextSection",
     "TransportSection",
@@ -86,6 +96,7 @@ __all__ = [
     "hide_secrets_in_hooks",
     "is_loopback",
     "load_job",
+    "opened_plain_file",
     "parse_job",
     "read_plain_file",
     "read_private_file",
