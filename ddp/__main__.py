@@ -24,6 +24,7 @@ from ddp.errors import DdpError, StoppedError, UsageError
 from ddp.job import Job, RedactingFormatter, check_exposure, check_import, hide_secrets_in_hooks, load_job
 from ddp.outcome import STDERR_VARIABLE
 from ddp.streams import open_missing_streams
+from ddp.telemetry.command import query
 from ddp.topology import SINGLE_PROCESS, Topology
 from ddp.training.attempt import was_refused
 from ddp.training.signals import STOP_SIGNALS
@@ -96,6 +97,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
 app.command()(advise)
 app.command()(checkpoints)
 app.command()(export)
+app.command()(query)
 
 
 @app.command("critical-batch")

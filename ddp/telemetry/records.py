@@ -69,6 +69,11 @@ class StepRecord:
     global_batch_size: int  # what the run aims at; `examples` is less in an epoch's last step
     noise: NoiseReadings | None  # None where the noise scale is switched off
     slowdown_ratio: float = math.nan  # own time of the slowest rank over the others', latest steps; NaN: not known
+    metric: float = (
+        math.nan
+    )  # evaluation.metric over the step's examples; NaN where the task does not give it in training
+    momentum: float = math.nan  # as the step used it; NaN where the optimizer has none
+    cpu_seconds: float = math.nan  # processor time of all ranks in this step
 
     @property
     def reading(self) -> Reading | None:
@@ -123,10 +128,34 @@ class EvaluationRecord:
     examples: int
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    penalty: float = math.nan  # weight decay's share of the regularised loss, beside `loss`; NaN: not taken
 
     def value(self, metric: str) -> float | None:
         """The metric of that name, "loss" included; None where it was not taken."""
         return self.loss if metric == "loss" else self.metrics.get(metric)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterEntries:
+    """Some entries of one parameter: their places in it, and value and gradient at each place.
+
+    The gradient is the mean over the step's examples, before clipping; NaN where there is none. The value is the one
+    that the gradient was taken at, before the step's update.
+    """
+
+    name: str  # as the model has it: "0.weight"
+    shape: tuple[int, ...]
+    places: tuple[int, ...]  # in the flattened parameter, last dimension fastest
+    values: tuple[float, ...]
+    gradients: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParametersRecord:
+    """The chosen parameters in one step; the same on all ranks."""
+
+    step: int
+    parameters: tuple[ParameterEntries, ...]
 
 
 def headline_metric(noise: NoiseReadings) -> Metric:
@@ -141,4 +170,5 @@ class Sink(Protocol):
     def evaluation(self, record: EvaluationRecord) -> None: ...
     def batch_change(self, record: BatchChange) -> None: ...
     def event(self, record: RunEvent) -> None: ...
+    def parameters(self, record: ParametersRecord) -> None: ...
     def close(self) -> None: ...
