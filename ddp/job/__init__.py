@@ -11,6 +11,7 @@ from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
 from ddp.job.plain_file import read_plain_file
 from ddp.job.private_file import read_private_file
+from ddp.job.record import RecordSection
 from ddp.job.run_id import (
     RUN_ID,
     RUN_ID_VARIABLE,
@@ -20,7 +21,7 @@ from ddp.job.run_id import (
     run_id_is_given,
 )
 from ddp.job.secret_hooks import hide_secrets_in_hooks
-from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
+from ddp.job.secrets import RedactingFormatter, hide, redact, resolve_secrets
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -41,6 +42,7 @@ from ddp.job.tasks import (
     check_import,
 )
 from ddp.job.toml_file import read_toml
+from ddp.job.trackers import TrackersSection
 
 __all__ = [
     "RUN_ID",
@@ -60,17 +62,20 @@ __all__ = [
     "Positive",
     "PositiveFloat",
     "QuadraticSection",
+    "RecordSection",
     "RedactingFormatter",
     "ScheduleSection",
     "Section",
     "TaskSection",
     "TextSection",
+    "TrackersSection",
     "TransportSection",
     "apply_overrides",
     "check_exposure",
     "check_import",
     "check_run_id",
     "generate_run_id",
+    "hide",
     "hide_secrets_in_hooks",
     "is_loopback",
     "load_job",

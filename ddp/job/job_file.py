@@ -15,6 +15,7 @@ from ddp.job.batch import BatchSection
 from ddp.job.faults import in_words
 from ddp.job.fields import Section
 from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.record import RecordSection
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -27,6 +28,7 @@ from ddp.job.sections import (
 )
 from ddp.job.tasks import TaskSection
 from ddp.job.toml_file import DEEPEST, is_too_deep, read_toml, toml_value
+from ddp.job.trackers import TrackersSection
 
 MOST_FAULTS = 20  # that are told of at once
 LONGEST_FAULT = 1000  # characters
@@ -47,6 +49,8 @@ class Job(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     faults: FaultsSection = FaultsSection()
     metrics: MetricsSection = MetricsSection()
+    record: RecordSection = RecordSection()
+    trackers: TrackersSection = TrackersSection()
 
     @model_validator(mode="after")
     def _what_adapts_is_measured(self) -> Self:

@@ -87,7 +87,8 @@ def _table(answer: Answer) -> str:
     heads = [one_line(name) for name in answer.columns]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     to_the_right = [
-        all(value is None or isinstance(value, int | float) for value in column) for column in zip(*answer.rows, strict=True)
+        all(value is None or isinstance(value, int | float) for value in column)
+        for column in zip(*answer.rows, strict=True)
     ] or [False] * len(heads)
     lines = [heads, ["-" * width for width in widths], *cells]
     aligned = (
