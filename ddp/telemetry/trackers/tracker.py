@@ -56,7 +56,7 @@ class Tracker:
             run: the line of the run (`run_line`).
             settings: the job's, flat; with `project` the worker's own, see `worker`.
             environment: of the process.
-            folder: where the process works and its files go; made where missing.
+            folder: where the process works and its files go; made where missing, as the folder above it.
         """
         self.name = name
         self._opening = {"tracker": name, "run": run, "folder": str(folder), **settings}
@@ -121,7 +121,8 @@ class Tracker:
             self._pause_seconds = self._first_pause_seconds
 
     def _start(self) -> None:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self._folder.parent, self._folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
         with self._lock:
             if self._leaving:
                 raise TrackerFailedError("the run has ended")

@@ -41,6 +41,7 @@ class WandB:
                 disable_job_creation=True,
                 x_disable_stats=True,
                 x_disable_meta=True,
+                x_save_requirements=False,
                 x_disable_machine_info=True,
             ),
         )
@@ -54,7 +55,7 @@ class WandB:
                 self._run.log({"step": line["step"], "epoch": line["epoch"], **values})
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _noted(note: Path) -> str | None:
