@@ -29,6 +29,7 @@ QUEUE_LENGTH = 2_000  # records
 BATCH_LENGTH = 100  # records, in one request to a server
 INTERVAL_SECONDS = 1.0  # longest time that a record waits for others to be sent with it
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 2.0, 300.0  # before another try
+LAST_TRIES = 2  # once no more comes: a process that is gone, and one in its place
 LONGEST_CAUSE = 300  # characters of an error that are shown
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,6 @@ class Tracker:
         settings: Mapping[str, Any],
         environment: Mapping[str, str],
         folder: Path,
-        *,
-        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         """
         Args:
@@ -61,7 +60,7 @@ class Tracker:
         self.name = name
         self._opening = {"tracker": name, "run": run, "folder": str(folder), **settings}
         self._environment, self._folder = environment, folder
-        self._pause_seconds = self._first_pause_seconds = first_pause_seconds
+        self._pause_seconds = FIRST_PAUSE_SECONDS
         self._queue: deque[LoggedRecord] = deque()
         self._pending: list[LoggedRecord] = []
         self._dropped, self._said = 0, set[str]()
@@ -93,7 +92,8 @@ class Tracker:
             self._say_once("lost", f"{lost} records of the run did not reach it")
 
     def _run(self) -> None:
-        while not self._leaving:
+        last_tries = LAST_TRIES
+        while not self._leaving and last_tries:
             done = self._finishing.wait(INTERVAL_SECONDS)
             try:
                 self._send_all()
@@ -102,8 +102,7 @@ class Tracker:
                     return
             except Exception as error:
                 self._failed(error)
-                if done:  # the last try
-                    return
+                last_tries -= done
                 self._finishing.wait(self._pause_seconds)
                 self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
 
@@ -118,7 +117,7 @@ class Tracker:
             if self._pending:
                 self._ask([line(record) for record in self._pending])
                 self._pending = []
-            self._pause_seconds = self._first_pause_seconds
+            self._pause_seconds = FIRST_PAUSE_SECONDS
 
     def _start(self) -> None:
         for folder in (self._folder.parent, self._folder):
