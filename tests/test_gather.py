@@ -23,7 +23,7 @@ from ddp.telemetry.query import Answer, ask, render
 from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.recording import open_recording
 from ddp.telemetry.records import ParameterEntries, ParametersRecord, RunInfo
-from telemetry_records import evaluation_records, run_info, step_records
+from telemetry_records import evaluation_records, make_older, run_info, step_records
 
 RUNS = 23  # more than the ten files that SQLite attaches at a time
 STEPS = 30
@@ -122,24 +122,6 @@ def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
         (f"'; DROP TABLE steps; -- ({tmp_path / each})", str(tmp_path / each / "run.db")) for each in "abc"
     ]
     assert ask("SELECT count(*), max(cpu_seconds) FROM training", [tmp_path / "*"]).rows == [(3 * STEPS, STEPS / 2)]
-
-
-def make_older(path: Path) -> None:
-    """The record as the release before wrote it: version 3, without what came since."""
-    with closing(sqlite3.connect(path)) as database:
-        for view in ("runs", "training", "validation", "parameters"):
-            database.execute(f"DROP VIEW {view}")
-        for table in ("parameter_values", "parameter_entries"):
-            database.execute(f"DROP TABLE {table}")
-        for table, column in (
-            ("steps", "metric"),
-            ("steps", "momentum"),
-            ("steps", "cpu_seconds"),
-            ("evaluations", "penalty"),
-        ):
-            database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        database.execute("PRAGMA user_version = 3")
-        database.commit()
 
 
 def test_records_of_the_release_before_are_gathered_with_the_others(tmp_path: Path) -> None:
