@@ -10,6 +10,8 @@ import os
 import shutil
 import sqlite3
 import statistics
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -234,3 +236,15 @@ def test_the_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["query", "SELECT nothing", os.fspath(runs / "*"), "--csv"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_example_asks_with_pandas_and_draws(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    script = Path(__file__).parent.parent / "examples" / "query.py"
+    output = tmp_path / "curves.png"
+    command = [sys.executable, str(script), str(runs / 'it*"1*'), "--output", str(output)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + 11 + 1 and "best_accuracy" in lines[0]  # runs 1 and 10 to 19
+    assert output.read_bytes().startswith(b"\x89PNG")
