@@ -19,14 +19,15 @@ from typing import Any
 
 import pytest
 
-from ddp.errors import UsageError
-from ddp.job import MetricsSection, TrackersSection, redact
+from ddp.errors import JobFileError, UsageError
+from ddp.job import MetricsSection, TrackersSection, parse_job, redact
 from ddp.telemetry.records import RunEvent, RunInfo
 from ddp.telemetry.station import Station
 from ddp.telemetry.trackers import tracker as tracker_module
 from ddp.telemetry.trackers.environment import tracker_environment
 from ddp.telemetry.trackers.group import Trackers, check_trackers
 from ddp.telemetry.trackers.scalars import scalars
+from ddp.training.run_directory import changed_settings
 from jobs import started, wait_until, write_job
 from telemetry_records import START_UNIX_TIME, feed, run_info, step_records
 
@@ -460,3 +461,41 @@ def test_the_names_of_numbers() -> None:
         "validation_ averaged weights/a_5": 1.0,
     }
     assert scalars({"kind": "event"}, "accuracy") == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('names = ["tensorbord"]', r"trackers.names.0: 'tensorbord' is not valid \(did you mean tensorboard\?\)"),
+        ('names = ["wandb", "wandb"]', "trackers.names: a tracker is named twice"),
+        ("names = 3", "trackers.names: should be"),
+        ('mlflow_uri = "https://me:secret@host"', "trackers.mlflow_uri: a password does not belong into a job file"),
+        ('mlflow_uri = "databricks"', "an address begins with one of http:, https:, file:, sqlite:"),
+        ('project = "a/b"', "trackers.project"),
+        ("every_steps = 0", "trackers.every_steps"),
+        ("patience_seconds = -1.0", "trackers.patience_seconds"),
+        ("patience_seconds = inf", "trackers.patience_seconds"),
+        ('uri = "http://x"', r"trackers.uri: unknown key .*valid: names, project"),
+    ],
+)
+def test_the_job_file_is_checked(line: str, said: str) -> None:
+    table: dict[str, Any] = {
+        "run": {"steps": 1},
+        "task": {"name": "digits"},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 8},
+        "trackers": tomllib.loads(line),
+    }
+    with pytest.raises(JobFileError, match=said) as caught:
+        parse_job(table)
+    assert "secret" not in str(caught.value)
+
+
+def test_trackers_may_change_in_a_resumed_run() -> None:
+    table: dict[str, Any] = {
+        "run": {"steps": 1},
+        "task": {"name": "digits"},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 8},
+    }
+    other = table | {"trackers": {"names": ["wandb"]}, "record": {"parameters": ["*"]}}
+    assert changed_settings(parse_job(table), parse_job(other)) == []
+    assert parse_job(tomllib.loads(parse_job(other).to_toml())) == parse_job(other)
