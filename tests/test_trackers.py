@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path

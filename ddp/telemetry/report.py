@@ -20,7 +20,7 @@ from ddp.telemetry.layer_chart import layer_chart, rows_left_out
 from ddp.telemetry.noise_charts import noise_chart
 from ddp.telemetry.page_file import write_page
 from ddp.telemetry.parameter_charts import parameter_charts
-from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
+from ddp.telemetry.progress import METRIC_NAMES, OWN_METRIC_UNKNOWN, done_share, epochs_text
 from ddp.telemetry.record_values import readable
 from ddp.telemetry.recorded_parameters import Trajectory, read_trajectories
 from ddp.telemetry.recording import PartsMoment
@@ -198,6 +198,11 @@ def _noise_figure(recorded: Recorded, headline: Metric) -> Chart:
 def _limits(recorded: Recorded) -> list[str]:
     """Where the way it was measured limits the number."""
     info, limits = recorded.info, list[str]()
+    if info.optimizer in OWN_METRIC_UNKNOWN:
+        limits.append(
+            f"It is the plain one, tr(Sigma)/|G|^2, which fits SGD's steps; {info.optimizer} scales gradients in a metric of "
+            "its own, in which it is not measured."
+        )
     if info.batch_statistics:
         limits.append(
             "The model normalises over its batches, so the examples of a micro-batch depend on each other: the number "
