@@ -53,23 +53,24 @@ def test_places_are_evenly_spread(count: int, most: int) -> None:
 
 
 def test_values_and_gradients_are_those_before_the_update() -> None:
-    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, bias=False), nn.Conv2d(2, 2, 3))
-    module[2].weight.requires_grad_(False)
+    first, second, third = nn.Linear(4, 3), nn.Linear(3, 2, bias=False), nn.Conv2d(2, 2, 3)
+    module = nn.Sequential(first, second, third)
+    third.weight.requires_grad_(False)
     observer, kept, sinks = table(module, parameters=["1.*", "2.weight", "0.bias"], max_entries=4)
-    module[1](module[0](torch.ones(5, 4))).sum().backward()
-    weight, gradient = module[1].weight.detach().clone(), module[1].weight.grad
+    second(first(torch.ones(5, 4))).sum().backward()
+    weight, gradient = second.weight.detach().clone(), second.weight.grad
     assert gradient is not None
     observer.before_forward(1)
     observer.before_update(1)
     with torch.no_grad():
-        module[1].weight.add_(1.0)
+        second.weight.add_(1.0)
     observer.after_update(1, sinks)
     (record,) = kept.records
-    bias, second, frozen = record.parameters  # in the model's order
-    assert (bias.name, second.name, frozen.name) == ("0.bias", "1.weight", "2.weight")
-    assert (second.shape, second.places) == ((2, 3), (0, 2, 3, 5))
-    assert second.values == tuple(float(weight.flatten()[place]) for place in second.places)
-    assert second.gradients == tuple(float(gradient.flatten()[place]) for place in second.places)
+    bias, taken, frozen = record.parameters  # in the model's order
+    assert (bias.name, taken.name, frozen.name) == ("0.bias", "1.weight", "2.weight")
+    assert (taken.shape, taken.places) == ((2, 3), (0, 2, 3, 5))
+    assert taken.values == tuple(float(weight.flatten()[place]) for place in taken.places)
+    assert taken.gradients == tuple(float(gradient.flatten()[place]) for place in taken.places)
     assert len(frozen.values) == 4 and all(map(math.isnan, frozen.gradients))
 
 

@@ -150,9 +150,11 @@ def _check_wandb(folder: Path) -> None:
 def _wandb_history(file: Path) -> list[dict[str, Any]]:
     from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2
+
     found: list[dict[str, Any]] = []
     for data in _wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = messages.Record()
         record.ParseFromString(data)
         if record.HasField("history"):
             items = record.history.item

@@ -30,9 +30,9 @@ class MLflow:
         run, self._note = opening["run"], Path(opening["folder"]) / NOTE
         self._metric = run["metric"]
         self._client = MlflowClient()
-        self._run_id = self._earlier_run() if run["start_step"] or opening.get("again") else None
-        if self._run_id is None:
-            self._run_id = self._new_run(opening["project"], run)
+        earlier = self._earlier_run() if run["start_step"] or opening.get("again") else None
+        self._run_id: str = earlier or self._new_run(opening["project"], run)
+        if earlier is None:
             self._note.write_text(self._run_id, encoding="utf-8")
             self._tell_settings(opening["settings"])
 

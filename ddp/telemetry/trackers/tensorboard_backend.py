@@ -10,13 +10,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.text import metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
 
 from ddp.telemetry.trackers.scalars import scalars
+
+events: Any = event_pb2  # made while running: no names that a type checker would know
+summaries: Any = summary_pb2
 
 
 class TensorBoard:
@@ -36,8 +38,10 @@ class TensorBoard:
             if line["kind"] == "event":
                 self._begin_after(line["step"], line["unix_time"])
             if values := scalars(line, self._metric):
-                summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-                self._writer.add_event(Event(wall_time=line["unix_time"], step=line["step"], summary=summary))
+                summary = summaries.Summary(
+                    value=[summaries.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+                )
+                self._writer.add_event(events.Event(wall_time=line["unix_time"], step=line["step"], summary=summary))
         self._writer.flush()
 
     def close(self) -> None:
@@ -45,15 +49,19 @@ class TensorBoard:
 
     def _begin_after(self, step: int, unix_time: float) -> None:
         self._writer.add_event(
-            Event(wall_time=unix_time, step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            events.Event(
+                wall_time=unix_time,
+                step=step + 1,
+                session_log=events.SessionLog(status=events.SessionLog.START),
+            )
         )
 
     def _text(self, tag: str, text: str, step: int) -> None:
         """As a block of code, which Markdown leaves as it is."""
         block = "\n".join(f"    {line}" for line in text.splitlines())
-        value = Summary.Value(
+        value = summaries.Summary.Value(
             tag=tag,
             metadata=metadata.create_summary_metadata(display_name=tag, description=""),
             tensor=tensor_util.make_tensor_proto([block.encode()], shape=(1,)),
         )
-        self._writer.add_event(Event(step=step, summary=Summary(value=[value])))
+        self._writer.add_event(events.Event(step=step, summary=summaries.Summary(value=[value])))
