@@ -24,6 +24,7 @@ from ddp.lr_finder.command import find_lr
 from ddp.ranked_command import PRIVATE, print_on_rank_0, ranked, stop_cleanly_outside_training, topology_or_single
 from ddp.streams import open_missing_streams
 from ddp.sweep.command import sweep
+from ddp.telemetry.command import query
 from ddp.topology import SINGLE_PROCESS, Topology
 from ddp.training.attempt import was_refused
 
@@ -89,6 +90,7 @@ app.command()(export)
 app.command()(sweep)
 app.command()(evaluate)
 app.command("find-lr")(find_lr)
+app.command()(query)
 
 
 @app.command("critical-batch")
