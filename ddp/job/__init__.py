@@ -41,6 +41,7 @@ from ddp.job.tasks import (
     check_import,
 )
 from ddp.job.toml_file import read_toml
+from ddp.job.watching import WatchingSection
 
 __all__ = [
     "RUN_ID",
@@ -66,6 +67,7 @@ __all__ = [
     "TaskSection",
     "TextSection",
     "TransportSection",
+    "WatchingSection",
     "apply_overrides",
     "check_exposure",
     "check_import",

@@ -27,6 +27,7 @@ from ddp.job.sections import (
 )
 from ddp.job.tasks import TaskSection
 from ddp.job.toml_file import DEEPEST, is_too_deep, read_toml, toml_value
+from ddp.job.watching import WatchingSection
 
 MOST_FAULTS = 20  # that are told of at once
 LONGEST_FAULT = 1000  # characters
@@ -47,6 +48,7 @@ class Job(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     faults: FaultsSection = FaultsSection()
     metrics: MetricsSection = MetricsSection()
+    watching: WatchingSection = WatchingSection()
 
     @model_validator(mode="after")
     def _what_adapts_is_measured(self) -> Self:
