@@ -21,7 +21,15 @@ from rich.text import Text
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+    headline_metric,
+)
 
 REDRAW_SECONDS = 0.2
 RATE_STEPS = 50  # steps that the rate is taken over
@@ -120,7 +128,8 @@ def change_text(info: RunInfo, change: BatchChange) -> str:
 
 def event_text(event: RunEvent) -> str:
     """What happened, in one line."""
-    return f"step {event.step:,}: {event.text}"
+    warning = "warning: " if event.kind == "warning" else ""
+    return f"step {event.step:,}: {warning}{event.text}"
 
 
 def number_text(value: float) -> str:
@@ -218,6 +227,9 @@ class Progress:
             self._evaluation = None
         if record.kind != "saved":
             self._attempt(lambda: self._put_line(event_text(record)))
+
+    def layers(self, record: LayersRecord) -> None:
+        """What is off in them comes as a warning."""
 
     def batch_change(self, record: BatchChange) -> None:
         self._attempt(lambda: self._put_line(change_text(self._info, record)))

@@ -16,7 +16,8 @@ from typing import Any
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.layer_record import write_layers
+from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, LayersRecord, RunEvent, RunInfo, StepRecord
 from ddp.telemetry.schema import (
     FIRST_PART_PLACE,
     PLAIN_PLACE,
@@ -32,7 +33,7 @@ LOCAL_FILESYSTEMS = frozenset(
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "reiserfs", "tmpfs", "ramfs", "overlay"}
 )
 
-Record = StepRecord | EvaluationRecord | BatchChange | RunEvent
+Record = StepRecord | EvaluationRecord | BatchChange | LayersRecord | RunEvent
 Row = tuple[Any, ...]
 
 
@@ -125,6 +126,8 @@ class Writer:
                         self._database.execute(INSERT_CHANGE, astuple(record))
                     case EvaluationRecord():
                         self._evaluation(record)
+                    case LayersRecord():
+                        write_layers(self._database, record)
                     case RunEvent():
                         self._database.execute(INSERT_EVENT, (self._part, *astuple(record)))
                         if record.kind == "rolled_back":

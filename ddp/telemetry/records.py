@@ -12,6 +12,7 @@ from typing import Literal, Protocol, get_args
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
+from ddp.watching.layers import LayerStatistics, WeightPictures
 
 PHASES = ("data", "forward", "backward", "all_reduce", "wait", "optimizer")
 
@@ -90,7 +91,7 @@ class BatchChange:
 
 
 EventKind = Literal[
-    "not_finite", "rolled_back", "straggler", "straggler_over", "replicas_differ", "saved", "save_failed"
+    "not_finite", "rolled_back", "straggler", "straggler_over", "replicas_differ", "saved", "save_failed", "warning"
 ]
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
@@ -101,6 +102,7 @@ class RunEvent:
 
     `rolled_back` has the step that the run went back to: what was told of later steps is void, and they come again.
     `saved` and `save_failed` have the step of the checkpoint, which a save beside training may leave behind.
+    `warning` is a sentence of `ddp.watching`, which a run says once.
     """
 
     step: int
@@ -129,6 +131,17 @@ class EvaluationRecord:
         return self.loss if metric == "loss" else self.metrics.get(metric)
 
 
+@dataclass(frozen=True, slots=True)
+class LayersRecord:
+    """What a look at one step found in the layers, over all ranks."""
+
+    step: int
+    unix_time: float
+    layers: tuple[LayerStatistics, ...]  # in the order in which they were called
+    pictures: WeightPictures | None = None  # None where the first layer's weights are no images
+    cost_seconds: float = math.nan  # that looking took, mean over ranks
+
+
 def headline_metric(noise: NoiseReadings) -> Metric:
     """The metric that `noise.reading` is in: plain until there is a preconditioned reading to be the headline."""
     return "plain" if noise.preconditioned is None else noise.headline
@@ -140,5 +153,6 @@ class Sink(Protocol):
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, record: EvaluationRecord) -> None: ...
     def batch_change(self, record: BatchChange) -> None: ...
+    def layers(self, record: LayersRecord) -> None: ...
     def event(self, record: RunEvent) -> None: ...
     def close(self) -> None: ...

@@ -19,9 +19,11 @@ import sqlite3
 from dataclasses import fields
 
 from ddp.noise.noise_scale import Reading
+from ddp.telemetry.layer_record import LAYER_SCHEMA
+from ddp.telemetry.layer_record import TABLES as LAYER_TABLES
 from ddp.telemetry.records import PHASES
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 WHOLE_MODEL = ""  # `readings.part` where the reading is of no part
 PLAIN_PLACE, PRECONDITIONED_PLACE, FIRST_PART_PLACE = 0, 1, 2  # `readings.place`
@@ -64,7 +66,7 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE TABLE IF NOT EXISTS critical_batches (
     method TEXT NOT NULL, optimizer TEXT NOT NULL, target TEXT NOT NULL, critical_batch_size REAL, low REAL, high REAL);
 """
-STEP_TABLES = ("steps", "phases", "readings", "batch_changes", "evaluations", "evaluation_metrics")
+STEP_TABLES = ("steps", "phases", "readings", "batch_changes", "evaluations", "evaluation_metrics", *LAYER_TABLES)
 
 
 def create_schema(database: sqlite3.Connection) -> None:
@@ -76,5 +78,5 @@ def create_schema(database: sqlite3.Connection) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version not in (0, SCHEMA_VERSION):
         raise sqlite3.DatabaseError(f"its schema is version {version}, this program writes {SCHEMA_VERSION}")
-    database.executescript(SCHEMA)
+    database.executescript(SCHEMA + LAYER_SCHEMA)
     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -36,6 +36,7 @@ from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.summary import History, summary
 from ddp.telemetry.targets import publish
 from ddp.telemetry.tls import tls_context
+from ddp.telemetry.warning_sink import WarningSink
 
 RECORD = "run.db"
 
@@ -49,10 +50,18 @@ class Station:
         UsageError: the metrics port cannot be had; nothing is left open.
     """
 
-    def __init__(self, section: MetricsSection, info: RunInfo, critical_batches: Sequence[CriticalBatch] = ()) -> None:
+    def __init__(
+        self,
+        section: MetricsSection,
+        info: RunInfo,
+        critical_batches: Sequence[CriticalBatch] = (),
+        *,
+        warns: bool = True,
+    ) -> None:
         """
         Args:
             critical_batches: what runs have measured (see `read_critical_batches`), shown beside the noise scale.
+            warns: whether what looks wrong is said in words.
         """
         self._info, self._critical_batches = info, critical_batches
         self._history = History(info)
@@ -61,6 +70,7 @@ class Station:
         self._interruptions = 0
         self.goodput = Goodput(time.time())  # its state belongs into checkpoints
         self.sinks = Sinks([self.goodput])
+        self.warner = WarningSink(info, self.sinks.event) if warns else None  # its state belongs there too
         self.server: MetricsServer | None = None
         if section.enabled:
             registry = CollectorRegistry()
@@ -83,6 +93,8 @@ class Station:
         for sink in (recorder, Progress(self._info)):
             self.sinks.add(sink)
             self._open.callback(sink.close)
+        if self.warner is not None:
+            self.sinks.add(self.warner)  # after those that hear what it says
         if self.server is not None:
             target = publish(
                 run_directory.parent / "targets", self._info.run_id, self.server.address, self.server.scheme
@@ -155,6 +167,8 @@ class Station:
             return
         self._history, self._interruptions = history, len(parts)
         for event in events:
+            if self.warner is not None:
+                self.warner.event(event)
             self.sinks.event(event)  # the history, the record and the progress line are not among them yet
         if times is not None:
             self.goodput.recall(times[0], times[2], until)

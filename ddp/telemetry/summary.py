@@ -21,7 +21,16 @@ from ddp.telemetry.progress import (
     number_text,
     reading_text,
 )
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.warning_text import warning_rows
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+    headline_metric,
+)
 
 KEPT_READINGS = 512
 KEPT_VALIDATIONS = 64  # one of them is the latest again after a roll-back
@@ -145,6 +154,9 @@ class History:
         if self.target_reached is None and self._info.target_reached_by(record.value(self._info.metric)):
             self.target_reached, self.at_target = record, self._latest
 
+    def layers(self, record: LayersRecord) -> None:
+        """What is off in them comes as a warning."""
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -171,6 +183,7 @@ def summary(
     """
     rows = [("run", _run_text(info, history)), *_validation_rows(info, history), *_noise_rows(info, history)]
     rows += [("advice", advice)] if advice else []
+    rows += warning_rows(history.events)
     rows += [("goodput", goodput)] if goodput else []
     rows += [("report", str(report_path))] if report_path else []
     rows += [("metrics", metrics_url)] if metrics_url else []

@@ -51,7 +51,8 @@ def opened(job: Job, topology: Topology, plan: Plan, resume: str | None, transpo
             return None
         origin = _origin(job, topology, resume)
         measured = read_critical_batches(job.noise_scale.critical_batch_result)
-        station = Station(job.metrics, _run_info(job, topology, plan, origin, transport), measured)
+        warns = job.watching.enabled and job.watching.warnings
+        station = Station(job.metrics, _run_info(job, topology, plan, origin, transport), measured, warns=warns)
         try:
             directory = open_run_directory(
                 origin.job,

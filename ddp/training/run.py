@@ -120,6 +120,8 @@ def _train_opened(place: _Place, plan: Plan, exchange: GradientExchange, run: Op
     )
     if run.station is not None:
         trainer.saving.registry.add("goodput", run.station.goodput)
+        if run.station.warner is not None:
+            trainer.saving.registry.add("warnings", run.station.warner)
     together(lambda: _check_saving(trainer, run))
     try:
         trainer.settle()

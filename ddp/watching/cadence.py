@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 AIM = 0.006  # of all steps' time
 SECOND_LOOK = 16  # steps after the first, whose cost (what is cold, what is made once) says little
@@ -59,10 +58,3 @@ class Cadence:
     def _typical_cost(self) -> float:
         """Without the first look of the process; a median, so that one which the machine held up does not count."""
         return median(list(self._costs)[1:] if len(self._costs) < _LOOKS else self._costs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values. What looks cost is measured again: the next process may run elsewhere."""
-        return {"last": self._last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._last = int(state["last"])

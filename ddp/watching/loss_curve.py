@@ -95,12 +95,13 @@ class LossCurve:
             "stretches": [[each.count, each.total, each.squares] for each in self._stretches],
             "width": self._width,
             "first": list(self._first),
+            "previous": self._previous,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         stretches = [Stretch(int(count), float(total), float(squares)) for count, total, squares in state["stretches"]]
         self._width, self._first = int(state["width"]), [float(each) for each in state["first"]]
-        self._stretches, self._previous = stretches, math.nan
+        self._stretches, self._previous = stretches, float(state["previous"])
 
 
 def _mean(stretches: list[Stretch]) -> float:
