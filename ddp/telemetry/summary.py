@@ -21,7 +21,6 @@ from ddp.telemetry.progress import (
     number_text,
     reading_text,
 )
-from ddp.telemetry.warning_text import warning_rows
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
@@ -31,6 +30,7 @@ from ddp.telemetry.records import (
     StepRecord,
     headline_metric,
 )
+from ddp.telemetry.warning_text import warning_rows
 
 KEPT_READINGS = 512
 KEPT_VALIDATIONS = 64  # one of them is the latest again after a roll-back

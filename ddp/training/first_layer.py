@@ -35,7 +35,7 @@ def weight_pictures(name: str, layer: nn.Module) -> WeightPictures | None:
     else:
         return None
     total, channels, height, width = weight.shape
-    if not SMALLEST_SIDE <= min(height, width) or max(height, width) > LARGEST_SIDE:
+    if not min(height, width) >= SMALLEST_SIDE or max(height, width) > LARGEST_SIDE:
         return None
     kept = weight[:MOST_PICTURES]
     if channels != 3:

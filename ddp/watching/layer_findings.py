@@ -17,7 +17,7 @@ from ddp.watching.layers import LayerStatistics
 AIM = 1e-3
 LARGEST_RATIO, SMALLEST_RATIO = 0.1, 1e-5
 HARDLY = 1e-3  # of the others' ratio: such a layer hardly moves
-LOOKS = 3  # successive ones that must agree
+LOOKS = 2  # successive ones that must agree: looks are rare
 MANY_UNITS = 1 / 3
 ENOUGH_EXAMPLES = 100  # for a unit that was never alive to be called dead
 SMALLEST_STD, LARGEST_STD = 1e-4, 1e3
@@ -61,16 +61,16 @@ def median_ratio(look: Look) -> float:
 
 def _ratios(looks: Sequence[Look], situation: Situation) -> list[Finding]:
     """Of the update to the weights: in most layers, then in single ones that hardly move."""
-    by_layer = _over_looks(looks, lambda layer: layer.update_ratio)
-    if not by_layer:
+    lowest, highest = (_over_looks(looks, lambda layer: layer.update_ratio, over) for over in (min, max))
+    if not lowest:
         return []
-    middle = median(by_layer.values())
-    if middle > LARGEST_RATIO:
-        return [_too_large(by_layer, middle)]
-    slow = middle / situation.rate_share < SMALLEST_RATIO and not situation.rate_rises
+    low, high = median(lowest.values()), median(highest.values())
+    if low > LARGEST_RATIO:
+        return [_too_large(lowest, low)]
+    slow = high / situation.rate_share < SMALLEST_RATIO and not situation.rate_rises
     if slow and situation.loss_share > STILL_HIGH:
-        return [_too_small(middle)]
-    return _hardly_moving(by_layer, middle)
+        return [_too_small(high)]
+    return _hardly_moving(highest, low)
 
 
 def _too_large(by_layer: dict[str, float], middle: float) -> Finding:
@@ -168,11 +168,13 @@ def _vanishing_gradients(looks: Sequence[Look], situation: Situation) -> list[Fi
     ]
 
 
-def _over_looks(looks: Sequence[Look], value: Callable[[LayerStatistics], float]) -> dict[str, float]:
-    """The median of each layer's value over the looks, for layers that have one in all of them."""
+def _over_looks(
+    looks: Sequence[Look], value: Callable[[LayerStatistics], float], over: Callable[[list[float]], float] = median
+) -> dict[str, float]:
+    """Each layer's value `over` the looks, for layers that have one in all of them."""
     values: dict[str, list[float]] = {}
     for look in looks:
         for layer in look:
             if math.isfinite(found := value(layer)):
                 values.setdefault(layer.name, []).append(found)
-    return {name: median(each) for name, each in values.items() if len(each) == len(looks)}
+    return {name: over(each) for name, each in values.items() if len(each) == len(looks)}
