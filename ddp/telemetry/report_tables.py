@@ -41,6 +41,7 @@ EVENTS_IN_WORDS: dict[EventKind, str] = {
     "saved": "saved",
     "save_failed": "save failed",
     "warning": "warning",
+    "stopped_early": "stopped early",
 }
 
 

@@ -29,7 +29,8 @@ class Plan:
     module: nn.Module
     splits: Splits
     course: Course
-    goal: Goal
+    goal: Goal  # of evaluation.metric
+    stopping_goal: Goal  # of early_stopping.monitor
 
     @property
     def batches(self) -> BatchPlan:
@@ -46,6 +47,8 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
     goal = metric_goal(task, job.evaluation.metric)
+    stopping = job.early_stopping
+    stopping_goal = metric_goal(task, stopping.monitor, "early_stopping.monitor")
     training, validation = task.datasets()
     batch = job.batch
     global_batch_size, micro_batch_size = batch.examples_per_step(world_size), batch.examples_at_once(world_size)
@@ -56,7 +59,8 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
             f"{batches.examples:,}"
         )
     splits = Splits(training, validation, _sample(training, size_of(validation)))
-    return Plan(task, module, splits, begin_course(job, batches, batch_statistics=has_batch_statistics(module)), goal)
+    course = begin_course(job, batches, batch_statistics=has_batch_statistics(module))
+    return Plan(task, module, splits, course, goal, stopping_goal if stopping.mode == "auto" else stopping.mode)
 
 
 def size_of(dataset: Dataset[Any]) -> int:

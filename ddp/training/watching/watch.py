@@ -18,9 +18,9 @@ from torch import nn
 from ddp.job import WatchingSection
 from ddp.telemetry.records import LayersRecord
 from ddp.telemetry.sinks import Sinks
-from ddp.training.first_layer import first_layer, weight_pictures
-from ddp.training.layer_outputs import LayerOutputs, is_compiled, saturates
-from ddp.training.layer_weights import ROOT, LayerWeights
+from ddp.training.watching.first_layer import first_layer, weight_pictures
+from ddp.training.watching.outputs import LayerOutputs, is_compiled, saturates
+from ddp.training.watching.weights import ROOT, LayerWeights
 from ddp.watching.cadence import Cadence
 from ddp.watching.layers import WeightPictures
 from ddp.watching.look import Layout, PlaceKind, UnitMemory, read_look

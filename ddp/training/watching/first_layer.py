@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from ddp.training.layer_outputs import CONVOLUTIONS
-from ddp.training.layer_weights import ROOT
+from ddp.training.watching.outputs import CONVOLUTIONS
+from ddp.training.watching.weights import ROOT
 from ddp.watching.layers import WeightPictures
 
 MOST_PICTURES = 64

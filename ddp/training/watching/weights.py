@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ddp.training.value_counts import ValueCounts
+from ddp.training.watching.counts import ValueCounts
 
 ROOT = "model"  # the name of the outermost module, which has no path
 

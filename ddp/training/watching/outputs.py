@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ddp.training.layer_weights import ROOT
-from ddp.training.value_counts import ValueCounts
+from ddp.training.watching.counts import ValueCounts
+from ddp.training.watching.weights import ROOT
 
 MOST_CALLS = 8  # of one activation function in a forward that are told apart; later ones are not watched
 NEAR = 0.03  # of the range: so near its limit a saturating function is flat
