@@ -59,6 +59,7 @@ def test_healthy_layers_are_not_talked_about() -> None:
 def test_a_rate_a_hundred_times_off_is_named(factor: float, situation: Situation, expected: list[str]) -> None:
     assert titles(layer_findings([scaled(factor)] * 2, situation)) == expected
     assert layer_findings([scaled(factor)], situation) == []  # one look may be chance
+    assert titles(layer_findings([scaled(800.0)], situation)) == ["updates too large"]  # not that one
     assert layer_findings([scaled(1.0), scaled(factor)], situation) == []
 
 

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 10
 MOST_RIDGES = 5
-ROW_INCHES = 0.62
-RISE = 0.28  # of a row's height, from one ridge to the one behind
+ROW_INCHES = 0.72
+RISE = 0.4  # of a row's height, from one ridge to the one behind
+CROWDED = 0.15  # of the span to one side: so near zero a number would run into its
 SHOWN_SHARE = 0.999  # of the values; the rest lies farther out
+
+CARD = "#fefefd"  # stands for the page's colour behind a figure, which hides what lies behind a ridge
 
 What = Literal["activations", "gradients"]
 Ridge = tuple[int, Histogram]  # step, counts
@@ -45,17 +48,14 @@ def histogram_chart(looks: Sequence[LayersRecord], what: What, width_inches: flo
     low, high = _range([histogram for each in ridges.values() for _, histogram in each])
     figure = Figure(figsize=(width_inches, 0.55 + ROW_INCHES * len(names)), layout="constrained")
     all_axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    kinds = {layer.name: layer.kind for look in chosen for layer in look.layers}
     for axes, name in zip(all_axes, names, strict=True):
-        _draw_row(axes, name, ridges[name], low, high)
+        _draw_row(axes, f"{short(name)} ({kinds[name]})", ridges[name], low, high)
     _label_values(all_axes[-1], low, high)
     steps = ", ".join(f"{look.step:,}" for look in chosen)
-    return finished_drawing(
-        figure,
-        all_axes[-1],
-        f"histograms of {what}",
-        [Key(f"steps {steps}, the latest in front", "blue", "band")],
-        "value",
-    )
+    key = Key(f"steps {steps}, the latest in front", "blue", "band")
+    drawing = finished_drawing(figure, all_axes[-1], f"histograms of {what}", [key], "value")
+    return Drawing(drawing.svg.replace(CARD, "var(--card)"), drawing.legend)
 
 
 def _values_of(layer: LayerStatistics, what: What) -> float:
@@ -91,7 +91,7 @@ def _range(histograms: Sequence[Histogram]) -> tuple[int, int]:
     return low, max(high, low + 1)
 
 
-def _draw_row(axes: Axes, name: str, ridges: Sequence[Ridge], low: int, high: int) -> None:
+def _draw_row(axes: Axes, label: str, ridges: Sequence[Ridge], low: int, high: int) -> None:
     """The earliest is drawn first and highest, so that later ones stand before it."""
     curves = [_curve(histogram, low, high) for _, histogram in ridges]
     tallest = max((curve.max() for curve in curves), default=1.0) or 1.0
@@ -99,16 +99,15 @@ def _draw_row(axes: Axes, name: str, ridges: Sequence[Ridge], low: int, high: in
     for number, curve in enumerate(curves):
         age = len(curves) - 1 - number
         base, strength = RISE * age, 0.75 - 0.5 * age / max(len(curves) - 1, 1)
-        axes.fill_between(
-            places, base, base + curve / tallest, step="mid", color=PALETTE["blue"], alpha=strength, linewidth=0
-        )
+        axes.fill_between(places, base, base + curve / tallest, color=CARD, linewidth=0)
+        axes.fill_between(places, base, base + curve / tallest, color=PALETTE["blue"], alpha=strength, linewidth=0)
     axes.axvline(0, color=PALETTE["muted"], linewidth=0.6)
     axes.set_ylim(0, 1.05 + RISE * (len(curves) - 1))
     axes.set_yticks([])
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    axes.set_title(short(name), loc="left", fontsize=7.5, pad=1.5, color=PALETTE["ink"])
+    axes.set_title(label, loc="left", fontsize=7.5, pad=1.5, color=PALETTE["ink"])
 
 
 def _curve(histogram: Histogram, low: int, high: int) -> NDArray[np.float64]:
@@ -126,6 +125,8 @@ def _label_values(axes: Axes, low: int, high: int) -> None:
     every = max(1, math.ceil((last - first + 1) / 4))
     exponents = range(last, first - 1, -every)
     places = [exponent / math.log10(2) - low + 0.5 for exponent in exponents]
+    exponents = [each for each, place in zip(exponents, places, strict=True) if place > CROWDED * span]
+    places = places[: len(exponents)]
     axes.set_xticks(
         [*(-place for place in places), 0, *places],
         [*(f"-{10.0**each:g}" for each in exponents), "0", *(f"{10.0**each:g}" for each in exponents)],

@@ -66,9 +66,9 @@ def _pictures(pictures: Sequence[tuple[int, WeightPictures]]) -> list[Chart]:
     charts: list[Chart] = []
     for step, each in pictures:
         count = each.shape[0]
-        which = f"{count:,} of {each.total:,}" if count < each.total else f"all {count:,}"
+        which = f"{count:,} of {each.total:,}" if count < each.total else f"All {count:,}"
         caption = f"{which} filters or units, each scaled by its own largest weight. Noise after long training says that it learns little."
         charts.append(
-            Chart(f"Weights of {each.layer}, the first layer, at step {step:,}", weight_pictures_chart(each), caption)
+            Chart(f"First layer's weights ({each.layer}), step {step:,}", weight_pictures_chart(each), caption)
         )
     return charts

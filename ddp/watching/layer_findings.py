@@ -13,13 +13,14 @@ from statistics import median
 
 from ddp.watching.finding import Finding, listed
 from ddp.watching.layers import LayerStatistics
+from ddp.watching.look import ENOUGH_EXAMPLES
 
 AIM = 1e-3
 LARGEST_RATIO, SMALLEST_RATIO = 0.1, 1e-5
+OVERTURNING = 0.5  # of the weights, in one step: one look is enough
 HARDLY = 1e-3  # of the others' ratio: such a layer hardly moves
 LOOKS = 2  # successive ones that must agree: looks are rare
 MANY_UNITS = 1 / 3
-ENOUGH_EXAMPLES = 100  # for a unit that was never alive to be called dead
 SMALLEST_STD, LARGEST_STD = 1e-4, 1e3
 VANISHED = 1e-4  # the first layer's gradient over the largest one
 STILL_HIGH = 0.5  # of the loss at the start: what is learned slowly by then is slow, later it is done
@@ -47,7 +48,9 @@ def layer_findings(looks: Sequence[Look], situation: Situation) -> list[Finding]
     if not looks:
         return []
     found = [*_dead(looks[-1]), *_saturated(looks[-1])]
-    if len(looks) >= LOOKS:
+    if median_ratio(looks[-1]) > OVERTURNING:
+        found += _ratios(looks[-1:], situation)
+    elif len(looks) >= LOOKS:
         latest = looks[-LOOKS:]
         found += [*_ratios(latest, situation), *_signals(latest), *_vanishing_gradients(latest, situation)]
     return found
@@ -55,13 +58,18 @@ def layer_findings(looks: Sequence[Look], situation: Situation) -> list[Finding]
 
 def median_ratio(look: Look) -> float:
     """Over the layers; NaN where no layer has one."""
-    ratios = [layer.update_ratio for layer in look if math.isfinite(layer.update_ratio)]
+    ratios = [ratio for layer in look if math.isfinite(ratio := _ratio(layer))]
     return median(ratios) if ratios else math.nan
+
+
+def _ratio(layer: LayerStatistics) -> float:
+    """Without normalisations, whose scales begin at 1: however small other layers' weights are, theirs are not."""
+    return math.nan if "Norm" in layer.kind else layer.update_ratio
 
 
 def _ratios(looks: Sequence[Look], situation: Situation) -> list[Finding]:
     """Of the update to the weights: in most layers, then in single ones that hardly move."""
-    lowest, highest = (_over_looks(looks, lambda layer: layer.update_ratio, over) for over in (min, max))
+    lowest, highest = (_over_looks(looks, _ratio, over) for over in (min, max))
     if not lowest:
         return []
     low, high = median(lowest.values()), median(highest.values())

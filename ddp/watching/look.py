@@ -15,7 +15,8 @@ from ddp.watching.layers import LayerStatistics
 
 WEIGHT_SUMS = 3  # squares of the weights before the update, of the update, of the gradient
 PLACE_SUMS = 5  # values, outputs of each unit, examples of those, sum of the values, sum of their squares
-LOOKS = 3  # newest, in all of which a unit was dead or saturated
+ENOUGH_EXAMPLES = 100  # of the newest looks, in all of which a unit was dead or saturated
+MOST_LOOKS = 64  # that this may take
 SATURATED = 0.05  # of a unit's outputs that are lively, at most
 
 
@@ -70,9 +71,11 @@ class UnitMemory:
             lively: of each unit, outputs that pass a gradient on.
             outputs: of each unit, all.
         """
-        looks = self._looks.setdefault(place.name, deque(maxlen=LOOKS))
+        looks = self._looks.setdefault(place.name, deque(maxlen=MOST_LOOKS))
         if outputs:
             looks.append((lively, outputs, examples))
+        while len(looks) > 1 and sum(each for _, _, each in looks) - looks[0][2] >= ENOUGH_EXAMPLES:
+            looks.popleft()
         if not looks:
             return 0, 0
         whole = np.sum([each for each, _, _ in looks], axis=0)
