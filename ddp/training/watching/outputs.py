@@ -58,7 +58,7 @@ def lively_outputs(module: nn.Module) -> Lively | None:
 
 def saturates(module: nn.Module) -> bool:
     """Whether an output that is not lively is near a limit, not dead."""
-    return not isinstance(module, RECTIFIERS)
+    return lively_outputs(module) is not None and not isinstance(module, RECTIFIERS)
 
 
 @dataclass(slots=True)
