@@ -83,7 +83,7 @@ def _capturing(module: nn.Module, outputs: dict[str, list[Tensor]]) -> Iterator[
 
 
 def look_on_rank(rank: int, world_size: int, store_address: str, bins_per_octave: int) -> dict[str, Any]:
-    """Steps 2 and 4 are watched. What rank 0 was told, and what a plain loop says."""
+    """Steps 1, 2 and 4 are watched. What rank 0 was told, and what a plain loop says."""
     with process_group(rank, world_size, store_address):
         torch.manual_seed(0)
         module = Mixed()
@@ -154,7 +154,7 @@ def counted(values: np.ndarray, bins_per_octave: int) -> tuple[int, ...]:
 def test_a_look_is_what_plain_loops_say(rank_pool: RankPool, world_size: int, bins_per_octave: int) -> None:
     found = rank_pool.run(world_size, look_on_rank, bins_per_octave)
     looks: list[LayersRecord] = found[0]["looks"]
-    assert [look.step for look in looks] == [2, 4]
+    assert [look.step for look in looks] == [1, 2, 4]
     for look in looks:
         plain = found[0]["plain"][look.step - 1]
         layers = {layer.name: layer for layer in look.layers}
@@ -162,8 +162,8 @@ def test_a_look_is_what_plain_loops_say(rank_pool: RankPool, world_size: int, bi
         _check_outputs(layers, plain["outputs"], bins_per_octave)
     for each in found:
         own = 8  # hooks of the test's own
-        assert each["hooks"][0] == each["hooks"][2] == own < each["hooks"][1] == each["hooks"][3]
-        assert each["collectives"] == ([0, 0, 0, 0] if world_size == 1 else [0, 2, 0, 1])  # the first agrees on units
+        assert each["hooks"][2] == own < each["hooks"][0] == each["hooks"][1] == each["hooks"][3]
+        assert each["collectives"] == ([0, 0, 0, 0] if world_size == 1 else [2, 1, 0, 1])  # the first agrees on units
 
 
 def _check_weights(layers: dict[str, LayerStatistics], plain: dict[str, Any], bins_per_octave: int) -> None:

@@ -228,4 +228,4 @@ def test_looks_cost_a_fixed_share_and_come_less_often() -> None:
             cheap.looked(step, 1e-9, 0.01)
     assert seen[-1] - seen[-2] == seen[-1] // 200  # not for lack of time, but so that a file stays small
     fixed = Cadence(7)
-    assert [step for step in range(1, 30) if fixed.is_due(step)] == [7, 14, 21, 28]
+    assert [step for step in range(1, 30) if fixed.is_due(step)] == [1, 7, 14, 21, 28]

@@ -15,7 +15,7 @@ class WatchingSection(Section):
     enabled: bool = True
     every: Literal["auto"] | Positive = Field(
         default="auto",
-        description="steps between those whose layers are looked at; auto: the first step, then so rarely that looking takes "
+        description="steps between those whose layers are looked at, beside the first; auto: so rarely that looking takes "
         "less than 1 % of the time as it is measured, and never more often than a two-hundredth of the steps so far",
     )
     activations: bool = Field(

@@ -108,7 +108,19 @@ class WarningSink:
         pairs = [[getattr(pair, name) for name in Pair.__slots__] for pair in self._pairs]
         return {"curve": self._curve.state_dict(), "pairs": pairs}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            KeyError, TypeError, ValueError: it is none that `state_dict` made.
+        """
+        _pairs(state)
+        LossCurve().load_state_dict(state["curve"])
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pairs = [Pair(int(step), int(examples), *map(float, rest)) for step, examples, *rest in state["pairs"]]
+        self._pairs = _pairs(state)
         self._curve.load_state_dict(state["curve"])
-        self._pairs = deque(pairs, maxlen=KEPT_PAIRS)
+
+
+def _pairs(state: Mapping[str, Any]) -> deque[Pair]:
+    pairs = [Pair(int(step), int(examples), *map(float, rest)) for step, examples, *rest in state["pairs"]]
+    return deque(pairs, maxlen=KEPT_PAIRS)

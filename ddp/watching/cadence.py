@@ -18,7 +18,7 @@ class Cadence:
     """Says which steps are watched.
 
     Args:
-        every: steps between two looks; "auto": from what they have cost.
+        every: steps between two looks, after the first step; "auto": from what they have cost.
     """
 
     def __init__(self, every: Literal["auto"] | int) -> None:
@@ -30,7 +30,7 @@ class Cadence:
     def is_due(self, step: int) -> bool:
         """Whether `step`, 1 for the first, is to be watched."""
         if self._fixed is not None:
-            return step % self._fixed == 0
+            return step == 1 or step % self._fixed == 0
         return not self._last or step < self._last or step - self._last >= self.interval(step)
 
     def interval(self, step: int) -> int:

@@ -1,7 +1,8 @@
 """What is off in the layers, from the latest looks at them.
 
 The ratio of update to weight norm is to be about 1e-3 (Stanford CS231n, "Neural networks part 3"). Healthy runs lie a factor
-of ten to both sides of it, small layers under Adam farther above: what is warned of is a factor of a hundred, in most layers.
+of ten to both sides of it, small layers under Adam farther above: what is warned of is a factor of a hundred above, in most
+layers, or of twenty below while the loss is still high.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ddp.watching.layers import LayerStatistics
 from ddp.watching.look import ENOUGH_EXAMPLES
 
 AIM = 1e-3
-LARGEST_RATIO, SMALLEST_RATIO = 0.1, 1e-5
+LARGEST_RATIO, SMALLEST_RATIO = 0.1, 5e-5
 OVERTURNING = 0.5  # of the weights, in one step: one look is enough
 HARDLY = 1e-3  # of the others' ratio: such a layer hardly moves
 LOOKS = 2  # successive ones that must agree: looks are rare
