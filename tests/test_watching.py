@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ddp.job import WatchingSection
 from ddp.telemetry.records import LayersRecord
 from ddp.telemetry.sinks import Sinks
+from ddp.training.evaluation import averaged_buffers
 from ddp.training.watching import LayerWatch
 from ddp.training.watching.first_layer import first_layer, weight_pictures
 from ddp.watching.histogram import Histogram, edges
@@ -277,6 +278,8 @@ def test_a_step_that_is_not_taken_leaves_no_hook() -> None:
     assert watch.wants(2)
     watch.before_forward(2)
     model(torch.randn(3, 4))
+    copied = averaged_buffers(model, world_size=1)  # an evaluation that is due then
+    assert copied(torch.randn(3, 4)).shape == (3, 2)
     assert not watch.wants(3)
     assert not any(each._forward_hooks for each in model.modules())
 

@@ -48,13 +48,13 @@ class Planted:
         self.fault = fault
 
     def model(self) -> nn.Module:
-        model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        first, second = nn.Linear(2, 32), nn.Linear(32, 32)
         with torch.no_grad():
             if self.fault == "dead":
-                model[2].bias -= 100.0
+                second.bias -= 100.0
             if self.fault == "saturated":
-                model[0].weight *= 1000.0
-        return model
+                first.weight *= 1000.0
+        return nn.Sequential(first, nn.Tanh(), second, nn.ReLU(), nn.Linear(32, 4))
 
     def datasets(self) -> tuple[TensorExamples, TensorExamples]:
         points = torch.randn(1_280, 2, generator=torch.Generator().manual_seed(4))

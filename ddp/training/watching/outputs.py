@@ -136,6 +136,10 @@ class LayerOutputs:
             handle.remove()
         self._handles = []
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> LayerOutputs:
+        """A model that is copied for an evaluation while hooks are on it, after a step that was passed over, keeps them."""
+        return self
+
     @property
     def any_called(self) -> bool:
         return bool(self.order)
@@ -174,9 +178,9 @@ class LayerOutputs:
 
     def _called(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         began = time.perf_counter()
-        if _inside_backward():  # a checkpointed part of the model computes again what was counted
+        index = self._first.get(module)
+        if index is None or _inside_backward():  # a copy; a checkpointed part, which computes again what was counted
             return
-        index = self._first[module]
         place = self.places[index]
         if not place.has_parameters:
             call = self._calls[module] = self._calls.get(module, 0) + 1
