@@ -10,7 +10,7 @@ from typing import Any
 from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, RunEvent, RunInfo, StepRecord
 from ddp.watching.curve_findings import curve_findings
 from ddp.watching.finding import Finding, title_of
-from ddp.watching.gap_findings import Pair, gap_findings
+from ddp.watching.gap_findings import TOO_SMALL, Pair, gap_findings
 from ddp.watching.layer_findings import LOOKS, Look, Situation, layer_findings, median_ratio
 from ddp.watching.loss_curve import LossCurve
 
@@ -94,6 +94,8 @@ class WarningSink:
 
     def _tell(self, findings: list[Finding], step: int, unix_time: float) -> None:
         for finding in findings:
+            if finding.title == TOO_SMALL and self._said:
+                continue  # what was said before is the likelier cause
             if finding.title not in self._said:
                 self._said.add(finding.title)
                 self._say(RunEvent(step, unix_time, "warning", -1, finding.sentence))

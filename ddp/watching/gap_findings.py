@@ -16,6 +16,7 @@ EVALUATIONS = 6  # before a model may be called too small
 RISEN = 0.05  # of the loss at the start, and
 RISEN_RATIO = 1.2  # times the lowest, in each of the latest
 LATEST = 2
+TOO_SMALL = "training and validation accuracy stand still, and low"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _too_small(pairs: Sequence[Pair]) -> list[Finding]:
         return []
     return [
         Finding(
-            "training and validation accuracy stand still, and low",
+            TOO_SMALL,
             f"at {_percent(last.training_accuracy)} and {_percent(last.validation_accuracy)}: the model does not fit the training set "
             "either; take a larger one, unless the data leaves no more to learn or the learning rate is off",
         )
