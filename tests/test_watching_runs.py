@@ -240,8 +240,8 @@ def test_a_warning_is_said_once_also_after_a_restart_and_in_the_summary() -> Non
     assert [event.text.partition(":")[0] for event in said] == ["dead units in relu", "updates too large"]
     again = WarningSink(info, said.append)
     again.load_state_dict(sink.state_dict())
-    for event in said[:]:
-        again.event(event)
+    again.recall([], said[:])
+    for event in said:
         history.event(event)
     again.layers(look(70, ratio=0.4))
     again.layers(look(80, ratio=0.4))
@@ -258,6 +258,11 @@ def test_a_run_as_it_should_be_goes_without_a_word() -> None:
     for record in _overfitted():
         sink.evaluation(record)
     assert [event.text.partition(":")[0] for event in said] == ["large gap between training and validation"]
+    told, resumed = list(said), WarningSink(run_info(), said.append)
+    resumed.recall(_overfitted()[:-1], [])
+    assert said == told  # of what earlier parts saw nothing is said
+    resumed.evaluation(_overfitted()[-1])
+    assert len(said) == 2
 
 
 def _overfitted() -> list[EvaluationRecord]:

@@ -158,7 +158,7 @@ class Station:
                 for event in events:
                     history.event(event)
                 steps = takewhile(lambda each: each.step <= until, read_steps(database))
-                evaluations = takewhile(lambda each: each.step <= until, read_evaluations(database))
+                evaluations = [each for each in read_evaluations(database) if each.step <= until]
                 changes = takewhile(lambda each: each.step <= until, read_batch_changes(database))
                 replay(steps, evaluations, changes, history)
         except Exception as error:  # damaged, perhaps: a run must not fail for what it was
@@ -166,9 +166,9 @@ class Station:
             logger.warning("the summary will not know the steps before this part: %s", str(error))
             return
         self._history, self._interruptions = history, len(parts)
+        if self.warner is not None:
+            self.warner.recall(evaluations, events)
         for event in events:
-            if self.warner is not None:
-                self.warner.event(event)
             self.sinks.event(event)  # the history, the record and the progress line are not among them yet
         if times is not None:
             self.goodput.recall(times[0], times[2], until)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, RunEvent, RunInfo, StepRecord
@@ -22,7 +22,7 @@ PRESENT = 0.9  # of the curve: from here on it is "now"
 class WarningSink:
     """A `Sink` that tells the others.
 
-    What it knows of curves goes into checkpoints. What it has said comes back as events, which the record keeps.
+    The loss curve goes into checkpoints. Evaluations, and what it has said, come back from the record: see `recall`.
     """
 
     def __init__(self, info: RunInfo, say: Callable[[RunEvent], None]) -> None:
@@ -47,16 +47,30 @@ class WarningSink:
         """The training sample comes before the validation set."""
         if record.split == "training":
             self._training = record
+        if self._take_pair(record):
+            self._tell(gap_findings(list(self._pairs), self._curve.start), record.step, record.unix_time)
+
+    def recall(self, evaluations: Iterable[EvaluationRecord], events: Iterable[RunEvent]) -> None:
+        """What earlier parts of the run recorded; nothing is said of it again."""
+        for event in events:
+            self.event(event)
+        for record in evaluations:
+            if record.split == "training":
+                self._training = record
+            self._take_pair(record)
+
+    def _take_pair(self, record: EvaluationRecord) -> bool:
+        """Whether `record` and the training sample's before it are of one step."""
         training = self._training
         if record.split != "validation" or training is None or training.step != record.step:
-            return
+            return False
         self._pairs.append(
             Pair(
                 *(record.step, record.examples, training.loss, record.loss),
                 *(self._accuracy(training), self._accuracy(record)),
             )
         )
-        self._tell(gap_findings(list(self._pairs), self._curve.start), record.step, record.unix_time)
+        return True
 
     def layers(self, record: LayersRecord) -> None:
         self._looks.append((record.step, record.layers))
@@ -107,22 +121,14 @@ class WarningSink:
         self._training = None
 
     def state_dict(self) -> dict[str, Any]:
-        pairs = [[getattr(pair, name) for name in Pair.__slots__] for pair in self._pairs]
-        return {"curve": self._curve.state_dict(), "pairs": pairs}
+        return self._curve.state_dict()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """
         Raises:
             KeyError, TypeError, ValueError: it is none that `state_dict` made.
         """
-        _pairs(state)
-        LossCurve().load_state_dict(state["curve"])
+        LossCurve().load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._pairs = _pairs(state)
-        self._curve.load_state_dict(state["curve"])
-
-
-def _pairs(state: Mapping[str, Any]) -> deque[Pair]:
-    pairs = [Pair(int(step), int(examples), *map(float, rest)) for step, examples, *rest in state["pairs"]]
-    return deque(pairs, maxlen=KEPT_PAIRS)
+        self._curve.load_state_dict(state)
