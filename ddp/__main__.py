@@ -13,6 +13,7 @@ import typer
 
 from ddp import outcome
 from ddp.board import PhaseBoard
+from ddp.check.command import check
 from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
@@ -78,6 +79,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
     print(write_report(run_directory))
 
 
+app.command()(check)
 app.command()(advise)
 app.command()(checkpoints)
 app.command()(export)

@@ -8,11 +8,13 @@ schedules and transports are listed here for the same reason; the code behind th
 from ddp.job.batch import UNITS, BatchSection
 from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.fields import Positive, PositiveFloat, Section
+from ddp.job.initialisation import InitialisationSection
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
-from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.optimization import GroupSection, OptimizerSection
 from ddp.job.plain_file import read_plain_file
 from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
+from ddp.job.regularisation import Regulariser, regularisers, with_regulariser, without_regularisation
 from ddp.job.run_id import (
     RUN_ID,
     RUN_ID_VARIABLE,
@@ -21,6 +23,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
+from ddp.job.schedule import ScheduleSection
 from ddp.job.secret_hooks import hide_secrets_in_hooks
 from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
 from ddp.job.sections import (
@@ -58,6 +61,8 @@ __all__ = [
     "DigitsSection",
     "EarlyStoppingSection",
     "FaultsSection",
+    "GroupSection",
+    "InitialisationSection",
     "Job",
     "MetricsSection",
     "NoiseScaleSection",
@@ -68,6 +73,7 @@ __all__ = [
     "PrecisionSection",
     "QuadraticSection",
     "RedactingFormatter",
+    "Regulariser",
     "ScheduleSection",
     "Section",
     "TaskSection",
@@ -87,7 +93,10 @@ __all__ = [
     "read_private_file",
     "read_toml",
     "redact",
+    "regularisers",
     "resolve_run_id",
     "resolve_secrets",
     "run_id_is_given",
+    "with_regulariser",
+    "without_regularisation",
 ]

@@ -15,8 +15,10 @@ from ddp.job.batch import BatchSection
 from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.faults import in_words
 from ddp.job.fields import Section
-from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.initialisation import InitialisationSection
+from ddp.job.optimization import OptimizerSection
 from ddp.job.precision import NormalisationSection, PrecisionSection
+from ddp.job.schedule import ScheduleSection
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -43,6 +45,7 @@ class Job(Section):
     batch: BatchSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    initialisation: InitialisationSection = InitialisationSection()
     precision: PrecisionSection = PrecisionSection()
     normalisation: NormalisationSection = NormalisationSection()
     averaged_weights: AveragedWeightsSection = AveragedWeightsSection()

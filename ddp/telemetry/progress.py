@@ -35,6 +35,7 @@ REDRAW_SECONDS = 0.2
 RATE_STEPS = 50  # steps that the rate is taken over
 BAR_WIDTH = 16
 METRIC_NAMES: dict[Metric, str] = {"plain": "plain", "preconditioned": "Adam's metric"}
+OWN_METRIC_UNKNOWN = ("adagrad", "rmsprop", "adadelta")  # their steps have a metric of their own, and none is measured
 
 
 def render_line(

@@ -21,7 +21,7 @@ from ddp.telemetry.layer_figures import DRAWN_LOOKS, layer_figures
 from ddp.telemetry.layer_record import read_looks, read_pictures
 from ddp.telemetry.noise_charts import noise_chart
 from ddp.telemetry.page_file import write_page
-from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
+from ddp.telemetry.progress import METRIC_NAMES, OWN_METRIC_UNKNOWN, done_share, epochs_text
 from ddp.telemetry.record_values import readable
 from ddp.telemetry.recording import PartsMoment
 from ddp.telemetry.records import (
@@ -219,6 +219,11 @@ def _noise_figure(recorded: Recorded, headline: Metric) -> Chart:
 def _limits(recorded: Recorded) -> list[str]:
     """Where the way it was measured limits the number."""
     info, limits = recorded.info, list[str]()
+    if info.optimizer in OWN_METRIC_UNKNOWN:
+        limits.append(
+            f"It is the plain one, tr(Sigma)/|G|^2, which fits SGD's steps; {info.optimizer} scales gradients in a metric of "
+            "its own, in which it is not measured."
+        )
     if info.batch_statistics:
         limits.append(
             "The model normalises over its batches, so the examples of a micro-batch depend on each other: the number "

@@ -14,6 +14,7 @@ from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Method, Metric, NoiseReadings
 from ddp.telemetry.progress import (
     METRIC_NAMES,
+    OWN_METRIC_UNKNOWN,
     epochs_text,
     in_epochs,
     metric_text,
@@ -222,7 +223,8 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     batch = ("global batch", _batch_text(info, history))
     if history.latest is None:
         return [("noise scale", "not measured"), batch]
-    rows = [("noise scale", f"{_reading_in_full(history.latest)} {as_of_text(info, history.latest)}"), batch]
+    plain = f" in the plain metric, not {info.optimizer}'s own," if info.optimizer in OWN_METRIC_UNKNOWN else ""
+    rows = [("noise scale", f"{_reading_in_full(history.latest)}{plain} {as_of_text(info, history.latest)}"), batch]
     measured = [timed for timed in history.readings if timed.reading.state != "unresolved"]
     shown = _spread(measured, SHOWN_READINGS)
     path = [

@@ -16,10 +16,12 @@ from torch.utils.data import Dataset
 
 from ddp.job import UNITS, Job
 from ddp.noise.noise_scale import Reading
+from ddp.tasks.base import Goal
 from ddp.telemetry.records import BatchChange
 from ddp.training.batch_size import BatchSizeController, Limits
 from ddp.training.data import BatchPlan, StepData, fetch_step, fetcher
 from ddp.training.loader import LeastParts, Loader
+from ddp.training.plateau import Plateau
 from ddp.training.schedules import LearningRate
 from ddp.transport.row import StepRow
 
@@ -107,6 +109,19 @@ class Course:
             steps_per_epoch = self.plan.examples / data.global_examples
         return self.rate.advance(self.plan.global_batch_size, steps_per_epoch, reading)
 
+    @property
+    def momentum(self) -> float:
+        """Of this step, once its learning rate was asked for; 0 where the optimizer has none."""
+        return self.rate.momentum
+
+    def take_evaluation(self, step_count: int, value: float) -> str:
+        """The metric that a plateau follows, evaluated after this step when that was due; what comes of it, in words."""
+        plateau = self.rate.plateau
+        if plateau is None or not plateau.observe(step_count, value):
+            return ""
+        rate = plateau.peak * plateau.scale
+        return f"nothing gained in {plateau.section.patience + 1} evaluations: the learning rate falls to {rate:.3g}"
+
     def adapt(
         self, data: StepData, rows: Sequence[StepRow], reading: Reading | None, step_count: int
     ) -> BatchChange | None:
@@ -163,12 +178,14 @@ class Course:
             self.plan = replace(self.plan, global_batch_size=size, micro_batch_size=micro)
 
 
-def begin_course(job: Job, plan: BatchPlan, *, batch_statistics: bool = False) -> Course:
+def begin_course(job: Job, plan: BatchPlan, *, batch_statistics: bool = False, goal: Goal = "min") -> Course:
     """The course of a new run; a resumed one then loads its state.
 
-    `batch_statistics`: a micro-batch of another size gives another gradient.
+    `batch_statistics`: a micro-batch of another size gives another gradient. `goal`: of the metric that a plateau follows.
     """
     rate = LearningRate(job, first_batch_size=plan.global_batch_size, first_steps_per_epoch=plan.steps_per_epoch)
+    if job.schedule.name == "plateau":
+        rate.plateau = Plateau(job.schedule, goal, job.optimizer.learning_rate)
     if not job.batch.adapts:
         return Course(plan, rate)
     smallest, largest = job.batch.limits(plan.world_size, plan.examples)

@@ -19,6 +19,7 @@ from ddp.tasks.base import Goal, Task, metric_goal
 from ddp.training.course import Course, begin_course
 from ddp.training.data import BatchPlan
 from ddp.training.evaluation import Splits
+from ddp.training.initialisation import initialise_
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,10 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
     task = load_task(job.task, allow_import=allow_import)
     torch.manual_seed(job.run.seed)  # whatever building the task drew
     module = task.model()
+    initialise_(module, job.initialisation, job.run.seed)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
+        frozen = "with what initialisation.freeze names " if job.initialisation.freeze else ""
+        raise UsageError(f"task: {frozen}the model has no parameter that takes a gradient: nothing to train")
     goal = metric_goal(task, job.evaluation.metric)
     stopping = job.early_stopping
     stopping_goal = metric_goal(task, stopping.monitor, "early_stopping.monitor")
@@ -59,7 +62,11 @@ def plan_run(job: Job, world_size: int, *, allow_import: Sequence[str] = ()) -> 
             f"{batches.examples:,}"
         )
     splits = Splits(training, validation, _sample(training, size_of(validation)))
-    course = begin_course(job, batches, batch_statistics=has_batch_statistics(module))
+    course = begin_course(
+        *(job, batches),
+        batch_statistics=has_batch_statistics(module),
+        goal=goal if job.schedule.metric is None else metric_goal(task, job.schedule.metric, "schedule.metric"),
+    )
     return Plan(task, module, splits, course, goal, stopping_goal if stopping.mode == "auto" else stopping.mode)
 
 

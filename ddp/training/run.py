@@ -88,6 +88,7 @@ def _train_opened(place: Place, plan: Plan, exchange: GradientExchange, run: Ope
         checkpoints=run.directory.checkpoints,
         board=place.roll.board,
         loader=loader,
+        fresh=run.origin.checkpoint is None,
     )
     if run.station is not None:
         trainer.saving.registry.add("goodput", run.station.goodput)

@@ -27,7 +27,7 @@ from typing import Any
 from ddp.errors import UsageError
 from ddp.job import Job, check_run_id, load_job
 
-# A resumed run may be longer, be watched, stored and carried in another way; all else its numbers depend on.
+# A resumed run may be longer or end otherwise, be watched, stored, computed and carried in another way; all else its numbers depend on.
 MAY_CHANGE = (
     "run.id",
     "run.directory",
@@ -35,6 +35,10 @@ MAY_CHANGE = (
     "run.steps",
     "run.device",
     "run.threads_per_rank",
+    "early_stopping",
+    "averaged_weights",
+    "precision.compile",
+    "precision.activation_checkpointing",
     "data",
     "transport",
     "noise_scale",

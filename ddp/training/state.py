@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ddp.errors import CheckpointError
 from ddp.training.extra_state import ExtraState
+from ddp.training.optimizers import moments
 from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.registry import Registry
 from ddp.training.trainer import Trainer
@@ -52,16 +53,15 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     registry.add("random", Generators(), owner="rank alone", required=True)
 
 
-MOMENTS = {"adam": 2, "adamw": 2}  # of the size of the parameters, that an optimizer will have; of others one
 READINGS_BYTES = 1 << 20  # that the windows of the noise scale grow to, where layers are few
 
 
 def expected_bytes(trainer: Trainer) -> int:
     """What a checkpoint will take, over all ranks, without the small parts: before a first step has made the moments."""
-    module, moments = trainer.model.module, MOMENTS.get(trainer.job.optimizer.name, 1)
+    module = trainer.model.module
     trained = sum(_bytes(each) for each in module.parameters() if each.requires_grad)
     kept = sum(map(_bytes, module.parameters())) + trainer.world_size * sum(map(_bytes, module.buffers()))
-    return kept + moments * trained + READINGS_BYTES * (trainer.watch.tracker is not None)
+    return kept + moments(trainer.job.optimizer) * trained + READINGS_BYTES * (trainer.watch.tracker is not None)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -118,8 +118,13 @@ class OptimizerState:
         sizes, here = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], self._groups))
         if sizes != here:
             raise CheckpointError(f"belongs to another optimizer: its groups have {sizes} parameters, here {here}")
-        if not all(type(group.get("lr")) in (int, float) for group in state["param_groups"]):
-            raise CheckpointError("belongs to another optimizer: its learning rates are no numbers")
+        for saved, group in zip(state["param_groups"], self._groups, strict=True):
+            if not all(type(saved.get(key, 1.0)) in (int, float) for key in ("lr", "learning_rate_factor")):
+                raise CheckpointError("belongs to another optimizer: its learning rates are no numbers")
+            if (names := saved.get("param_names")) != (here := group.get("param_names")) and names and here:
+                raise CheckpointError(
+                    f"belongs to another optimizer: a group of {', '.join(map(str, names[:3]))} there, of {', '.join(here[:3])} here"
+                )
         parameters = [parameter for group in self._groups for parameter in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
