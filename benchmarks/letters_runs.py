@@ -128,7 +128,7 @@ def _find(here: Session, steps: int) -> Found:
     dist.barrier()
     with clocks:
         found = find_learning_rate(here, low=LOWEST_RATE[here.job.optimizer.name], steps=steps)
-    return {"found": found.half_way or math.nan, **clocks.of_all_ranks()}
+    return {"found": math.nan if found.half_way is None else found.half_way, **clocks.of_all_ranks()}
 
 
 def _pace(here: Session, steps: int) -> Found:
@@ -196,6 +196,10 @@ class Latest:
     def evaluation(self, record: object) -> None: ...
 
     def batch_change(self, record: object) -> None: ...
+
+    def layers(self, record: object) -> None: ...
+
+    def parameters(self, record: object) -> None: ...
 
     def event(self, record: object) -> None: ...
 

@@ -54,6 +54,7 @@ from ddp.job.tasks import (
 )
 from ddp.job.toml_file import read_toml
 from ddp.job.trackers import TrackersSection
+from ddp.job.watching import WatchingSection
 
 __all__ = [
     "RUN_ID",
@@ -92,6 +93,7 @@ __all__ = [
     "TextSection",
     "TrackersSection",
     "TransportSection",
+    "WatchingSection",
     "apply_overrides",
     "check_exposure",
     "check_import",

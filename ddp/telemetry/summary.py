@@ -25,12 +25,14 @@ from ddp.telemetry.progress import (
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
+    LayersRecord,
     ParametersRecord,
     RunEvent,
     RunInfo,
     StepRecord,
     headline_metric,
 )
+from ddp.telemetry.warning_text import warning_rows
 
 KEPT_READINGS = 512
 KEPT_VALIDATIONS = 64  # one of them is the latest again after a roll-back
@@ -157,6 +159,9 @@ class History:
         if self.target_reached is None and self._info.target_reached_by(record.value(self._info.metric)):
             self.target_reached, self.at_target = record, self._latest
 
+    def layers(self, record: LayersRecord) -> None:
+        """What is off in them comes as a warning."""
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -183,6 +188,7 @@ def summary(
     """
     rows = [("run", _run_text(info, history)), *_validation_rows(info, history), *_noise_rows(info, history)]
     rows += [("advice", advice)] if advice else []
+    rows += warning_rows(history.events)
     rows += [("goodput", goodput)] if goodput else []
     rows += [("report", str(report_path))] if report_path else []
     rows += [("metrics", metrics_url)] if metrics_url else []

@@ -52,8 +52,9 @@ def opened(job: Job, topology: Topology, plan: Plan, resume: str | None, transpo
         origin = _origin(job, topology, resume)
         measured = read_critical_batches(job.noise_scale.critical_batch_result)
         info = _run_info(job, topology, plan, origin, transport)
+        warns = job.watching.enabled and job.watching.warnings
         station = Station(
-            job.metrics, info, measured, job.trackers, flat(job.model_dump(mode="json", exclude_none=True))
+            job.metrics, info, measured, job.trackers, flat(job.model_dump(mode="json", exclude_none=True)), warns=warns
         )
         try:
             directory = open_run_directory(

@@ -30,6 +30,7 @@ from ddp.training.plan import Plan, plan_run
 from ddp.training.signals import StopRequest
 from ddp.training.state import expected_bytes
 from ddp.training.trainer import Trainer
+from ddp.training.watching import LayerWatch
 from ddp.transport.comm_hook import GradientExchange
 
 logger = logging.getLogger("ddp.training")
@@ -93,6 +94,10 @@ def _train_opened(place: Place, plan: Plan, exchange: GradientExchange, run: Ope
     trainer.observers.append(ParameterTable(place.job.record, trainer.model.module))
     if run.station is not None:
         trainer.saving.registry.add("goodput", run.station.goodput)
+        if run.station.warner is not None:
+            trainer.saving.registry.add("warnings", run.station.warner)
+    if place.job.watching.enabled:
+        trainer.observers.append(_layer_watch(trainer))
     together(lambda: _check_saving(trainer, run))
     try:
         trainer.settle()
@@ -107,6 +112,16 @@ def _train_opened(place: Place, plan: Plan, exchange: GradientExchange, run: Ope
         raise
     finally:
         trainer.saving.close()
+
+
+def _layer_watch(trainer: Trainer) -> LayerWatch:
+    return LayerWatch(
+        trainer.job.watching,
+        trainer.model,
+        rank=trainer.rank,
+        world_size=trainer.world_size,
+        device=trainer.device,
+    )
 
 
 def _say_if_it_rounds_otherwise(trainer: Trainer) -> None:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ddp.job import redact
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+)
 from ddp.telemetry.trackers.lines import LoggedRecord, line, run_line, text
 
 FILE_NAME = "log.jsonl"
@@ -57,6 +65,9 @@ class JsonLines:
 
     def event(self, record: RunEvent) -> None:
         self._put(record)
+
+    def layers(self, record: LayersRecord) -> None:
+        """In run.db and the report."""
 
     def parameters(self, record: ParametersRecord) -> None:
         """In run.db alone."""
