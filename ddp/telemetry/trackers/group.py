@@ -35,7 +35,8 @@ def check_trackers(section: TrackersSection) -> None:
         UsageError: a tracker that the job names is not installed.
     """
     for name in section.names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name in the working directory is none
             raise UsageError(f"trackers.names: {name} is not installed: pip install -e '.[{EXTRAS[name]}]'")
 
 
