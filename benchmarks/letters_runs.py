@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ddp.lr_finder.range_test import find_learning_rate
 
 from ddp.errors import DivergedError
 from ddp.job import Job, parse_job
+from ddp.lr_finder.range_test import find_learning_rate
 from ddp.telemetry.records import StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import Topology

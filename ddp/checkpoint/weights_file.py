@@ -7,7 +7,7 @@ from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ddp.checkpoint.layout import LENGTH_BYTES, Place, header_length, parse_any
 from ddp.checkpoint.ownership import open_own
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class WeightsFile:
-    """An open file: `shapes` by name, and the tensors that are asked for. Use as a context manager.
+    """An open file: its `texts`, `shapes` by name, and the tensors that are asked for. Use as a context manager.
 
     Raises:
         CheckpointError: it is a link, another user's, cannot be read, or is no safetensors file.
@@ -32,7 +32,7 @@ class WeightsFile:
             raise CheckpointError(f"{path}: is a link, which is not followed: name the file that it leads to")
         self._file = open_own(path)
         try:
-            self._begin, self._places = self._guarded(self._header)
+            self._begin, self._places, self.texts = self._guarded(self._header)
         except CheckpointError:
             self._file.close()
             raise
@@ -51,13 +51,13 @@ class WeightsFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
-    def _header(self) -> tuple[int, dict[str, Place]]:
+    def _header(self) -> tuple[int, dict[str, Place], dict[str, Any]]:
         file: BufferedReader = self._file
         file_bytes = os.fstat(file.fileno()).st_size
         length = header_length(file.read(LENGTH_BYTES), file_bytes)
         begin = LENGTH_BYTES + length
-        _, places = parse_any(file.read(length), file_bytes - begin)
-        return begin, {place.name: place for place in places}
+        texts, places = parse_any(file.read(length), file_bytes - begin)
+        return begin, {place.name: place for place in places}, dict(texts)
 
     def _tensor(self, place: Place) -> Tensor:
         from ddp.checkpoint.tensors import make

@@ -21,6 +21,7 @@ from ddp.job.optimization import GroupSection, OptimizerSection
 from ddp.job.plain_file import opened_plain_file, read_plain_file
 from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
+from ddp.job.record import RecordSection
 from ddp.job.regularisation import Regulariser, regularisers, with_regulariser, without_regularisation
 from ddp.job.run_id import (
     RUN_ID,
@@ -32,7 +33,7 @@ from ddp.job.run_id import (
 )
 from ddp.job.schedule import ScheduleSection
 from ddp.job.secret_hooks import hide_secrets_in_hooks
-from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
+from ddp.job.secrets import RedactingFormatter, hide, redact, resolve_secrets
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -52,6 +53,7 @@ from ddp.job.tasks import (
     check_import,
 )
 from ddp.job.toml_file import read_toml
+from ddp.job.trackers import TrackersSection
 
 __all__ = [
     "RUN_ID",
@@ -80,6 +82,7 @@ __all__ = [
     "PositiveFloat",
     "PrecisionSection",
     "QuadraticSection",
+    "RecordSection",
     "RedactingFormatter",
     "Regulariser",
     "ScheduleSection",
@@ -87,12 +90,14 @@ __all__ = [
     "SyntheticImagesSection",
     "TaskSection",
     "TextSection",
+    "TrackersSection",
     "TransportSection",
     "apply_overrides",
     "check_exposure",
     "check_import",
     "check_run_id",
     "generate_run_id",
+    "hide",
     "hide_secrets_in_hooks",
     "is_loopback",
     "load_job",

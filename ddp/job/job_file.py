@@ -18,6 +18,7 @@ from ddp.job.fields import Section
 from ddp.job.initialisation import InitialisationSection
 from ddp.job.optimization import OptimizerSection
 from ddp.job.precision import NormalisationSection, PrecisionSection
+from ddp.job.record import RecordSection
 from ddp.job.schedule import ScheduleSection
 from ddp.job.sections import (
     CheckpointSection,
@@ -31,6 +32,7 @@ from ddp.job.sections import (
 )
 from ddp.job.tasks import TaskSection
 from ddp.job.toml_file import DEEPEST, is_too_deep, read_toml, toml_value
+from ddp.job.trackers import TrackersSection
 
 MOST_FAULTS = 20  # that are told of at once
 LONGEST_FAULT = 1000  # characters
@@ -56,6 +58,8 @@ class Job(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     faults: FaultsSection = FaultsSection()
     metrics: MetricsSection = MetricsSection()
+    record: RecordSection = RecordSection()
+    trackers: TrackersSection = TrackersSection()
 
     @model_validator(mode="after")
     def _what_adapts_is_measured(self) -> Self:

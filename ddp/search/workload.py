@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset
 
 from ddp.errors import UsageError
+from ddp.job import OptimizerSection
 from ddp.search.sweep_file import Sweep
 from ddp.tasks import load_task
 from ddp.tasks.base import Batch, Task, metric_goal
@@ -76,13 +77,12 @@ def make_model(workload: Workload, seed: int) -> nn.Module:
     return model
 
 
-def rehearse(workload: Workload) -> None:
-    """Build a model and step an optimizer once: torch then imports what it puts off, 2 s that each fork would pay.
+def rehearse(model: nn.Module, section: OptimizerSection) -> None:
+    """Step an optimizer on `model` once: torch then imports what it puts off, 2 s that each fork would pay.
 
     No backward, whose threads a fork would not have.
     """
-    model = make_model(workload, workload.sweep.job.run.seed)
-    optimizer = build_optimizer(workload.sweep.job.optimizer, model.named_parameters())
+    optimizer = build_optimizer(section, model.named_parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()

@@ -22,7 +22,15 @@ from ddp.telemetry.progress import (
     number_text,
     reading_text,
 )
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+    headline_metric,
+)
 
 KEPT_READINGS = 512
 KEPT_VALIDATIONS = 64  # one of them is the latest again after a roll-back
@@ -124,6 +132,9 @@ class History:
         self._validations = deque(kept, maxlen=KEPT_VALIDATIONS)
         if _until(step, self.target_reached) is None:
             self.target_reached = self.at_target = None
+
+    def parameters(self, record: ParametersRecord) -> None:
+        """The summary does not speak of them."""
 
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(record)
