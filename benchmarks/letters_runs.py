@@ -31,10 +31,7 @@ LONGER = 1.04  # between two evaluations
 VALIDATION_BATCH = 256
 WARM_STEPS = 20
 NETWORK = {"channels": 8, "units": 64, "activation": "gelu", "batch_norm": False}
-LOWEST_RATE, FIND_STEPS = (
-    1e-5,
-    300,
-)  # of the range test: more decades, or fewer steps in each, and nothing is learnt in it
+LOWEST_RATE = {"sgd": 1e-3, "adam": 1e-5}  # of the range test: with fewer steps a decade nothing is learnt in it
 
 Found = dict[str, float]
 Request = Mapping[str, Any]
@@ -194,6 +191,8 @@ class Latest:
             self.noise_scale = record.noise.readable.noise_scale
 
     def evaluation(self, record: object) -> None: ...
+
+    def parameters(self, record: object) -> None: ...
 
     def batch_change(self, record: object) -> None: ...
 
