@@ -19,6 +19,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
+from ddp.job.sampling import SamplingSection
 from ddp.job.secret_hooks import hide_secrets_in_hooks
 from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
 from ddp.job.sections import (
@@ -61,6 +62,7 @@ __all__ = [
     "PositiveFloat",
     "QuadraticSection",
     "RedactingFormatter",
+    "SamplingSection",
     "ScheduleSection",
     "Section",
     "TaskSection",

@@ -15,6 +15,7 @@ from ddp.job.batch import BatchSection
 from ddp.job.faults import in_words
 from ddp.job.fields import Section
 from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.sampling import SamplingSection
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -41,6 +42,7 @@ class Job(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     data: DataSection = DataSection()
+    sampling: SamplingSection = SamplingSection()
     transport: TransportSection = TransportSection()
     noise_scale: NoiseScaleSection = NoiseScaleSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -41,6 +41,7 @@ class RunInfo:
     nodes: int = 1
     gradient_bytes: int = 0  # what one all-reduce of the whole gradient averages
     learning_rate_rule: str = "none"  # how the learning rate follows the batch size
+    sampling: str = "uniform"  # how training examples are drawn: the noise scale is that of this distribution
     batch_statistics: bool = False  # a layer normalises over the batch, which makes a batch's examples dependent
 
     def target_reached_by(self, value: float | None) -> bool:

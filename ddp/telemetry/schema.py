@@ -21,7 +21,7 @@ from dataclasses import fields
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry.records import PHASES
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 WHOLE_MODEL = ""  # `readings.part` where the reading is of no part
 PLAIN_PLACE, PRECONDITIONED_PLACE, FIRST_PART_PLACE = 0, 1, 2  # `readings.place`
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS run (
     micro_batch_size INTEGER NOT NULL, training_examples INTEGER NOT NULL, validation_examples INTEGER NOT NULL,
     steps INTEGER NOT NULL, steps_per_epoch INTEGER NOT NULL, epochs REAL NOT NULL, metric TEXT NOT NULL,
     target REAL, start_step INTEGER NOT NULL, restarts INTEGER NOT NULL, goal TEXT NOT NULL, nodes INTEGER NOT NULL,
-    gradient_bytes INTEGER NOT NULL, learning_rate_rule TEXT NOT NULL, batch_statistics INTEGER NOT NULL);
+    gradient_bytes INTEGER NOT NULL, learning_rate_rule TEXT NOT NULL, sampling TEXT NOT NULL, batch_statistics INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS steps (
     step INTEGER PRIMARY KEY, part INTEGER NOT NULL, epoch REAL, unix_time REAL, examples INTEGER NOT NULL,
     examples_total INTEGER NOT NULL, loss REAL, learning_rate REAL, gradient_norm REAL, duration_seconds REAL,

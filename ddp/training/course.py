@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from ddp.job import UNITS, Job
 from ddp.noise.noise_scale import Reading
+from ddp.tasks.base import Batch
 from ddp.telemetry.records import BatchChange
 from ddp.training.batch_size import BatchSizeController, Limits
-from ddp.training.data import BatchPlan, StepData, fetch_step, fetcher
+from ddp.training.data import BatchPlan, StepData, batches, fetch_step, fetcher
 from ddp.training.loader import LeastParts, Loader
+from ddp.training.sampling import Sampler, Uniform
 from ddp.training.schedules import LearningRate
+from ddp.training.stream import Stream
 from ddp.transport.row import StepRow
 
 logger = logging.getLogger("ddp.training")
@@ -37,18 +40,33 @@ class Length:
 
 @dataclass
 class Course:
-    """`plan` is how the next step is dealt out; `controller` is there where the batch adapts itself."""
+    """`plan` is how the next step is dealt out; `controller` is there where the batch adapts itself.
+
+    `sampler` says which examples an epoch takes; where `stream` is there they are that stream's, as they come.
+    """
 
     plan: BatchPlan
     rate: LearningRate
     controller: BatchSizeController | None = None
     epoch: int = 0
     position: int = 0  # examples of the epoch that are taken
+    sampler: Sampler = field(default_factory=Uniform)
+    stream: Stream | None = None
 
     @property
     def epochs_done(self) -> float:
-        """Fractional."""
-        return self.epoch + self.position / self.plan.examples
+        """Fractional; whole where a stream does not say how long it is."""
+        return float(self.epoch) if self.plan.is_open else self.epoch + self.position / self.plan.examples
+
+    @property
+    def training_examples(self) -> int | None:
+        """None where the training set is a stream."""
+        return None if self.stream is not None else self.plan.examples
+
+    @property
+    def sampling(self) -> str:
+        """Whose noise scale is measured, for the readers of the run."""
+        return self.sampler.name if self.stream is None else "stream"
 
     @property
     def length(self) -> Length:
@@ -84,14 +102,20 @@ class Course:
         `least_parts` is asked for the fewest micro-batches that the step so many ahead is to have. A `loader` fetches
         them ahead; it has the data set already.
         """
+        while self.stream is not None:
+            yield self.stream.step(self.plan, self.position, least_parts(0))
         while loader is not None:
             yield loader.step(self.plan, self.epoch, self.position, least_parts)
         fetch = fetcher(dataset)
-        epoch, order = self.epoch, self.plan.order(self.epoch)
         while True:
-            if epoch != self.epoch:
-                epoch, order = self.epoch, self.plan.order(self.epoch)
+            order = self.sampler.order(self.plan, self.epoch)
             yield fetch_step(fetch, order, self.plan, rank, self.position, least_parts(0))
+
+    def first_micro_batch(self, dataset: Dataset[Any], rank: int) -> Batch:
+        """One like those to come, which come all the same. Collective where it is a stream's."""
+        if self.stream is not None:
+            return self.stream.first(self.plan)
+        return next(batches(dataset, self.plan, rank, 0)).micro_batches[0]
 
     def take(self, data: StepData) -> None:
         """Go on by this step's examples."""
@@ -131,6 +155,7 @@ class Course:
             "position": self.position,
             "world_size": self.plan.world_size,
             "seed": self.plan.seed,
+            "sampling": self.sampling,
             "rate": self.rate.state_dict(),
             "batch": None if self.controller is None else self.controller.state_dict(),
         }
@@ -147,6 +172,8 @@ class Course:
             raise ValueError(
                 f"run.seed {self.plan.seed} gives another order of the epoch than {state['seed']}, in its middle"
             )
+        if position and (before := state.get("sampling", "uniform")) != self.sampling:
+            raise ValueError(f"sampling is {self.sampling}, in the middle of an epoch whose sampling was {before}")
         self.epoch = epoch
         self._go_to(position)
         self.rate.load_state_dict(state["rate"])
@@ -163,21 +190,32 @@ class Course:
             self.plan = replace(self.plan, global_batch_size=size, micro_batch_size=micro)
 
 
-def begin_course(job: Job, plan: BatchPlan, *, batch_statistics: bool = False) -> Course:
+def begin_course(
+    job: Job,
+    plan: BatchPlan,
+    *,
+    batch_statistics: bool = False,
+    sampler: Sampler | None = None,
+    stream: Stream | None = None,
+) -> Course:
     """The course of a new run; a resumed one then loads its state.
 
-    `batch_statistics`: a micro-batch of another size gives another gradient.
+    Args:
+        batch_statistics: a micro-batch of another size gives another gradient.
+        sampler: uniform where left out.
+        stream: the training set, where it is one.
     """
+    sampler = sampler or Uniform()
     rate = LearningRate(job, first_batch_size=plan.global_batch_size, first_steps_per_epoch=plan.steps_per_epoch)
     if not job.batch.adapts:
-        return Course(plan, rate)
+        return Course(plan, rate, sampler=sampler, stream=stream)
     smallest, largest = job.batch.limits(plan.world_size, plan.examples)
     open_micro_batches = 1 if job.batch.micro_batch_size is not None else -(-UNITS // plan.world_size)
     limits = Limits(
         *(smallest, largest, plan.world_size, job.batch.micro_batch_size, open_micro_batches),
         may_split=not batch_statistics,
     )
-    return Course(plan, rate, BatchSizeController(limits, plan.global_batch_size))
+    return Course(plan, rate, BatchSizeController(limits, plan.global_batch_size), sampler=sampler, stream=stream)
 
 
 def say_rate(course: Course) -> None:

@@ -97,8 +97,10 @@ def train(
 
 def _train(place: _Place, resume: str | None, allow_import: Sequence[str], cores: frozenset[int]) -> Path:
     job, topology = place.job, place.topology
-    plan = together(lambda: plan_run(job, topology.world_size, allow_import=allow_import))
-    with opened_loader(job.data, plan.splits.training, plan.batches, topology.rank, cores) as loader:
+    plan = together(lambda: plan_run(job, topology.world_size, topology.rank, allow_import=allow_import))
+    with opened_loader(
+        job.data, plan.splits.training, plan.batches, topology.rank, cores, plan.course.sampler
+    ) as loader:
         transport = together(lambda: open_transport(job.transport, place.device))
         exchange = GradientExchange(transport)
         with opened(job, topology, plan, resume, transport.name) as run, _closing(exchange):

@@ -14,6 +14,7 @@ from ddp.errors import CheckpointError
 from ddp.training.extra_state import ExtraState
 from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.registry import Registry
+from ddp.training.sampling import LossWeighted
 from ddp.training.trainer import Trainer
 
 _BRING_BACK = "start a new run, or bring {} back"
@@ -29,6 +30,12 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     )
     registry.add("counters", Counters(trainer), remedy=_BRING_BACK.format("the data"), required=True)
     registry.add("course", trainer.course, required=True)
+    if isinstance(sampler := trainer.course.sampler, LossWeighted):
+        registry.add("sampling", sampler, remedy="start a new run, or bring the sampling back")
+    if (stream := trainer.course.stream) is not None:
+        registry.add(
+            "stream", stream, owner="rank" if stream.is_sharded else "all", remedy=_BRING_BACK.format("the data")
+        )
     if (tracker := trainer.watch.tracker) is not None:
         off = "start a new run, or resume without it, --set noise_scale.enabled=false"
         registry.add("noise_scale", tracker, remedy=off)

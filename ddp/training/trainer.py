@@ -24,7 +24,7 @@ from ddp.tasks.base import Batch, Task
 from ddp.telemetry.records import PHASES, EventKind, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.training.course import Course
-from ddp.training.data import BatchPlan, StepData, batches, to_device
+from ddp.training.data import BatchPlan, StepData, to_device
 from ddp.training.evaluation import Splits
 from ddp.training.judging import BuffersBefore, Judge, Verdict
 from ddp.training.loader import Loader
@@ -69,7 +69,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
         self.watch = GradientWatch(
-            *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
+            *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.course.training_examples),
+            with_replacement=self.course.sampler.replaces,
             steady=self.course.follows_readings,
         )
         self.judge = Judge(self.job.faults)
@@ -162,7 +163,7 @@ class Trainer:
         for index, micro_batch in enumerate(data.micro_batches):
             last = index == len(data.micro_batches) - 1
             with nullcontext() if last else self.model.no_sync():
-                losses = self._losses(micro_batch)
+                losses = self.course.sampler.weigh(self._losses(micro_batch), data, index)
                 loss = losses.sum()
                 clock.lap("forward", then="backward")
                 (loss / data.examples).backward()
@@ -252,8 +253,7 @@ class Trainer:
         self.sinks.event(RunEvent(self.step_count, time.time(), kind, rank, text))
 
     def _first_losses(self) -> torch.Tensor:
-        data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
-        return self._losses(data.micro_batches[0])
+        return self._losses(self.course.first_micro_batch(self.splits.training, self.rank))
 
 
 def _phases(row: StepRow) -> dict[str, float]:
