@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ddp import outcome, topology
+from ddp import outcome
 from ddp.board import PhaseBoard
 from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
-from ddp.errors import DdpError, StoppedError, UsageError
-from ddp.job import Job, RedactingFormatter, check_exposure, check_import, hide_secrets_in_hooks, load_job
-from ddp.outcome import STDERR_VARIABLE
+from ddp.errors import DdpError, UsageError
+from ddp.job import Job, check_exposure, check_import, hide_secrets_in_hooks, load_job
+from ddp.ranked_command import PRIVATE, print_on_rank_0, ranked, stop_cleanly_outside_training, topology_or_single
 from ddp.streams import open_missing_streams
 from ddp.topology import SINGLE_PROCESS, Topology
 from ddp.training.attempt import was_refused
-from ddp.training.signals import STOP_SIGNALS
-
-PRIVATE = 0o077  # what a run writes is its owner's alone, whatever the umask was
 
 app = typer.Typer(
     help="Data-parallel training that measures the gradient noise scale.",
@@ -59,17 +52,11 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job, print what would run, and stop.")] = False,
 ) -> None:
     """Train a job, as one process or as one rank of several (torchrun, mpirun, srun)."""
-    here = SINGLE_PROCESS
-    try:
-        os.umask(PRIVATE)
-        _stop_cleanly_outside_training()
-        here = topology.from_environment(os.environ)
+    with ranked() as here:
         board = PhaseBoard.make(here.rank)
-        _show_errors_to_the_user(here)
-        _show_log_to_the_user(here)
         job = load_job(job_file, overrides or ())
         if print_config or dry_run:
-            _print_on_rank_0(job.to_toml() if print_config else plan(job, here), here)
+            print_on_rank_0(job.to_toml() if print_config else plan(job, here), here)
             return
         check_import(job.task, allow_import or ())
         check_exposure(job.metrics, insecure=insecure)
@@ -80,8 +67,6 @@ def train(
         )
         if here.rank == 0:
             outcome.record(outcome.success(here.rank, here.world_size), run_directory)
-    except BaseException as error:
-        leave(error, here)
 
 
 @app.command()
@@ -135,7 +120,7 @@ def critical_batch(
     from ddp.search.segment import check_comparable, compare_in
     from ddp.search.sweep_file import load_sweep
 
-    _stop_cleanly_outside_training()
+    stop_cleanly_outside_training()
     if (method == "branched") != (checkpoint is not None):
         raise UsageError("--method branched and --from CHECKPOINT go together")
     if against is not None and checkpoint is None:
@@ -170,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if (message := getattr(error, "format_message", None)) is None:  # not one of click, or of typer's copy of it
             raise
-        leave(UsageError(message()), _topology_or_single())
+        leave(UsageError(message()), topology_or_single())
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -186,59 +171,6 @@ def plan(job: Job, here: Topology) -> str:
         f"global_batch_size {batch.examples_per_step(ranks)}{adapts}, micro_batch_size {batch.examples_at_once(ranks)}, "
         f"gradient_accumulation_steps {accumulation}\n"
     )
-
-
-def _print_on_rank_0(text: str, here: Topology) -> None:
-    if here.rank == 0:
-        sys.stdout.write(text)
-
-
-def _topology_or_single() -> Topology:
-    try:
-        return topology.from_environment(os.environ)
-    except UsageError:
-        return SINGLE_PROCESS
-
-
-def _stop_cleanly_outside_training() -> None:
-    """While the trainer has no handlers of its own, a signal to stop ends this rank with the code for it.
-
-    At once, without unwinding: an exception in the middle of an import of numpy's or torch's can abort the process. Only
-    MPI wants to be taken down in order.
-    """
-
-    def stop(signal_number: int, _: FrameType | None) -> NoReturn:
-        error = StoppedError(f"stopped by {signal.Signals(signal_number).name} outside of training: run again")
-        if "mpi4py.MPI" in sys.modules:
-            raise error
-        try:
-            leave(error, _topology_or_single())
-        except SystemExit as left:
-            os._exit(left.code if isinstance(left.code, int) else StoppedError.exit_code)
-        except BaseException:  # whatever the signal came in the middle of
-            os._exit(StoppedError.exit_code)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-
-
-def _show_errors_to_the_user(here: Topology) -> None:
-    """Write errors where `launch` said; on another node, or where that cannot be opened, leave them as they are."""
-    path = os.environ.get(STDERR_VARIABLE)
-    if path and here.one_node:
-        with contextlib.suppress(OSError):
-            user = os.open(path, os.O_WRONLY | os.O_APPEND)
-            os.dup2(user, sys.stderr.fileno())
-            os.close(user)
-
-
-def _show_log_to_the_user(here: Topology) -> None:
-    """Rank 0 says on standard error what it chose for the run; the others speak up only where something is wrong."""
-    log = logging.getLogger("ddp")
-    handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter())
-    log.addHandler(handler)
-    log.setLevel(logging.INFO if here.rank == 0 else logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ddp.job import Job
 from ddp.metering import attached_step
 from ddp.metering.probe import GradientProbe
 from ddp.noise.tracker import NoiseScaleTracker
-from ddp.training import trainer
+from ddp.training import update
 from ddp.transport import comm_hook
 from ddp.transport.comm_hook import GradientSums
 from ranks import RankPool, process_group
@@ -34,7 +34,7 @@ def rounding_otherwise(rank: int) -> Iterator[list[str]]:
     factor, decided = ROUNDING if rank else 1.0, []
     add_up, mean_squares = comm_hook.add_up, GradientProbe.mean_squares
     by_parameter = GradientSums.by_parameter
-    observe, clip = NoiseScaleTracker.observe, trainer.clip_
+    observe, clip = NoiseScaleTracker.observe, update.clip_
 
     def off(reductions: Any) -> GradientSums:
         sums = add_up(reductions)
@@ -58,7 +58,7 @@ def rounding_otherwise(rank: int) -> Iterator[list[str]]:
             lambda sums: {each: (own, factor * mean) for each, (own, mean) in by_parameter(sums).items()},
         )
         patch.setattr(NoiseScaleTracker, "observe", noting(observe, lambda readings, *_: readings))
-        patch.setattr(trainer, "clip_", noting(clip, lambda _, *arguments: arguments[2]))
+        patch.setattr(update, "clip_", noting(clip, lambda _, *arguments: arguments[2]))
         yield decided
 
 

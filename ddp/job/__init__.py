@@ -6,10 +6,12 @@ schedules and transports are listed here for the same reason; the code behind th
 """
 
 from ddp.job.batch import UNITS, BatchSection
+from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.fields import Positive, PositiveFloat, Section
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
 from ddp.job.optimization import OptimizerSection, ScheduleSection
 from ddp.job.plain_file import read_plain_file
+from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
 from ddp.job.run_id import (
     RUN_ID,
@@ -48,18 +50,22 @@ __all__ = [
     "RUN_ID_VARIABLE",
     "TASKS",
     "UNITS",
+    "AveragedWeightsSection",
     "BatchSection",
     "CheckpointSection",
     "CustomSection",
     "DataSection",
     "DigitsSection",
+    "EarlyStoppingSection",
     "FaultsSection",
     "Job",
     "MetricsSection",
     "NoiseScaleSection",
+    "NormalisationSection",
     "OptimizerSection",
     "Positive",
     "PositiveFloat",
+    "PrecisionSection",
     "QuadraticSection",
     "RedactingFormatter",
     "SamplingSection",

@@ -28,3 +28,8 @@ class Section(BaseModel):
     """A table of the job file: no unknown keys, no silent conversions, no later change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+def differs_from_defaults(section: Section) -> bool:
+    """Whether any key says something; which keys were written does not count, as a resolved job has them all."""
+    return any(getattr(section, name) != field.default for name, field in type(section).model_fields.items())

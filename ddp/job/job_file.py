@@ -12,9 +12,11 @@ from pydantic import ValidationError, model_validator
 
 from ddp.errors import JobFileError
 from ddp.job.batch import BatchSection
+from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.faults import in_words
 from ddp.job.fields import Section
 from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.sampling import SamplingSection
 from ddp.job.sections import (
     CheckpointSection,
@@ -41,6 +43,10 @@ class Job(Section):
     batch: BatchSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    precision: PrecisionSection = PrecisionSection()
+    normalisation: NormalisationSection = NormalisationSection()
+    averaged_weights: AveragedWeightsSection = AveragedWeightsSection()
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
     data: DataSection = DataSection()
     sampling: SamplingSection = SamplingSection()
     transport: TransportSection = TransportSection()

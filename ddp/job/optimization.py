@@ -18,6 +18,10 @@ class OptimizerSection(Section):
     epsilon: PositiveFloat = Field(default=1e-8, description="adam and adamw only")
     weight_decay: NonNegativeFloat = 0.0
     gradient_clip_norm: PositiveFloat | None = Field(default=None, description="norm of the mean gradient")
+    sam_rho: PositiveFloat | None = Field(
+        default=None,
+        description="sharpness-aware: the gradient at the weights moved this far uphill along the rank's own; 0.05 for example",
+    )
     learning_rate_rule: Literal["auto", "none", "linear", "sqrt", "noise_scale", "adascale"] = Field(
         default="auto",
         description="how the learning rate follows the batch size; auto: noise_scale. With adascale run.epochs and run.steps "

@@ -116,10 +116,10 @@ class NoiseMeasurement:
                 self._probe.start(self._sample.denominators)
             self._seconds = time.perf_counter() - began
 
-    def end_unit(self, examples: int, rank_examples: int) -> None:
-        """After the backward of a micro-batch whose loss was the sum over it divided by the rank's examples."""
+    def end_unit(self, examples: int, divisor: float) -> None:
+        """After the backward of a micro-batch whose loss was the sum over it divided by `divisor`: the rank's examples."""
         if self._sample is not None and self._sample.hooked:
-            self._probe.end_unit(examples, weight=examples, factor=rank_examples / examples)
+            self._probe.end_unit(examples, weight=examples, factor=divisor / examples)
 
     def row_fields(self) -> dict[str, float]:
         """This rank's part of the step's row, after the last backward."""

@@ -177,6 +177,7 @@ def read_evaluations(database: sqlite3.Connection) -> list[EvaluationRecord]:
             examples=whole(row["examples"]),
             loss=number(row["loss"]),
             metrics=metrics.get((row["step"], row["split"]), {}),
+            penalty=number(row["penalty"]),
         )
         for row in database.execute("SELECT * FROM evaluations ORDER BY step, split")
     ]
@@ -241,6 +242,9 @@ def _step(row: sqlite3.Row, phase_seconds: tuple[Mapping[str, float], ...], held
         global_batch_size=whole(row["global_batch_size"]),
         noise=_noise(row, held),
         slowdown_ratio=number(row["slowdown_ratio"]),
+        metric=number(row["metric"]),
+        momentum=number(row["momentum"]),
+        cpu_seconds=number(row["cpu_seconds"]),
     )
 
 

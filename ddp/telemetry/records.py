@@ -13,6 +13,7 @@ from typing import Literal, Protocol, get_args
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
 
+AVERAGED = ", averaged weights"  # ends the name of a split that was evaluated with the averaged weights
 PHASES = ("data", "forward", "backward", "all_reduce", "wait", "optimizer")
 
 
@@ -70,6 +71,9 @@ class StepRecord:
     global_batch_size: int  # what the run aims at; `examples` is less in an epoch's last step
     noise: NoiseReadings | None  # None where the noise scale is switched off
     slowdown_ratio: float = math.nan  # own time of the slowest rank over the others', latest steps; NaN: not known
+    metric: float = math.nan  # evaluation.metric over the step's examples; NaN where the task gives none in a step
+    momentum: float = math.nan  # of the optimizer, Adam's first beta; NaN where it has none
+    cpu_seconds: float = math.nan  # processor time of all ranks in the previous step
 
     @property
     def reading(self) -> Reading | None:
@@ -91,7 +95,14 @@ class BatchChange:
 
 
 EventKind = Literal[
-    "not_finite", "rolled_back", "straggler", "straggler_over", "replicas_differ", "saved", "save_failed"
+    "not_finite",
+    "rolled_back",
+    "straggler",
+    "straggler_over",
+    "replicas_differ",
+    "saved",
+    "save_failed",
+    "stopped_early",
 ]
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
@@ -120,10 +131,11 @@ class EvaluationRecord:
     step: int
     epoch: float
     unix_time: float
-    split: str  # "validation", or "training" for a sample of the training set of the same size
+    split: str  # "validation", or "training" for a sample of the training set of the same size; see AVERAGED
     examples: int
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    penalty: float = 0.0  # what weight decay adds to the loss: sum of weight_decay / 2 * |w|^2
 
     def value(self, metric: str) -> float | None:
         """The metric of that name, "loss" included; None where it was not taken."""

@@ -40,6 +40,7 @@ EVENTS_IN_WORDS: dict[EventKind, str] = {
     "replicas_differ": "replicas differ",
     "saved": "saved",
     "save_failed": "save failed",
+    "stopped_early": "stopped early",
 }
 
 

@@ -40,7 +40,8 @@ CREATE TABLE IF NOT EXISTS steps (
     step INTEGER PRIMARY KEY, part INTEGER NOT NULL, epoch REAL, unix_time REAL, examples INTEGER NOT NULL,
     examples_total INTEGER NOT NULL, loss REAL, learning_rate REAL, gradient_norm REAL, duration_seconds REAL,
     all_reduce_bytes INTEGER NOT NULL, straggler_rank INTEGER NOT NULL, global_batch_size INTEGER NOT NULL,
-    slowdown_ratio REAL, headline TEXT, method TEXT, sampled_every INTEGER, plain_step INTEGER, preconditioned_step INTEGER);
+    slowdown_ratio REAL, metric REAL, momentum REAL, cpu_seconds REAL,
+    headline TEXT, method TEXT, sampled_every INTEGER, plain_step INTEGER, preconditioned_step INTEGER);
 CREATE TABLE IF NOT EXISTS phases (
     step INTEGER NOT NULL, rank INTEGER NOT NULL, {", ".join(f"{phase}_seconds REAL" for phase in PHASES)},
     PRIMARY KEY (step, rank)) WITHOUT ROWID;
@@ -54,7 +55,7 @@ CREATE TABLE IF NOT EXISTS batch_changes (
     learning_rate_factor REAL, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluations (
     step INTEGER NOT NULL, split TEXT NOT NULL, part INTEGER NOT NULL, epoch REAL, unix_time REAL,
-    examples INTEGER NOT NULL, loss REAL, PRIMARY KEY (step, split)) WITHOUT ROWID;
+    examples INTEGER NOT NULL, loss REAL, penalty REAL, PRIMARY KEY (step, split)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS evaluation_metrics (
     step INTEGER NOT NULL, split TEXT NOT NULL, name TEXT NOT NULL, value REAL,
     PRIMARY KEY (step, split, name)) WITHOUT ROWID;

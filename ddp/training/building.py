@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp.board import PhaseBoard
+from ddp.errors import UsageError
 from ddp.job import Job
 from ddp.telemetry.sinks import Sinks
+from ddp.training.activation_checkpointing import checkpoint_activations
+from ddp.training.averaged_weights import AveragedWeights
+from ddp.training.early_stopping import EarlyStopping
 from ddp.training.loader import Loader
 from ddp.training.optimizers import build_optimizer
 from ddp.training.plan import Plan
@@ -20,6 +27,7 @@ from ddp.training.registry import Registry
 from ddp.training.saving import Saving
 from ddp.training.signals import StopRequest
 from ddp.training.state import register_state
+from ddp.training.sync_batch_norm import synchronised
 from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange, comm_hook, register
 
@@ -38,8 +46,12 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a planned run, its model and buckets ready. Collective."""
     exchange.board = board
+    module = _prepared(job, plan.module.to(device), device)
+    averaged = AveragedWeights(job.averaged_weights, module) if job.averaged_weights.enabled else None
+    if job.precision.compile:
+        compile_(module, device)
     model = DistributedDataParallel(
-        plan.module.to(device),
+        module,
         **_keep_buffers_apart(),
         gradient_as_bucket_view=True,
     )
@@ -69,9 +81,31 @@ def build_trainer(
         sinks=sinks,
         loader=loader,
         board=board,
+        averaged=averaged,
+        early_stopping=EarlyStopping.of(job.early_stopping, plan.stopping_goal, module),
     )
     register_state(trainer, registry)
     return trainer
+
+
+def _prepared(job: Job, module: nn.Module, device: torch.device) -> nn.Module:
+    """As the job wants it beyond what the task made."""
+    if job.normalisation.sync_batch_norm:
+        module = synchronised(module, device)
+    if job.precision.activation_checkpointing:
+        checkpoint_activations(module, job.precision.activation_checkpointing)
+    return module
+
+
+def compile_(module: nn.Module, device: torch.device) -> None:
+    """In place, so that names stay as they are; the code is made in the first forward.
+
+    Raises:
+        UsageError: there is no compiler that torch could use.
+    """
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UsageError("precision.compile: torch.compile needs a C++ compiler on CPU, and there is no g++ or clang++")
+    module.compile()
 
 
 def _keep_buffers_apart() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase  # the one base of all layers w
 from torch.utils.data import Dataset
 
 from ddp.errors import UsageError
-from ddp.tasks.base import Batch, Task
-from ddp.telemetry.records import EvaluationRecord
+from ddp.tasks.base import Batch, Task, loss_and_metrics_of
+from ddp.telemetry.records import AVERAGED, EvaluationRecord
 from ddp.training.data import fetcher, split, to_device
 from ddp.training.random_state import preserved_random_state
 
@@ -53,24 +53,40 @@ class Splits:
 
 
 def evaluate_splits(
-    task: Task, module: nn.Module, splits: Splits, *, step: int, epoch: float, world_size: int, **how: Any
+    task: Task,
+    module: nn.Module,
+    splits: Splits,
+    *,
+    step: int,
+    epoch: float,
+    world_size: int,
+    averaged: nn.Module | None = None,
+    penalty: float = 0.0,
+    **how: Any,
 ) -> list[EvaluationRecord] | None:
     """Training sample and validation set, the latter last; None where a rank was asked to stop meanwhile.
+
+    Where there are `averaged` weights, the validation set comes with them, too, before the raw ones.
 
     Running statistics are averaged over the ranks in a copy, and random generators go on as if nothing had been drawn.
     Collective where world_size > 1.
 
     Args:
+        penalty: what weight decay adds to the loss, see `EvaluationRecord`.
         how: the further arguments of `evaluate`.
     """
+    wanted = [("training", splits.training_sample, module), ("validation", splits.validation, module)]
+    if averaged is not None:
+        wanted.insert(1, (f"validation{AVERAGED}", splits.validation, averaged))
     records: list[EvaluationRecord] = []
     with preserved_random_state():
-        model = averaged_buffers(module, world_size=world_size)
-        for split, dataset in (("training", splits.training_sample), ("validation", splits.validation)):
+        for split, dataset, source in wanted:
+            model = averaged_buffers(source, world_size=world_size)
             found = evaluate(task, model, dataset, world_size=world_size, **how)
             if found is None:
                 return None
-            records.append(EvaluationRecord(step, epoch, time.time(), split, found.examples, found.loss, found.metrics))
+            values = (found.examples, found.loss, found.metrics, penalty if source is module else 0.0)
+            records.append(EvaluationRecord(step, epoch, time.time(), split, *values))
     return records
 
 
@@ -85,11 +101,15 @@ def evaluate(
     device: torch.device,
     process_group: dist.ProcessGroup | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Evaluation | None:
     """Evaluate `model` on `dataset`; None where a rank was asked to stop meanwhile.
 
     Collective where world_size > 1. `model` is in evaluation mode meanwhile and its modes are restored;
     it must compute the same on all ranks, see `averaged_buffers`.
+
+    Args:
+        forward_context: what each forward runs in, the run's precision for example.
     """
     names = sorted(task.goals)
     size = len(dataset)  # type: ignore[arg-type]
@@ -101,7 +121,8 @@ def evaluate(
         for start in range(0, max(map(len, shares)), batch_size):
             indices = list(share[start : start + batch_size])
             if indices:
-                sums += _sums(task, model, to_device(fetch(indices), device), names)
+                with forward_context():
+                    sums += _sums(task, model, to_device(fetch(indices), device), names)
             if pace.stops_here():
                 return None
     if world_size > 1:
@@ -137,8 +158,8 @@ class _Pace:
 
 def _sums(task: Task, model: nn.Module, batch: Batch, names: list[str]) -> Tensor:
     """Sums over the batch: loss, each metric, number of examples; float64."""
-    losses = task.loss(model, batch)
-    metrics = task.metrics(model, batch)
+    both = loss_and_metrics_of(task)
+    losses, metrics = both(model, batch) if both is not None else (task.loss(model, batch), task.metrics(model, batch))
     _check_values(losses, metrics, names)
     sums = [losses.double().sum(), *(metrics[name].double().sum() for name in names)]
     return torch.stack([*sums, sums[0].new_tensor(len(losses))])

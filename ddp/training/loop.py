@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ddp.errors import StoppedError
-from ddp.telemetry.records import EventKind, RunEvent
+from ddp.telemetry.records import EvaluationRecord, EventKind, RunEvent
 from ddp.training.course import say_rate
 from ddp.training.evaluation import evaluate_splits
 from ddp.training.saving import SaveNews
@@ -47,7 +48,7 @@ class Loop:
             lambda ahead: trainer.watch.least_parts(trainer.step_count + 1 + ahead),
             trainer.loader,
         )
-        while not course.is_over(trainer.step_count):
+        while not trainer.is_over:
             before = trainer.step_count
             rows = trainer.step(steps)
             self._say_saved(saving.observe(rows))
@@ -59,6 +60,7 @@ class Loop:
             self._save_if_due(rows)
         if self._evaluated_at != trainer.step_count:
             self._evaluate()
+        self._end_early()
         self._save_and_wait()
         trainer.board.enter("end", trainer.step_count)
 
@@ -70,6 +72,24 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Both splits; a signal meanwhile stops the run, whose next part begins with them."""
+        record, ending = self._evaluation(), self.trainer.early_stopping
+        if record is not None and ending is not None:
+            value = record.value(ending.section.monitor)
+            ending.observe(record.step, record.epoch, math.nan if value is None else value)
+
+    def _end_early(self) -> None:
+        """Say that the run stopped early, if it did; bring the best weights back, if that is asked for."""
+        trainer, ending = self.trainer, self.trainer.early_stopping
+        if ending is None or ending.restored:
+            return
+        if ending.stopped:
+            trainer.say("stopped_early", ending.in_words(trainer.step_count))
+        if ending.restore(trainer.step_count):
+            trainer.saving.forget(trainer.step_count)
+            self._evaluation()
+
+    def _evaluation(self) -> EvaluationRecord | None:
+        """Of the weights as they are; of the validation set, None where a signal came."""
         trainer = self.trainer
         trainer.board.enter("evaluation", trainer.step_count)
         records = evaluate_splits(
@@ -81,12 +101,15 @@ class Loop:
             batch_size=max(64, trainer.plan.micro_batch_size),
             device=trainer.device,
             asked_to_stop=lambda: trainer.stop.asked,
+            averaged=None if trainer.averaged is None else trainer.averaged.module,
+            forward_context=trainer.passes.forward_context,
         )
         if records is None:
             self._stop_if(_every_rank_says(trainer.stop.asked))
         for record in records or ():
             trainer.sinks.evaluation(record)
             self._evaluated_at, self._metric = trainer.step_count, record.value(trainer.job.evaluation.metric)
+        return records[-1] if records else None
 
     def _metric_now(self) -> float | None:
         """Of the validation set at the weights as they are now, where it was taken."""
@@ -102,7 +125,7 @@ class Loop:
         """After a step with these rows, or after an evaluation that makes up for one that a stop came before."""
         step, saving, value = self.trainer.step_count, self.trainer.saving, self._metric_now()
         is_best = value is not None and saving.best.enters(value)
-        if self.trainer.course.is_over(step) or saving.holds(step, value):
+        if self.trainer.is_over or saving.holds(step, value):
             return  # the end saves
         if is_best or (rows and saving.is_due(step, rows)):
             self.trainer.board.enter("save", step)

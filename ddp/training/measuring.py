@@ -76,10 +76,10 @@ class GradientWatch:
             halves = not accumulates and len(data.micro_batches) > 1
             self._measurement.begin(step, accumulates=accumulates or halves, halves=halves)
 
-    def end_micro_batch(self, examples: int, rank_examples: int) -> None:
-        """After each backward."""
+    def end_micro_batch(self, examples: int, divisor: float) -> None:
+        """After each backward, of the sum of the micro-batch's losses over `divisor`."""
         if self._measurement is not None:
-            self._measurement.end_unit(examples, rank_examples)
+            self._measurement.end_unit(examples, divisor)
 
     def row_fields(self, sums: GradientSums) -> dict[str, float]:
         """What this rank's row says of its gradients."""

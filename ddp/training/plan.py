@@ -33,7 +33,8 @@ class Plan:
     module: nn.Module
     splits: Splits
     course: Course
-    goal: Goal
+    goal: Goal  # of evaluation.metric
+    stopping_goal: Goal  # of early_stopping.monitor
 
     @property
     def batches(self) -> BatchPlan:
@@ -54,6 +55,8 @@ def plan_run(job: Job, world_size: int, rank: int, *, allow_import: Sequence[str
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
     goal = metric_goal(task, job.evaluation.metric)
+    stopping = job.early_stopping
+    stopping_goal = metric_goal(task, stopping.monitor, "early_stopping.monitor")
     training, validation = task.datasets()
     validation = finite(validation)
     if is_stream(training):
@@ -65,7 +68,8 @@ def plan_run(job: Job, world_size: int, rank: int, *, allow_import: Sequence[str
         sampler, stream = _sampler(job, batches, task, training), None
         sample = _sample(training, size_of(validation))
     course = begin_course(job, batches, batch_statistics=has_batch_statistics(module), sampler=sampler, stream=stream)
-    return Plan(task, module, Splits(training, validation, sample), course, goal)
+    splits = Splits(training, validation, sample)
+    return Plan(task, module, splits, course, goal, stopping_goal if stopping.mode == "auto" else stopping.mode)
 
 
 def size_of(dataset: Dataset[Any]) -> int:

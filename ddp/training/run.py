@@ -9,47 +9,29 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-
-import torch
 
 from ddp.board import PhaseBoard
 from ddp.checkpoint import check_space
-from ddp.errors import PeerLostError
 from ddp.job import Job, check_exposure, redact
 from ddp.outcome import annotate, clear_launched
-from ddp.process_group import initialise, shutdown
-from ddp.roll import Roll, open_roll
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import Topology
 from ddp.training.agreement import together
 from ddp.training.building import build_trainer
 from ddp.training.loader import Loader, opened_loader
 from ddp.training.loop import Loop
-from ddp.training.memory import keep_freed_memory
 from ddp.training.opening import Opened, opened
+from ddp.training.place import Place, opened_exchange, opened_place
 from ddp.training.plan import Plan, plan_run
-from ddp.training.resources import choose_device, open_transport, pinned, refuse_worlds_of_one, threads_per_rank
-from ddp.training.signals import StopRequest, stop_on_signals
+from ddp.training.signals import StopRequest
 from ddp.training.state import expected_bytes
 from ddp.training.trainer import Trainer
 from ddp.transport.comm_hook import GradientExchange
 
 logger = logging.getLogger("ddp.training")
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """What a rank has before anything of the run is opened."""
-
-    job: Job
-    topology: Topology
-    device: torch.device
-    stop: StopRequest
-    roll: Roll
 
 
 def train(
@@ -76,43 +58,31 @@ def train(
             attributes `step` and `run_directory`.
     """
     check_exposure(job.metrics, insecure=insecure)
-    device = choose_device(job.run.device, topology)
-    refuse_worlds_of_one(job.transport, topology)
-    torch.set_num_threads(job.run.threads_per_rank or threads_per_rank(topology))
-    if device.type == "cpu":
-        keep_freed_memory()
-    board = board or PhaseBoard.make(topology.rank)
-    board.enter("set-up", 0)
     if topology.restarts and topology.rank == 0 and (before := clear_launched()) is not None:
         logger.info("restart %d; the attempt before ended with %s", topology.restarts, before.message())
-    store = initialise(topology, device.type, job.transport.timeout_seconds)
-    with stop_on_signals() as stop:
-        roll = open_roll(board, store)
-        with roll.naming_the_lost(), pinned(job.transport.pin) as cores:
-            place = _Place(job, topology, device, stop, roll)
-            directory = _train(place, resume, allow_import, cores)
-            shutdown()  # a signal while rank 0 writes the report comes too late to stop anything
-    return directory
+    with opened_place(job, topology, board) as place:
+        return _train(place, resume, allow_import)
 
 
-def _train(place: _Place, resume: str | None, allow_import: Sequence[str], cores: frozenset[int]) -> Path:
+def _train(place: Place, resume: str | None, allow_import: Sequence[str]) -> Path:
     job, topology = place.job, place.topology
     plan = together(lambda: plan_run(job, topology.world_size, topology.rank, allow_import=allow_import))
-    with opened_loader(
-        job.data, plan.splits.training, plan.batches, topology.rank, cores, plan.course.sampler
-    ) as loader:
-        transport = together(lambda: open_transport(job.transport, place.device))
-        exchange = GradientExchange(transport)
-        with opened(job, topology, plan, resume, transport.name) as run, _closing(exchange):
-            place.roll.run_directory = run.directory.path
-            _train_opened(place, plan, exchange, run, loader)
-            if run.station is not None:
-                _say(redact(run.station.finish()))
-            hold(job, place.stop)
+    with (
+        opened_loader(
+            job.data, plan.splits.training, plan.batches, topology.rank, place.cores, plan.course.sampler
+        ) as loader,
+        opened_exchange(place) as exchange,
+        opened(job, topology, plan, resume, exchange.transport.name) as run,
+    ):
+        place.roll.run_directory = run.directory.path
+        _train_opened(place, plan, exchange, run, loader)
+        if run.station is not None:
+            _say(redact(run.station.finish()))
+        hold(job, place.stop)
     return run.directory.path
 
 
-def _train_opened(place: _Place, plan: Plan, exchange: GradientExchange, run: Opened, loader: Loader | None) -> None:
+def _train_opened(place: Place, plan: Plan, exchange: GradientExchange, run: Opened, loader: Loader | None) -> None:
     trainer = build_trainer(
         *(place.job, plan, exchange, place.device, place.stop),
         sinks=run.station.sinks if run.station is not None else Sinks(),
@@ -168,14 +138,3 @@ def hold(job: Job, stop: StopRequest) -> None:
     until = time.monotonic() + job.metrics.hold_seconds * job.metrics.enabled
     while time.monotonic() < until and not stop.asked:
         time.sleep(0.05)
-
-
-@contextmanager
-def _closing(exchange: GradientExchange) -> Iterator[None]:
-    """Leave the exchange, and let the other ranks know at once if this one failed."""
-    try:
-        yield
-    except BaseException as error:
-        exchange.transport.close(failed=not isinstance(error, PeerLostError))
-        raise
-    exchange.transport.close()

@@ -38,8 +38,11 @@ class Sampler(Protocol):
         """The example at each position of `epoch`, shape (examples,). Collective where it follows losses."""
         ...
 
+    def observe(self, losses: Tensor, data: StepData, index: int) -> None:
+        """Take note of the losses of the step's micro-batch `index`, shape (examples,)."""
+
     def weigh(self, losses: Tensor, data: StepData, index: int) -> Tensor:
-        """Take note of the losses of the step's micro-batch `index`, shape (examples,); what is to be minimised instead."""
+        """What the mean over the step is of, shape (examples,)."""
         ...
 
 
@@ -55,6 +58,9 @@ class Uniform:
         if self._drawn[0] != epoch:
             self._drawn = (epoch, plan.order(epoch))
         return self._drawn[1]
+
+    def observe(self, losses: Tensor, data: StepData, index: int) -> None:
+        """They change nothing."""
 
     def weigh(self, losses: Tensor, data: StepData, index: int) -> Tensor:
         return losses
@@ -78,6 +84,9 @@ class ClassBalanced:
         if self._drawn[0] != epoch:
             self._drawn = (epoch, draw(self.probabilities, plan.seed, epoch))
         return self._drawn[1]
+
+    def observe(self, losses: Tensor, data: StepData, index: int) -> None:
+        """They change nothing."""
 
     def weigh(self, losses: Tensor, data: StepData, index: int) -> Tensor:
         return losses
@@ -116,18 +125,19 @@ class LossWeighted:
             self._epoch, self._drawn = epoch, None
         return self._draw()
 
+    def observe(self, losses: Tensor, data: StepData, index: int) -> None:
+        """One that is not finite tells nothing."""
+        part, values = data.positions[index], losses.detach().double().cpu().numpy()
+        if values.shape == (len(part),):  # the trainer says so otherwise
+            here = self._here[part.start : part.stop]
+            here[:] = np.where(np.isfinite(values), values, here)
+
     def weigh(self, losses: Tensor, data: StepData, index: int) -> Tensor:
         part = data.positions[index]
-        if losses.shape != (len(part),):
-            return losses  # the trainer says so
-        values = losses.detach().double().cpu().numpy()
-        here = self._here[part.start : part.stop]
-        here[:] = np.where(np.isfinite(values), values, here)
-        if not self._section.correct_bias:
+        if not self._section.correct_bias or losses.shape != (len(part),):
             return losses
         drawn = self._draw()[part.start : part.stop]
-        weights = 1.0 / (len(self._latest) * self.probabilities[drawn])
-        return losses * torch.from_numpy(weights).to(losses)
+        return losses * torch.from_numpy(1.0 / (len(self._latest) * self.probabilities[drawn])).to(losses)
 
     def gather(self) -> None:
         """Let all ranks know what each has seen in this epoch. Collective."""

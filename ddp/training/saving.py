@@ -195,6 +195,11 @@ class Saving:
         why = f"rank {failed} could not write its part" if failed else "the next step was not finite"
         return [self._news(settled.step, False, f"was not saved: {why}")]
 
+    def forget(self, step: int) -> None:
+        """The state after `step` is another now than what may have been saved as it."""
+        if self.last_step == step:
+            self.last_step, self.last_value, self._begun_step = -1, None, -1
+
     def doubt(self, step: int) -> None:
         """The step after `step` is not finite: a checkpoint of `step` that is under way may hold what spoilt it."""
         if self._saver.pending == step:

@@ -39,6 +39,18 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     if (tracker := trainer.watch.tracker) is not None:
         off = "start a new run, or resume without it, --set noise_scale.enabled=false"
         registry.add("noise_scale", tracker, remedy=off)
+    if trainer.averaged is not None:
+        average = trainer.averaged.module
+        registry.add("averaged_weights", trainer.averaged)
+        registry.add("averaged_parameters", Parameters(average))
+        registry.add("averaged_buffers", Buffers(average), owner="rank")
+    if trainer.passes.scale.enabled:
+        registry.add("loss_scale", trainer.passes.scale)
+    if (ending := trainer.early_stopping) is not None:
+        registry.add("early_stopping", ending)
+        if ending.parameters is not None and ending.buffers is not None:
+            registry.add("best_parameters", ending.parameters)
+            registry.add("best_buffers", ending.buffers, owner="rank")
     registry.add("extra_state", ExtraState(model), owner="rank")
     registry.add("state_dict", Names(model))
     registry.add("judge", trainer.judge)

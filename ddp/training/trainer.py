@@ -1,7 +1,7 @@
 """The training step, from top to bottom; `loop` has what goes on around it.
 
-One step: fetch the batch; forward and backward, whose buckets the comm hook averages; exchange the step's row;
-judge it (finite? stop?); enter it into the noise scale; clip and update; hand one record to the sinks.
+One step: fetch the batch; forward and backward (`passes`), whose buckets the comm hook averages; exchange the step's row;
+judge it (finite? stop?); enter it into the noise scale; clip and update (`update`); hand one record to the sinks.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,25 +17,29 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ddp.board import PhaseBoard
-from ddp.errors import ReplicaError, UsageError
+from ddp.errors import ReplicaError
 from ddp.job import Job
-from ddp.tasks.base import Batch, Task
+from ddp.tasks.base import Task
 from ddp.telemetry.records import PHASES, EventKind, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
+from ddp.training.averaged_weights import AveragedWeights
 from ddp.training.course import Course
-from ddp.training.data import BatchPlan, StepData, to_device
+from ddp.training.data import BatchPlan, StepData
+from ddp.training.early_stopping import EarlyStopping
 from ddp.training.evaluation import Splits
 from ddp.training.judging import BuffersBefore, Judge, Verdict
 from ddp.training.loader import Loader
 from ddp.training.measuring import GradientWatch
-from ddp.training.optimizers import clip_
+from ddp.training.observing import StepObserver
+from ddp.training.passes import Passes, PassTotals
 from ddp.training.phases import PhaseClock, PhaseSeconds
 from ddp.training.replica_watch import ReplicaWatch
 from ddp.training.saving import Saving
 from ddp.training.settling import settle_buckets
 from ddp.training.signals import StopRequest
 from ddp.training.straggler import StragglerWatch, straggler_event
-from ddp.transport.comm_hook import GradientExchange, GradientSums
+from ddp.training.update import Update, momentum_of
+from ddp.transport.comm_hook import GradientExchange
 from ddp.transport.row import StepRow
 
 
@@ -57,9 +60,13 @@ class Trainer:
     sinks: Sinks
     board: PhaseBoard
     loader: Loader | None = None
+    averaged: AveragedWeights | None = None
+    early_stopping: EarlyStopping | None = None
+    observers: list[StepObserver] = field(default_factory=list)
     step_count: int = 0
     examples_total: int = 0
     _previous_phases: PhaseSeconds = PhaseSeconds()
+    _previous_cpu_seconds: float = 0.0
 
     @property
     def plan(self) -> BatchPlan:
@@ -73,11 +80,20 @@ class Trainer:
             with_replacement=self.course.sampler.replaces,
             steady=self.course.follows_readings,
         )
+        self.passes = Passes(self.job, self.task, self.model, self.device, self.exchange, self.course.sampler)
+        self.update = Update(self.job.optimizer, self.model, self.optimizer, self.averaged)
         self.judge = Judge(self.job.faults)
-        self._buffers_before = BuffersBefore(self.model.module) if self.job.faults.on_not_finite != "stop" else None
+        may_pass_over = self.job.faults.on_not_finite != "stop" or self.passes.scale.enabled
+        self._buffers_before = BuffersBefore(self.model.module) if may_pass_over else None
         self.straggler = StragglerWatch(self.world_size)
         every = self.job.faults.check_replicas_every_steps
         self.replicas = ReplicaWatch(self.model.module, every, rank=self.rank, world_size=self.world_size)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step was the run's last."""
+        stopped = self.early_stopping is not None and self.early_stopping.stopped
+        return stopped or self.course.is_over(self.step_count)
 
     def settle(self) -> None:
         """Before a state is restored and before the first step; leaves everything as it is. Collective."""
@@ -90,24 +106,28 @@ class Trainer:
         Raises:
             DivergedError: it is not finite, and the job does not want to go on; on all ranks.
         """
-        clock = PhaseClock(partial(self.board.enter, step=self.step_count + 1))
+        clock, cpu_before = PhaseClock(partial(self.board.enter, step=self.step_count + 1)), time.process_time()
         blocked_before, wait_before = self.exchange.blocked_seconds, self.exchange.transport.wait_seconds
         self.exchange.step = self.step_count + 1
         bytes_before = self.exchange.bytes_total
         data = next(steps)
         clock.lap("data", then="forward")
 
-        self.watch.begin(self.step_count + 1, data, self.plan)
-        loss_sum = self._forward_backward(data, clock)
-        sums = self.exchange.take()
-        rows = self._exchange_rows(data, loss_sum, sums)
+        observers = [each for each in self.observers if each.wants(self.step_count + 1)]
+        for each in observers:
+            each.before_forward(self.step_count + 1)
+        if self._buffers_before is not None:
+            self._buffers_before.keep()
+        totals = self.passes.take(self.step_count + 1, data, self.plan, clock, self.watch)
+        rows = self._exchange_rows(data, totals)
         clock.lap("exchange", then="measure")
         blocked = self.exchange.blocked_seconds - blocked_before
         waited = self.exchange.transport.wait_seconds - wait_before  # later waiting belongs to measuring
 
         self._compare_replicas(rows)
-        verdict = self.judge.judge(rows, self.step_count + 1, self.course.epochs_done)
-        if verdict is not Verdict.TAKE:
+        overflowed = self.passes.scale.overflowed(rows)
+        verdict = Verdict.SKIP if overflowed else self.judge.judge(rows, self.step_count + 1, self.course.epochs_done)
+        if verdict is not Verdict.TAKE and not overflowed:
             self.saving.doubt(self.step_count)
         if verdict is Verdict.ROLL_BACK and self._roll_back():
             return rows
@@ -115,14 +135,18 @@ class Trainer:
         self.examples_total += data.global_examples
         self.course.take(data)
         if verdict is not Verdict.TAKE:
-            self._pass_over(data)
+            self._pass_over(data, "" if overflowed else self.judge.reason)
             return rows
-        noise = self.watch.observe(rows, sums)
+        noise = self.watch.observe(rows, totals.sums)
         clock.lap("measure", then="optimizer")
         reading = None if noise is None else noise.reading
         rate = self.course.learning_rate(data, reading)
         norm = math.sqrt(rows[0].mean_squared_norm)  # one rank's for all, whose sums may round otherwise
-        self._update(rate, norm)
+        for each in observers:
+            each.before_update(self.step_count)
+        self.update.take(self.step_count, rate, norm)
+        for each in observers:
+            each.after_update(self.step_count, self.sinks)
         clock.lap("optimizer", then="telemetry")
         straggler = self.straggler.observe([row.own_seconds for row in rows])
 
@@ -142,6 +166,9 @@ class Trainer:
             slowdown_ratio=self.straggler.slowdown_ratio,
             global_batch_size=self.plan.global_batch_size,
             noise=noise,
+            metric=sum(row.metric_sum for row in rows) / data.global_examples,
+            momentum=momentum_of(self.optimizer),
+            cpu_seconds=sum(row.cpu_seconds for row in rows),
         )
         self.sinks.step(record)
         if straggler is not None:
@@ -152,43 +179,15 @@ class Trainer:
             self.sinks.batch_change(change)
         self.replicas.take_if_due(self.step_count)
         self._previous_phases = clock.seconds(hook_seconds=blocked, wait_seconds=waited)
+        self._previous_cpu_seconds = time.process_time() - cpu_before
         return rows
 
-    def _forward_backward(self, data: StepData, clock: PhaseClock) -> float:
-        """Accumulate the gradient of the mean over this rank's examples; the last backward averages over ranks."""
-        self.exchange.weight = data.examples / data.global_examples
-        if self._buffers_before is not None:
-            self._buffers_before.keep()
-        loss_sum, count = 0.0, 0
-        for index, micro_batch in enumerate(data.micro_batches):
-            last = index == len(data.micro_batches) - 1
-            with nullcontext() if last else self.model.no_sync():
-                losses = self.course.sampler.weigh(self._losses(micro_batch), data, index)
-                loss = losses.sum()
-                clock.lap("forward", then="backward")
-                (loss / data.examples).backward()
-                clock.lap("backward", then="exchange" if last else "forward")
-            self.watch.end_micro_batch(len(losses), data.examples)
-            loss_sum += loss.item()
-            count += len(losses)
-        if count != data.examples:
-            raise UsageError(f"task: loss gave {count} values for {data.examples} examples; one an example is needed")
-        return loss_sum
-
-    def _losses(self, batch: Batch) -> torch.Tensor:
-        losses = self.task.loss(self.model, to_device(batch, self.device))
-        if losses.dim() != 1:
-            raise UsageError(
-                f"task: loss has the shape {tuple(losses.shape)}; one value an example is needed, (examples,)"
-            )
-        return losses
-
-    def _exchange_rows(self, data: StepData, loss_sum: float, sums: GradientSums) -> list[StepRow]:
-        phases = self._previous_phases
+    def _exchange_rows(self, data: StepData, totals: PassTotals) -> list[StepRow]:
+        phases, sums = self._previous_phases, totals.sums
         row = StepRow(
             examples=data.examples,
-            loss_sum=loss_sum,
-            finite=float(math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)),
+            loss_sum=totals.loss_sum,
+            finite=float(totals.finite),
             stop=float(self.stop.asked),
             mean_squared_norm=sums.mean_squared_norm,
             projection=sums.projection,
@@ -196,6 +195,8 @@ class Trainer:
             measure_seconds=phases.measure,
             part_saved=self.saving.part_saved,
             save_due=self.saving.save_due,
+            metric_sum=totals.metric_sum,
+            cpu_seconds=self._previous_cpu_seconds,
             **self.replicas.row_fields(),
             **{f"{phase}_seconds": getattr(phases, phase) for phase in PHASES},
         )
@@ -208,11 +209,12 @@ class Trainer:
             self.say("replicas_differ", str(error), error.rank)
             raise
 
-    def _pass_over(self, data: StepData) -> None:
-        """As if the step's examples had not been there; the schedule goes on."""
+    def _pass_over(self, data: StepData, reason: str) -> None:
+        """As if the step's examples had not been there; the schedule goes on. Too large a loss scale is no news."""
         self.course.learning_rate(data, None)
         self._forget_gradient()
-        self.say("not_finite", f"{self.judge.reason}: the step was passed over", self.judge.rank)
+        if reason:
+            self.say("not_finite", f"{reason}: the step was passed over", self.judge.rank)
         self.replicas.take_if_due(self.step_count)
 
     def _roll_back(self) -> bool:
@@ -238,22 +240,12 @@ class Trainer:
         if self._buffers_before is not None:
             self._buffers_before.bring_back()
 
-    def _update(self, rate: float, norm: float) -> None:
-        """Clip the gradient of this norm, and step."""
-        section = self.job.optimizer
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if section.gradient_clip_norm is not None:
-            clip_(self.optimizer, self.model.parameters(), norm, section.gradient_clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
     def say(self, kind: EventKind, text: str, rank: int = -1) -> None:
         """Tell the sinks what happened to the run at this step."""
         self.sinks.event(RunEvent(self.step_count, time.time(), kind, rank, text))
 
     def _first_losses(self) -> torch.Tensor:
-        return self._losses(self.course.first_micro_batch(self.splits.training, self.rank))
+        return self.passes.losses(self.course.first_micro_batch(self.splits.training, self.rank))
 
 
 def _phases(row: StepRow) -> dict[str, float]:

@@ -44,11 +44,23 @@ class GradientSums:
     mean_squared_norm: float
     layouts: tuple[Layout, ...] = ()
     projection: tuple[float, ...] = NO_PROJECTION  # of the own gradient, see ddp.transport.projection
+    scale: float = 1.0  # that the own gradient still has in the layouts
+
+    def unscaled(self, scale: float) -> "GradientSums":
+        """Those of a loss that was multiplied by `scale`, and whose gradient entered the mean with that undone."""
+        if scale == 1.0:
+            return self
+        return replace(
+            self,
+            own_squared_norm=self.own_squared_norm / scale**2,
+            projection=tuple(value / scale for value in self.projection),
+            scale=scale,
+        )
 
     def by_parameter(self) -> dict[Tensor, tuple[float, float]]:
         """Each parameter's squared norm, of its own gradient and of the mean; to be asked before the next backward."""
         return {
-            parameter: (float(own), float(mean))
+            parameter: (float(own) / self.scale**2, float(mean))
             for layout in self.layouts
             for parameter, own, mean in zip(
                 layout.parameters, layout.state.own_squared_norms, layout.state.mean_squared_norms, strict=True

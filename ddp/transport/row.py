@@ -7,6 +7,7 @@ Times are those of the previous step, since the present one is not over when the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -15,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-ROW_LENGTH = 32
+ROW_LENGTH = 40
 DIRECTIONS = 8  # on which gradients are projected
 NO_PROJECTION = (0.0,) * DIRECTIONS
 
@@ -48,6 +49,10 @@ class StepRow:
     save_due: float = 0.0  # rank 0's clock says that it is time for a checkpoint
     checksum_high: float = 0.0  # of the parameters after the previous step, see ddp.training.replicas; 0: not taken
     checksum_low: float = 0.0
+    metric_sum: float = (
+        math.nan
+    )  # of evaluation.metric over this rank's examples; NaN where the task gives none in a step
+    cpu_seconds: float = 0.0  # processor time of this rank in the previous step
     projection: tuple[float, ...] = NO_PROJECTION  # of the own gradient: tells shards apart that are not exchangeable
 
     @property

@@ -1,0 +1,59 @@
+"""Activations that are computed again in backward instead of kept: memory for time, by torch's checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ddp.errors import UsageError
+from ddp.training.sharpness import still_statistics
+
+
+def checkpoint_activations(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Have the modules whose names match one of `patterns` compute their activations again in backward; their names.
+
+    Names of parameters stay as they are. Of modules inside each other the outer one counts.
+
+    Raises:
+        UsageError: a pattern that matches nothing.
+    """
+    names = {name: each for name, each in module.named_modules() if name}
+    chosen: list[str] = []
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            close = difflib.get_close_matches(pattern, names, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(
+                f"precision.activation_checkpointing: the model has no module {pattern!r}{hint}; it has "
+                f"{', '.join(list(names)[:12])}"
+            )
+        chosen += matching
+    outer = [name for name in names if name in chosen and not any(name.startswith(f"{each}.") for each in chosen)]
+    for name in outer:
+        names[name].__class__ = _computing_again(type(names[name]))
+    return outer
+
+
+def _computing_again(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same class, whose forward keeps no activations: a class and no wrapper, so that names stay and copies are whole."""
+
+    class ComputingAgain(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return super().forward(*inputs, **named)
+
+            def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+                return nullcontext(), still_statistics(self)  # the second time they stay as the first has left them
+
+            return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+
+    ComputingAgain.__name__, ComputingAgain.__qualname__ = kind.__name__, kind.__qualname__
+    return ComputingAgain
