@@ -211,6 +211,8 @@ def assumptions_text(advice: Advice) -> str:
         f"{rule}, as factors on the run's",
         "the noise scale stays what it was in that reading; early in a run it is always smaller",
     ]
+    if sampled := advice.record.info.sampled:
+        lines.append(f"the noise scale is that of {sampled}, as the run drew its examples")
     return "Assumed:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
@@ -249,7 +251,8 @@ def _run(info: RunInfo, advice: Advice) -> dict[str, Any]:
         "nodes": info.nodes,
         "global_batch_size": last.global_batch_size,
         "micro_batch_size": info.micro_batch_size,
-        "training_examples": info.training_examples,
+        "training_examples": info.training_examples or None,
+        "sampling": info.sampling,
         "steps": last.step,
         "horizon_steps": advice.record.horizon[0],
         "reading_is_refuted": advice.record.is_refuted,

@@ -34,6 +34,7 @@ from ddp.telemetry.records import RunInfo, StepRecord, headline_metric
 TIMED_STEPS = 2_000  # the latest ones, whose times count
 RANKS_OF_A_NODE = 8  # where the run had one node
 SHOWN_RANKS = 64
+UNKNOWN_EXAMPLES = 1 << 62  # of a stream that does not say how long it is: no limit
 LARGEST_FOR_LINE = 4  # trials of up to so many micro-batches' examples tell what a micro-batch costs by itself
 
 
@@ -71,7 +72,7 @@ class Told:
 
     def sentence(self, info: RunInfo) -> str:
         when = moment_text(info, self.step, self.epoch)
-        return sentence(self.reading, self.global_batch_size, when, self.metric, self.method)
+        return sentence(self.reading, self.global_batch_size, when, self.metric, self.method, info.sampled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,7 @@ def _scaling(
             global_batch_size=last.global_batch_size,
             world_size=info.world_size,
             steps=record.horizon[1] / last.global_batch_size,
-            training_examples=info.training_examples,
+            training_examples=info.training_examples or UNKNOWN_EXAMPLES,
         ),
         cost=cost,
         communication=communication.fit(_measured(info, cost), _links(info, question)),

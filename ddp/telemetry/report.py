@@ -191,6 +191,10 @@ def _noise_figure(recorded: Recorded, headline: Metric) -> Chart:
 def _limits(recorded: Recorded) -> list[str]:
     """Where the way it was measured limits the number."""
     info, limits = recorded.info, list[str]()
+    if info.sampled:
+        limits.append(
+            f"Examples were drawn with replacement: the number is that of {info.sampled}, not of the training set as it is."
+        )
     if info.batch_statistics:
         limits.append(
             "The model normalises over its batches, so the examples of a micro-batch depend on each other: the number "

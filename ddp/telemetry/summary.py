@@ -209,7 +209,8 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     batch = ("global batch", _batch_text(info, history))
     if history.latest is None:
         return [("noise scale", "not measured"), batch]
-    rows = [("noise scale", f"{_reading_in_full(history.latest)} {as_of_text(info, history.latest)}"), batch]
+    of_draws = f", of {info.sampled}" if info.sampled else ""
+    rows = [("noise scale", f"{_reading_in_full(history.latest)}{of_draws} {as_of_text(info, history.latest)}"), batch]
     measured = [timed for timed in history.readings if timed.reading.state != "unresolved"]
     shown = _spread(measured, SHOWN_READINGS)
     path = [
