@@ -421,7 +421,7 @@ def test_what_is_no_record_is_refused_in_words(tmp_path: Path) -> None:
     for version, maker in ((99, "a newer"), (1, "an older")):
         with closing(sqlite3.connect(tmp_path / f"{version}")) as database:
             database.execute(f"PRAGMA user_version = {version}")
-        with pytest.raises(UsageError, match=f"version 3.: version {version}; read it with {maker} ddp"):
+        with pytest.raises(UsageError, match=f"version 4.: version {version}; read it with {maker} ddp"):
             open_recording(tmp_path / f"{version}")
 
 
@@ -431,6 +431,6 @@ def test_a_record_of_another_version_is_not_written_to(tmp_path: Path, caplog: p
     recorder = Recorder(tmp_path / "run.db", run_info(), interval_seconds=0.01)
     feed(recorder, run_info(), last_step=5)
     recorder.close()
-    assert "training goes on: its schema is version 1, this program writes 3" in caplog.text
+    assert "training goes on: its schema is version 1, this program writes 4" in caplog.text
     with closing(sqlite3.connect(tmp_path / "run.db")) as database:
         assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
