@@ -139,9 +139,12 @@ def _note(recorded: Recorded) -> str:
     last = recorded.steps[-1]
     of_steps = f" of {info.steps:,}" if info.steps else ""
     of_epochs = f" of {epochs_text(info.epochs)}" if info.epochs and not info.steps else ""
-    words = [f"Step {last.step:,}{of_steps}, epoch {epochs_text(last.epoch)}{of_epochs}."]
+    epoch = f", epoch {epochs_text(last.epoch)}{of_epochs}" if info.training_examples else ""
+    words = [f"Step {last.step:,}{of_steps}{epoch}."]
     if done_share(info, last) < 1.0 - 1e-9:
         words[0] += " The run goes on or was stopped."
+    if not info.training_examples:
+        words.append("The training stream does not say how long it is: one epoch is a pass, or all that the run is to take.")
     resumes = [part.start_step for part in recorded.parts[1:]]
     if resumes:
         words.append(f"Resumed from step {', '.join(f'{step:,}' for step in resumes)}.")

@@ -55,8 +55,11 @@ class Course:
 
     @property
     def epochs_done(self) -> float:
-        """Fractional; whole where a stream does not say how long it is."""
-        return float(self.epoch) if self.plan.is_open else self.epoch + self.position / self.plan.examples
+        """Fractional. Of a stream that does not say how long it is, passes, with all that the run will take as the next."""
+        if not self.plan.is_open:
+            return self.epoch + self.position / self.plan.examples
+        planned = max(self.rate.job.run.steps or 0, 1) * self.rate.first_batch_size
+        return self.epoch + min(self.position / planned, 1.0)
 
     @property
     def training_examples(self) -> int | None:

@@ -178,17 +178,18 @@ class LossWeighted:
 
 
 def mixed(losses: NDArray[np.float64], uniform_share: float) -> NDArray[np.float64]:
-    """p as `LossWeighted` has it, shape (examples,); NaN: not known."""
-    known = losses[np.isfinite(losses)]
-    if not len(known):
+    """p as `LossWeighted` has it, shape (examples,); NaN: not known. Uniform where no loss is above the lowest."""
+    is_known = np.isfinite(losses)
+    largest = np.abs(losses[is_known]).max(initial=0.0)
+    if not largest:
         return np.full(len(losses), 1.0 / len(losses))
-    lowest = min(float(known.min()), 0.0)
-    weights = np.where(np.isfinite(losses), losses, known.mean()) - lowest
-    largest = weights.max()
-    if not 0 < largest < np.inf:
+    scaled = losses / largest  # of which no sum overflows
+    known = scaled[is_known]
+    weights = np.where(is_known, scaled, known.mean()) - min(known.min(), 0.0)
+    total = weights.sum()
+    if not total:
         return np.full(len(losses), 1.0 / len(losses))
-    weights = weights / largest  # so that their sum overflows for no losses
-    return uniform_share / len(losses) + (1 - uniform_share) * weights / weights.sum()
+    return uniform_share / len(losses) + (1 - uniform_share) * weights / total
 
 
 def draw(probabilities: NDArray[np.float64], seed: int, epoch: int) -> NDArray[np.int64]:
