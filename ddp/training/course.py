@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -162,6 +163,12 @@ class Course:
             "rate": self.rate.state_dict(),
             "batch": None if self.controller is None else self.controller.state_dict(),
         }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """By a copy that takes it; what examples are drawn from is not copied."""
+        trial = copy(self)
+        trial.rate, trial.controller = deepcopy(self.rate), deepcopy(self.controller)
+        trial.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, with the ranks that there are now and, unless it adapts itself, the job's batch.
