@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ddp.errors import CheckpointError, JobFileError, UsageError
 from ddp.job import SamplingSection, parse_job
+from ddp.noise.advice import advise
 from ddp.tasks.base import TensorExamples
+from ddp.telemetry.metrics import Metrics
+from ddp.telemetry.progress import render_line
+from ddp.telemetry.summary import History, summary
 from ddp.training.data import BatchPlan, StepData, batches, fetch_step
 from ddp.training.labels import labels_of
 from ddp.training.sampling import ClassBalanced, LossWeighted, Sampler, Uniform, build_sampler, mixed
+from telemetry_records import reading, run_info, step_records, with_reading
 
 LABELS = np.array([7] * 40 + [2] * 10 + [-1] * 5 + [7] * 6, np.int64)  # 61 examples: 46, 10 and 5 of three classes
 EXAMPLES = len(LABELS)
@@ -237,6 +244,21 @@ def test_the_table_of_the_job_file() -> None:
     job = parse_job({**table, "sampling": {"name": "loss_weighted", "correct_bias": True}})
     assert build_sampler(job.sampling, plan(), None).name == "loss_weighted, corrected"
     assert not build_sampler(parse_job(table).sampling, plan(), None).replaces
+
+
+def test_readers_are_told_whose_noise_scale_it_is() -> None:
+    info = replace(run_info(), sampling="class_balanced")
+    (record,) = step_records(info, last_step=1)
+    measured = with_reading(record, reading("resolved", 50.0, 40.0, 60.0))
+    assert "noise scale (class_balanced) 50 [40, 60]" in render_line(info, measured, None, math.nan, math.nan)
+    said = advise(reading("resolved", 50.0, 40.0, 60.0), 64, sampled=info.sampled)
+    assert "the noise scale of the class-balanced distribution is 50" in said
+    history = History(info)
+    history.step(measured)
+    assert "of the class-balanced distribution" in summary(info, history)
+    (run,) = (each for each in Metrics(CollectorRegistry(), info).collect() if each.name == "ddp_run")
+    assert run.samples[0].labels["sampling"] == "class_balanced"
+    assert run_info().sampled == ""
 
 
 def test_the_first_batches_of_a_plan_are_uniform() -> None:

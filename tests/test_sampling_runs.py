@@ -173,11 +173,22 @@ def test_with_another_number_of_ranks_it_goes_on_with_the_same_draws(rank_pool: 
         ended = train_ranks(rank_pool, world_size, regression(tmp_path, **settings, run__steps=steps), resume="auto")
         assert {one.message for one in ended} == {""}
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(tmp_path / "whole" / "run"), rtol=1e-3)
-    other = regression(tmp_path, **settings, sampling__uniform_share=0.7, run__steps=30)
-    ended = train_ranks(rank_pool, 3, other, resume="auto")
+    checkpoint = str(next((tmp_path / "run" / "checkpoints").glob("step-00000020*")))
+    other = regression(tmp_path, **settings, run__id="branch", sampling__uniform_share=0.7, run__steps=30)
+    ended = train_ranks(rank_pool, 3, other, resume=checkpoint)
     assert "uniform_share = 0.2, here 0.7" in ended[0].message
-    ended = train_ranks(rank_pool, 3, regression(tmp_path, run__steps=30), resume="auto")
+    ended = train_ranks(rank_pool, 3, regression(tmp_path, run__id="uniform", run__steps=30), resume=checkpoint)
     assert "sampling is uniform, in the middle of an epoch whose sampling was loss_weighted" in ended[0].message
+
+
+def test_uphill_losses_are_no_examples_losses(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Sharpness-aware steps run the model twice; what is remembered of an example is its loss at the weights."""
+    settings = {"sampling__name": "loss_weighted", "run__steps": 1, "optimizer__learning_rate": 1e-3}
+    for name, more in (("plain", {}), ("uphill", {"optimizer__sam_rho": 0.5})):
+        ended = train_ranks(rank_pool, 2, regression(tmp_path, **settings, **more, run__id=name))
+        assert {one.message for one in ended} == {""}
+    plain, uphill = (saved(tmp_path / name, 1, 2)["shared"]["sampling"] for name in ("plain", "uphill"))
+    assert torch.equal(plain["here"], uphill["here"]) and torch.isfinite(plain["here"]).sum() == 12
 
 
 def gradients_of(model_state: Mapping[str, Tensor]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -225,7 +236,9 @@ def test_the_noise_scale_is_that_of_the_sampled_distribution(
     if correct_bias:
         np.testing.assert_allclose(mean, gradients.mean(axis=0), rtol=1e-9)
     window = state["noise_scale"]["whole"]["plain"]
-    found = np.array([np.frombuffer(window["variance_trace"]), np.frombuffer(window["squared_norm"])])[:, 60:]  # until then not all losses are known
+    found = np.array([np.frombuffer(window["variance_trace"]), np.frombuffer(window["squared_norm"])])[
+        :, 60:
+    ]  # until then not all losses are known
     within_three_standard_errors(found, (trace, mean @ mean))
 
 

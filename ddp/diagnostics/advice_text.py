@@ -202,17 +202,15 @@ def classes_text(advice: Advice) -> str:
 def assumptions_text(advice: Advice) -> str:
     if advice.scaling is None:
         return ""
-    optimizer = advice.optimizer
+    optimizer, sampled = advice.optimizer, advice.record.info.sampled
     rule = f"learning rates follow the rule {optimizer.rule}"
     rule += f" with exponent {optimizer.rule_exponent:g}" if optimizer.rule in ("noise_scale", "adascale") else ""
     lines = [
         advice.scaling.communication.basis,
         f"waiting for slower ranks stays at {100 * advice.scaling.cost.waiting_share:.0f} % of computing",
         f"{rule}, as factors on the run's",
-        "the noise scale stays what it was in that reading; early in a run it is always smaller",
+        f"the noise scale{f' of {sampled}' * bool(sampled)} stays what it was in that reading; early in a run it is always smaller",
     ]
-    if sampled := advice.record.info.sampled:
-        lines.append(f"the noise scale is that of {sampled}, as the run drew its examples")
     return "Assumed:\n" + "\n".join(f"  - {line}" for line in lines)
 
 

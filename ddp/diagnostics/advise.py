@@ -34,7 +34,6 @@ from ddp.telemetry.records import RunInfo, StepRecord, headline_metric
 TIMED_STEPS = 2_000  # the latest ones, whose times count
 RANKS_OF_A_NODE = 8  # where the run had one node
 SHOWN_RANKS = 64
-UNKNOWN_EXAMPLES = 1 << 62  # of a stream that does not say how long it is: no limit
 LARGEST_FOR_LINE = 4  # trials of up to so many micro-batches' examples tell what a micro-batch costs by itself
 
 
@@ -253,7 +252,7 @@ def _scaling(
             global_batch_size=last.global_batch_size,
             world_size=info.world_size,
             steps=record.horizon[1] / last.global_batch_size,
-            training_examples=info.training_examples or UNKNOWN_EXAMPLES,
+            training_examples=info.training_examples or last.examples_total,  # of a stream that does not say
         ),
         cost=cost,
         communication=communication.fit(_measured(info, cost), _links(info, question)),

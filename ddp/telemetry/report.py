@@ -144,7 +144,9 @@ def _note(recorded: Recorded) -> str:
     if done_share(info, last) < 1.0 - 1e-9:
         words[0] += " The run goes on or was stopped."
     if not info.training_examples:
-        words.append("The training stream does not say how long it is: one epoch is a pass, or all that the run is to take.")
+        words.append(
+            "The training stream does not say how long it is: one epoch is a pass, or all that the run is to take."
+        )
     resumes = [part.start_step for part in recorded.parts[1:]]
     if resumes:
         words.append(f"Resumed from step {', '.join(f'{step:,}' for step in resumes)}.")

@@ -49,7 +49,7 @@ def _target_card(info: RunInfo, history: History) -> Card:
 
 def _noise_cards(info: RunInfo, history: History, latest: TimedReading) -> list[Card]:
     """The headline's, and the plain one beside it where that is another."""
-    title = f"Noise scale {as_of_text(info, latest)}{f', of {info.sampled}' * bool(info.sampled)}"
+    title = f"Noise scale {as_of_text(info, latest)}{f', {info.sampling} draws' * bool(info.sampled)}"
     if latest.metric == "plain":
         return [_noise_card(title, latest.reading)]
     cards = [_noise_card(f"{title}, {METRIC_NAMES[latest.metric]}", latest.reading)]

@@ -127,14 +127,12 @@ class LossWeighted:
 
     def observe(self, losses: Tensor, data: StepData, index: int) -> None:
         """One that is not finite tells nothing."""
-        part, values = data.positions[index], losses.detach().double().cpu().numpy()
-        if values.shape == (len(part),):  # the trainer says so otherwise
-            here = self._here[part.start : part.stop]
+        if (part := _part(losses, data, index)) is not None:
+            values, here = losses.detach().double().cpu().numpy(), self._here[part.start : part.stop]
             here[:] = np.where(np.isfinite(values), values, here)
 
     def weigh(self, losses: Tensor, data: StepData, index: int) -> Tensor:
-        part = data.positions[index]
-        if not self._section.correct_bias or losses.shape != (len(part),):
+        if not self._section.correct_bias or (part := _part(losses, data, index)) is None:
             return losses
         drawn = self._draw()[part.start : part.stop]
         return losses * torch.from_numpy(1.0 / (len(self._latest) * self.probabilities[drawn])).to(losses)
@@ -175,6 +173,13 @@ class LossWeighted:
             self.probabilities = mixed(self._latest, self._section.uniform_share)
             self._drawn = draw(self.probabilities, self._seed, self._epoch)
         return self._drawn
+
+
+def _part(losses: Tensor, data: StepData, index: int) -> range | None:
+    """Where the examples of a micro-batch are in the epoch's order; None for examples that a tool has put together, and
+    for losses that are not one an example, which the trainer refuses."""
+    part = data.positions[index] if index < len(data.positions) else None
+    return part if part is not None and losses.shape == (len(part),) else None
 
 
 def mixed(losses: NDArray[np.float64], uniform_share: float) -> NDArray[np.float64]:
