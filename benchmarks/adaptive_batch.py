@@ -32,7 +32,7 @@ from ddp.board import PhaseBoard
 from ddp.errors import StoppedError
 from ddp.job import Job, parse_job
 from ddp.process_group import initialise, shutdown
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import from_environment
 from ddp.training.building import build_trainer
@@ -148,6 +148,8 @@ class Recorder:
         return math.inf
 
     def event(self, record: RunEvent) -> None: ...
+
+    def parameters(self, record: ParametersRecord) -> None: ...
 
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(asdict(record))

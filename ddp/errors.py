@@ -10,7 +10,8 @@
     │   └── PeerLostError         1  another rank died, left or did not come in time
     ├── LoaderError               1  a worker process that fetches data died or could not fetch
     ├── CheckpointError           1  a checkpoint cannot be read or written
-    └── ReplicaError              1  the ranks' parameters are no longer the same
+    ├── ReplicaError              1  the ranks' parameters are no longer the same
+    └── ChecksFailedError         1  `ddp check` found what is wrong with a job
 
 A message says what was wrong, where (field path, rank, step, bucket) and what to do.
 Whoever catches a `DdpError` at the edge prints the message without a traceback; any other
@@ -85,3 +86,7 @@ class ReplicaError(DdpError):
     """The ranks' parameters are no longer the same: every rank raises this in the same step."""
 
     rank = -1  # whose are wrong; -1 where that cannot be told
+
+
+class ChecksFailedError(DdpError):
+    """`ddp check` found something wrong, and has printed what: every rank raises this at the end."""

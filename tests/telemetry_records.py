@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from ddp.noise.noise_scale import Reading, State
 from ddp.noise.readings import Metric, NoiseReadings, Part, PartReading
@@ -188,3 +191,21 @@ def feed(sink: Sink, info: RunInfo, last_step: int | None = None) -> None:
         sink.step(record)
         while evaluations and evaluations[0].step == record.step:
             sink.evaluation(evaluations.pop(0))
+
+
+def make_older(path: Path) -> None:
+    """The record as the release before wrote it: version 3, without what came since."""
+    with closing(sqlite3.connect(path)) as database:
+        for view in ("runs", "training", "validation", "parameters"):
+            database.execute(f"DROP VIEW {view}")
+        for table in ("parameter_values", "parameter_entries"):
+            database.execute(f"DROP TABLE {table}")
+        for table, column in (
+            ("steps", "metric"),
+            ("steps", "momentum"),
+            ("steps", "cpu_seconds"),
+            ("evaluations", "penalty"),
+        ):
+            database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        database.execute("PRAGMA user_version = 3")
+        database.commit()

@@ -136,7 +136,7 @@ def test_malformed_overrides_are_named(override: str) -> None:
         ("task.chanels=3", "task.chanels", ["did you mean channels?", "valid: name, channels"]),
         ("task.name=digit", "task.name", ["'digit'", "did you mean digits?", "module:attr"]),
         ("task.name=3", "task.name", ["3"]),
-        ("optimizer.name=addam", "optimizer.name", ["did you mean adam?", "valid: sgd, adam, adamw"]),
+        ("optimizer.name=addam", "optimizer.name", ["did you mean adam?", "valid: sgd, momentum, nesterov, adagrad,"]),
         ("transport.name=nccl", "transport.name", ["'nccl' is not valid", "auto, shared_memory, c10d"]),
         ("transport.wire=int4", "transport.wire", ["did you mean int8?", "gradient, bfloat16, float16, int8"]),
         ("transport.overlap=sometimes", "transport.overlap", ["'sometimes' is not valid", "auto, true, false"]),

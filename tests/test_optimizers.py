@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 
 from ddp.job import OptimizerSection
-from ddp.training.optimizers import build_optimizer, clip_
+from ddp.training.optimizers import build_optimizer, clip_, moments, set_momentum_, set_rate_, weight_decay_penalty
 
 SHAPES = [(7,), (3, 5), (), (0,), (1031,), (4, 2, 3, 3)]
 SECTIONS: list[dict[str, Any]] = [
@@ -173,3 +175,97 @@ def test_a_saved_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     resumed.load_state_dict(optimizer.state_dict())
     steps(resumed, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+
+
+TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": SGD,
+    "momentum": SGD,
+    "nesterov": SGD,
+    "adagrad": Adagrad,
+    "rmsprop": RMSprop,
+    "adadelta": Adadelta,
+    "adam": Adam,
+    "adamw": AdamW,
+}
+OTHER_SETTINGS: dict[str, dict[str, Any]] = {
+    "momentum": {"momentum": 0.8},
+    "adagrad": {"learning_rate_decay": 0.2, "initial_accumulator_value": 0.3, "epsilon": 1e-4},
+    "rmsprop": {"alpha": 0.9, "centered": True, "momentum": 0.4},
+    "adadelta": {"rho": 0.7, "epsilon": 1e-4},
+}
+TORCHS_NAMES = {"learning_rate_decay": "lr_decay", "epsilon": "eps"}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_defaults_are_torchs_and_what_can_be_fused_is(name: str) -> None:
+    built = build_optimizer(section_of({"name": name}), make_parameters()).defaults
+    torchs = TORCHS[name](make_parameters()).defaults
+    ours = {"momentum": 0.9} if name in ("momentum", "nesterov") else {"weight_decay": 0.0} if name == "adamw" else {}
+    ours |= {"nesterov": True} if name == "nesterov" else {}
+    how = {"fused", "foreach"}
+    assert {key: value for key, value in built.items() if key not in how} == {
+        **{key: value for key, value in torchs.items() if key not in how},
+        **ours,
+    }
+    assert built.get("fused") is (None if name in ("rmsprop", "adadelta") else True)
+    assert built["foreach"] is (True if name in ("rmsprop", "adadelta") else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_clipped_steps_are_torchs_plain_loops(name: str, dtype: torch.dtype) -> None:
+    settings = OTHER_SETTINGS[name]
+    torchs = {TORCHS_NAMES.get(key, key): value for key, value in settings.items()}
+    mine, theirs = make_parameters(dtype), make_parameters(torch.float64)
+    optimizer = build_optimizer(
+        section_of({"name": name, "weight_decay": 0.02, "learning_rate": 0.1, **settings}), mine
+    )
+    reference = TORCHS[name](theirs, lr=0.1, weight_decay=0.02, foreach=False, **torchs)
+    for step in range(6):
+        gradients = random_gradients(step)
+        for one, other, gradient in zip(mine, theirs, gradients, strict=True):
+            one.grad, other.grad = gradient.clone().to(dtype), gradient.double()
+        norm = float(torch.nn.utils.clip_grad_norm_(theirs, 40.0))
+        clip_(optimizer, mine, norm, 40.0)
+        optimizer.step()
+        reference.step()
+    np.testing.assert_allclose(flat(mine), flat(theirs), rtol=2e-5, atol=2e-5)
+
+
+def test_the_penalty_is_what_weight_decay_adds_to_the_loss() -> None:
+    layer = nn.Linear(5, 3).double()
+    groups = [{"parameters": ["bias"], "weight_decay": 0.0}]
+    section = section_of({"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.3, "groups": groups})
+    optimizer = build_optimizer(section, layer.named_parameters())
+    before = layer.weight.detach().clone()
+    assert weight_decay_penalty(optimizer) == pytest.approx(0.15 * float(before.square().sum()), rel=1e-12)
+    penalty = 0.15 * layer.weight.square().sum()  # torch's own decay goes down its gradient
+    (gradient,) = torch.autograd.grad(penalty, [layer.weight])
+    layer.weight.grad, layer.bias.grad = torch.zeros_like(before), torch.zeros(3).double()
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before - gradient)
+    assert weight_decay_penalty(build_optimizer(section_of({"name": "adam"}), layer.parameters())) == 0.0
+
+
+def test_rates_and_momenta_are_set_by_group() -> None:
+    layer = nn.Linear(5, 3)
+    groups = [{"parameters": ["w*"], "learning_rate_factor": 3.0}, {"parameters": ["weight", "bias"]}]
+    for name in ("rmsprop", "adam", "adadelta"):
+        optimizer = build_optimizer(section_of({"name": name, "groups": groups}), layer.named_parameters())
+        set_rate_(optimizer, 0.5)
+        set_momentum_(optimizer, 0.7)
+        assert [group["lr"] for group in optimizer.param_groups] == [1.5, 0.5]
+        assert [group["name"] for group in optimizer.param_groups] == ["w*", "weight, bias"]
+        for group in optimizer.param_groups:
+            assert group.get("momentum", group.get("betas", [0.7])[0]) == 0.7
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_the_moments_that_a_checkpoint_will_hold_are_counted(name: str) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    section = section_of({"name": name, **OTHER_SETTINGS.get(name, {})})
+    optimizer = build_optimizer(section, [parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    held = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor) and value.dim()]
+    assert len(held) == moments(section)

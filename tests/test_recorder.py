@@ -32,7 +32,7 @@ from ddp.telemetry.recording import (
     replay,
 )
 from ddp.telemetry.recording_writer import PARTS_SPACING, journal_mode
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, StepRecord
 from telemetry_records import (
     adam_steps,
     batch_changes,
@@ -217,6 +217,8 @@ class Heard:
 
     def event(self, record: RunEvent) -> None:
         """Nothing to show of it."""
+
+    def parameters(self, record: ParametersRecord) -> None: ...
 
     def batch_change(self, record: BatchChange) -> None:
         self.records.append(record)
@@ -421,7 +423,7 @@ def test_what_is_no_record_is_refused_in_words(tmp_path: Path) -> None:
     for version, maker in ((99, "a newer"), (1, "an older")):
         with closing(sqlite3.connect(tmp_path / f"{version}")) as database:
             database.execute(f"PRAGMA user_version = {version}")
-        with pytest.raises(UsageError, match=f"version 4.: version {version}; read it with {maker} ddp"):
+        with pytest.raises(UsageError, match=f"versions 3 to 4.: version {version}; read it with {maker} ddp"):
             open_recording(tmp_path / f"{version}")
 
 

@@ -298,6 +298,11 @@ def test_a_stream_is_the_plain_loop_over_its_examples(rank_pool: RankPool, tmp_p
     "stream, settings, words",
     [
         ("plain", {"run__epochs": 2, "run__steps": None}, "run.epochs: the training set is a stream that does not say"),
+        (
+            "plain",
+            {"schedule__warmup_epochs": 0.5},
+            "schedule.warmup_epochs: the training set is a stream that does not",
+        ),
         ("plain", {"data__workers": 1}, "data.workers: a training set that is a stream"),
         ("plain", {"sampling__name": "class_balanced"}, 'sampling.name: "class_balanced" chooses examples by number'),
         ("plain", {"global_batch_size": "auto"}, "batch.largest: the training set is a stream of unknown length"),

@@ -1,18 +1,31 @@
-"""Learning rates and their rules against values worked out by hand and against torch's own scheduler."""
+"""Learning rates and their rules against values worked out by hand and against torch's own schedulers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    ReduceLROnPlateau,
+    StepLR,
+)
 
-from ddp.job import ScheduleSection, parse_job
+from ddp.job import OptimizerSection, ScheduleSection, parse_job
 from ddp.noise.learning_rate import gain, rate_factor
 from ddp.noise.noise_scale import Reading, State
-from ddp.training.schedules import LearningRate, learning_rate
+from ddp.training.plateau import Plateau
+from ddp.training.schedules import LearningRate, learning_rate, momentum
 
 
 def rates(steps: int, peak: float, **settings: object) -> list[float]:
@@ -161,3 +174,86 @@ def test_the_factors_meet_their_limits() -> None:
         rate_factor("noise_scale", 16, 64, -1.0)
     with pytest.raises(ValueError, match="above 0"):
         rate_factor("linear", 0, 64)
+
+
+def torch_rates(scheduler: Callable[[Optimizer], LRScheduler], steps: int, peak: float = 0.3) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    stepped, found = scheduler(optimizer), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        stepped.step()
+    return found
+
+
+TORCHS: dict[str, tuple[dict[str, Any], Callable[[Optimizer], LRScheduler]]] = {
+    "step": ({"step_every_steps": 7, "factor": 0.3}, lambda o: StepLR(o, 7, gamma=0.3)),
+    "exponential": ({"decay_steps": 1, "factor": 0.95}, lambda o: ExponentialLR(o, gamma=0.95)),
+    "inverse_time": ({"decay_steps": 5}, lambda o: LambdaLR(o, lambda n: 1 / (1 + n / 5))),
+    "1/t": ({"decay_steps": 1}, lambda o: LambdaLR(o, lambda n: 1 / (1 + n))),
+    "constant": ({}, lambda o: ConstantLR(o, factor=1.0)),
+    "cosine": ({"final_fraction": 0.1}, lambda o: CosineAnnealingLR(o, T_max=39, eta_min=0.03)),
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_every_schedule_is_torchs_step_by_step_also_in_epochs_and_after_warm_up(name: str) -> None:
+    own, scheduler = TORCHS[name]
+    expected = torch_rates(scheduler, 40)
+    assert rates(40, 0.3, name=name, **own) == pytest.approx(expected, rel=1e-12)
+    in_epochs = {
+        key.replace("_steps", "_epochs"): value / 8 if "_steps" in key else value for key, value in own.items()
+    }
+    section = ScheduleSection.model_validate({"name": name, **in_epochs, "warmup_epochs": 0.75})
+    got = [learning_rate(step, 45, 0.3, section, steps_per_epoch=8) for step in range(1, 46)]
+    assert got[:5] == pytest.approx([0.3 * step / 6 for step in range(1, 6)], rel=1e-12)
+    assert got[5:] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_step_schedule_in_epochs_falls_between_epochs_whatever_the_batch_makes_of_them() -> None:
+    rate = rate_of(run__epochs=6, schedule__name="step", schedule__step_every_epochs=2.0)
+    found = [rate.advance(16, 7, None) for _ in range(42)]  # resumed with a batch of which 7 make an epoch
+    assert found == pytest.approx([0.1] * 14 + [0.01] * 14 + [0.001] * 14)
+
+
+@pytest.mark.parametrize("goal", ["min", "max"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"cooldown": 3}, {"threshold": 0.05, "threshold_mode": "absolute"}, {"min_learning_rate": 2e-3}]
+)
+def test_plateau_is_torchs_step_by_step_and_goes_on_after_a_resume(goal: Any, settings: dict[str, Any]) -> None:
+    section = ScheduleSection.model_validate({"name": "plateau", "factor": 0.4, "patience": 2, **settings})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    torchs = ReduceLROnPlateau(
+        *(optimizer, goal, 0.4, 2),
+        threshold=section.threshold,
+        threshold_mode="rel" if section.threshold_mode == "relative" else "abs",
+        cooldown=section.cooldown,
+        min_lr=section.min_learning_rate,
+    )
+    plateau, falls = Plateau(section, goal, peak=0.3), 0
+    random = np.random.default_rng(5)
+    values = [2 / (1 + step / 9) + 0.05 * random.normal() for step in range(70)]
+    values[20:23] = [math.nan, math.inf, -math.inf if goal == "max" else math.inf]
+    for step, value in enumerate(values if goal == "min" else [-value for value in values]):
+        torchs.step(value)
+        falls += plateau.observe(step, value)
+        assert not plateau.observe(step, value)  # a second time counts for nothing
+        assert 0.3 * plateau.scale == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
+        if step % 10 == 4:
+            again = Plateau(section, goal, peak=0.3)
+            again.load_state_dict(plateau.state_dict())
+            plateau = again
+    assert falls >= 3
+    for broken in ({"scale": "x"}, {"scale": 2.0}, {"best": None}, {"cooldown_left": -5}):
+        with pytest.raises(ValueError, match="a plateau"):
+            plateau.load_state_dict({**plateau.state_dict(), **broken})
+
+
+def test_momentum_is_torchs_linear_factor_and_ends_where_it_should() -> None:
+    section = OptimizerSection(name="momentum", momentum=0.5, final_momentum=0.99, momentum_steps=8)
+    expected = torch_rates(lambda o: LinearLR(o, 0.5 / 0.99, 1.0, total_iters=8), 12, peak=0.99)
+    assert [momentum(step, section) for step in range(1, 13)] == pytest.approx(expected, rel=1e-12)
+    assert momentum(9, section) == 0.99 and momentum(0.3, section) == 0.5
+    epochs = OptimizerSection(name="adamw", betas=(0.8, 0.9), final_momentum=0.6, momentum_epochs=0.5)
+    assert [momentum(step, epochs, 4) for step in (1, 2, 3, 4)] == pytest.approx([0.8, 0.7, 0.6, 0.6])
+    assert momentum(7, OptimizerSection(name="adagrad")) == 0.0

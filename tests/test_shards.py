@@ -9,14 +9,17 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 import ddp
+from ddp.job import DigitsSection
 from ddp.noise.fixed_order import LAGS, Deviations, FixedOrder
 from ddp.noise.shards import COPIES, ShardWatch
-from ddp.tasks.digits import _load, build_network
+from ddp.tasks.digits import CLASSES, IMAGE, _load
+from ddp.tasks.networks import convolutional_network
 from ddp.transport.base import Reduction
 from ddp.transport.comm_hook import add_up
 from ddp.transport.projection import ELEMENTS, SmallParameters
@@ -275,6 +278,10 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     return (images - images.mean()) / images.std(), labels, np.argsort(labels.numpy(), kind="stable")
 
 
+def _network(*, batch_norm: bool) -> nn.Module:
+    return convolutional_network(DigitsSection(name="digits", channels=8, batch_norm=batch_norm), IMAGE, CLASSES)
+
+
 def _shards(how: str, step: int, ranks: int, generator: np.random.Generator, by_class: np.ndarray) -> list[np.ndarray]:
     """Each rank's 16 examples of a step; of data sorted by class, from a part of its own or in turn."""
     if how == "in turn":
@@ -291,7 +298,7 @@ def _train(how: str, ranks: int, batch_norm: bool, steps: int, seed: int) -> lis
     images, labels, by_class = _digits()
     torch.manual_seed(seed)
     generator, watch, said = np.random.default_rng(seed), ShardWatch(), []
-    model = build_network(8, batch_norm=batch_norm, dropout=0.0)
+    model = _network(batch_norm=batch_norm)
     optimizer = Adam(model.parameters(), lr=3e-3) if batch_norm else SGD(model.parameters(), lr=0.05)
     parameters = list(model.parameters())
     lengths = [each.numel() for each in parameters]
@@ -334,7 +341,7 @@ def _attached(rank: int, world_size: int, store_address: str, how: str, steps: i
     try:
         with process_group(rank, world_size, store_address):
             torch.manual_seed(0)
-            model = DistributedDataParallel(build_network(8, batch_norm=False, dropout=0.0))
+            model = DistributedDataParallel(_network(batch_norm=False))
             optimizer = SGD(model.parameters(), lr=0.05)
             meter = ddp.attach(model, batch_size=16, transport="shared_memory", layers=False)
             for step in range(steps):

@@ -9,12 +9,20 @@ from collections.abc import Sequence
 
 import pytest
 
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    ParameterEntries,
+    ParametersRecord,
+    RunEvent,
+    StepRecord,
+)
 from ddp.telemetry.sinks import Sinks
 from telemetry_records import batch_changes, evaluation_records, run_info, step_records
 
 EVENT = RunEvent(3, 1.0, "straggler", 1, "rank 1 is slow")
-Record = StepRecord | EvaluationRecord | BatchChange | RunEvent
+PARAMETERS = ParametersRecord(3, (ParameterEntries("0.weight", (2, 2), (0, 3), (1.0, 2.0), (0.1, 0.2)),))
+Record = StepRecord | EvaluationRecord | BatchChange | RunEvent | ParametersRecord
 
 
 class Hearing:
@@ -29,6 +37,9 @@ class Hearing:
         self._hear(record)
 
     def evaluation(self, record: EvaluationRecord) -> None:
+        self._hear(record)
+
+    def parameters(self, record: ParametersRecord) -> None:
         self._hear(record)
 
     def batch_change(self, record: BatchChange) -> None:
@@ -49,7 +60,13 @@ class Hearing:
 
 def _tell(sinks: Sinks) -> list[Record]:
     info = run_info()
-    told: list[Record] = [*step_records(info, 2), evaluation_records(info)[0], batch_changes(info)[0], EVENT]
+    told: list[Record] = [
+        *step_records(info, 2),
+        evaluation_records(info)[0],
+        batch_changes(info)[0],
+        EVENT,
+        PARAMETERS,
+    ]
     for record in told:
         match record:
             case StepRecord():
@@ -60,6 +77,8 @@ def _tell(sinks: Sinks) -> list[Record]:
                 sinks.batch_change(record)
             case RunEvent():
                 sinks.event(record)
+            case ParametersRecord():
+                sinks.parameters(record)
     return told
 
 
@@ -73,7 +92,7 @@ def test_all_hear_all_in_order() -> None:
     assert (one.closed, other.closed) == (1, 1)
 
 
-@pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 5, 6])
 def test_one_that_raises_is_dropped_with_one_warning(fails_at: int, caplog: pytest.LogCaptureFixture) -> None:
     before, broken, after = Hearing(), Hearing(range(fails_at, 9)), Hearing()
     told = _tell(Sinks([before, broken, after]))

@@ -17,11 +17,22 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ddp.errors import UsageError
-from ddp.job import CustomSection, DigitsSection, QuadraticSection, TextSection, load_job
+from ddp.job import (
+    TASKS,
+    CustomSection,
+    DigitsSection,
+    ImagesSection,
+    QuadraticSection,
+    SyntheticImagesSection,
+    TextSection,
+    load_job,
+)
 from ddp.tasks import METHODS, REGISTRY, load_task
 from ddp.tasks.base import Task, TensorExamples, metric_goal
 from ddp.tasks.digits import DigitsTask
+from ddp.tasks.images import ImagesTask
 from ddp.tasks.synthetic import QuadraticTask
+from ddp.tasks.synthetic_images import SyntheticImagesTask
 from ddp.tasks.text import LanguageModel, TextTask, source_files, split_files, windows
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -34,7 +45,9 @@ def test_registered_tasks_come_by_name() -> None:
     assert type(load_task(DigitsSection(name="digits"), allow_import=())) is DigitsTask
     assert type(load_task(TextSection(name="text"), allow_import=())) is TextTask
     assert type(load_task(QuadraticSection(name="quadratic"), allow_import=())) is QuadraticTask
-    assert set(REGISTRY) == {"digits", "text", "quadratic"}
+    assert type(load_task(SyntheticImagesSection(name="synthetic_images"), allow_import=())) is SyntheticImagesTask
+    assert type(load_task(ImagesSection(name="images", path="nowhere"), allow_import=())) is ImagesTask
+    assert set(REGISTRY) == set(TASKS) == {"digits", "text", "quadratic", "images", "synthetic_images"}
 
 
 def test_importing_the_registry_imports_no_torch() -> None:
@@ -128,7 +141,12 @@ def test_digits_without_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyP
 
 def test_the_example_job_files_are_valid_and_name_metrics_of_their_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES.parent)
-    for name, goal in (("digits", "max"), ("text", "min"), ("custom_task", "max")):
+    for name, goal in (
+        ("digits", "max"),
+        ("images", "max"),
+        ("text", "min"),
+        ("custom_task", "max"),
+    ):
         job = load_job(EXAMPLES / f"{name}.toml")
         task = load_task(job.task, allow_import=["examples"])
         assert metric_goal(task, job.evaluation.metric) == goal

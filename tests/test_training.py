@@ -20,7 +20,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from ddp import errors
 from ddp.job import DigitsSection, Job
-from ddp.tasks.digits import DigitsTask, build_network
+from ddp.tasks.digits import CLASSES, IMAGE, DigitsTask
+from ddp.tasks.networks import convolutional_network
 from ddp.training.data import BatchPlan
 from ddp.training.measuring import population
 from ddp.training.run import hold
@@ -43,7 +44,7 @@ def plain_loop(cuts: Iterable[int], steps: int, optimizer_name: str) -> tuple[li
     section = DigitsSection(name="digits", channels=4, batch_norm=False)
     images, labels = DigitsTask(section).datasets()[0].tensors
     torch.manual_seed(SEED)
-    model = build_network(section.channels, batch_norm=False, dropout=0.0)
+    model = convolutional_network(section, IMAGE, CLASSES)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     plan = BatchPlan(TRAINING_EXAMPLES, TRAINING_EXAMPLES, TRAINING_EXAMPLES, 1, SEED)
     batches = (plan.order(epoch)[a:b] for epoch in itertools.count() for a, b in itertools.pairwise(cuts))
@@ -349,9 +350,10 @@ def test_every_layer_that_drops_out_is_found(layer: nn.Module, is_random: bool) 
 
 def trace_of_first_step() -> float:
     """McCandlish's two-point formula on the gradients of two halves of 150 examples at the first weights."""
-    images, labels = DigitsTask(DigitsSection(name="digits")).datasets()[0].tensors
+    section = DigitsSection(name="digits", channels=4, batch_norm=False)
+    images, labels = DigitsTask(section).datasets()[0].tensors
     torch.manual_seed(SEED)
-    model = build_network(4, batch_norm=False, dropout=0.0).double()
+    model = convolutional_network(section, IMAGE, CLASSES).double()
     order = BatchPlan(TRAINING_EXAMPLES, TRAINING_EXAMPLES, TRAINING_EXAMPLES, 1, SEED).order(0)
     gradients = []
     for half in (order[:150], order[150:300]):

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
-def export(path: Path, target: Path, *, rank_statistics: bool = False, overwrite: bool = False) -> int:
+def export(
+    path: Path, target: Path, *, rank_statistics: bool = False, averaged: bool = False, overwrite: bool = False
+) -> int:
     """Write the model of the checkpoint at `path` to `target`, all of it or nothing; returns how many tensors.
 
     Running statistics are the means over the ranks, as in evaluation; of other buffers, such as counters, rank 0's.
-    With `rank_statistics` each rank's own buffers are there too, as `ranks.00003.NAME`.
+    With `rank_statistics` each rank's own buffers are there too, as `ranks.00003.NAME`. `averaged` takes the moving
+    averages of the weights, where the run kept them.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or `target` not be written.
@@ -36,7 +39,7 @@ def export(path: Path, target: Path, *, rank_statistics: bool = False, overwrite
     if not overwrite and os.path.lexists(target):
         raise UsageError(f"{target}: exists already; give another name, or --force to replace it")
     manifest = read_manifest(path)
-    state = _model(path, manifest, rank_statistics)
+    state = model_state(path, manifest, rank_statistics=rank_statistics, averaged=averaged)
     part = Staging().stage(target.name, state)
     if {place.name for place in part.places} != state.keys():
         raise CheckpointError(f"{path}: a parameter has a name that no safetensors file can have")
@@ -49,17 +52,27 @@ def export(path: Path, target: Path, *, rank_statistics: bool = False, overwrite
     return len(part.places)
 
 
-def _model(path: Path, manifest: Manifest, rank_statistics: bool) -> dict[str, Tensor]:
+def model_state(
+    path: Path, manifest: Manifest, *, rank_statistics: bool = False, averaged: bool = False
+) -> dict[str, Tensor]:
+    """What `export` writes, as tensors by name.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no such model.
+    """
     from ddp.checkpoint.tensors import mean
 
     shared, own = load(path, 0)
+    if averaged and "averaged_parameters" not in shared:
+        raise CheckpointError(f"{path}: has no averaged weights; the run kept none (averaged_weights.decay in its job)")
+    parameters, statistics = ("averaged_parameters", "averaged_buffers") if averaged else ("parameters", "buffers")
     try:
-        buffers = [own["buffers"], *(load(path, rank)[1]["buffers"] for rank in range(1, manifest.world_size))]
+        buffers = [own[statistics], *(load(path, rank)[1][statistics] for rank in range(1, manifest.world_size))]
         merged = {
             name: mean([each[name] for each in buffers]) if _is_running_statistic(name, tensor) else tensor
             for name, tensor in buffers[0].items()
         }
-        tensors = {**shared["parameters"], **merged}
+        tensors = {**shared[parameters], **merged}
         names: Mapping[str, str] = shared.get("state_dict") or {name: name for name in tensors}
         state = {name: tensors[held] for name, held in names.items()}
     except (KeyError, AttributeError, TypeError, RuntimeError) as fault:

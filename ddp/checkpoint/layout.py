@@ -84,11 +84,19 @@ def header_length(first_bytes: bytes, file_bytes: int) -> int:
 
 def parse(text: bytes, data_bytes: int) -> tuple[Any, list[Place]]:
     """The tree and the places, in the order of the data; ValueError where anything about them cannot be."""
+    metadata, places = parse_any(text, data_bytes)
+    try:
+        return json.loads(metadata[_TREE]), places
+    except (TypeError, KeyError, RecursionError) as fault:
+        raise ValueError(f"its header is not of this form: {fault!r:.200}") from None
+
+
+def parse_any(text: bytes, data_bytes: int) -> tuple[dict[str, Any], list[Place]]:
+    """The same of a file that anyone may have written: its texts, which may be none, and the places."""
     try:
         table = json.loads(text.decode("utf-8"))
-        metadata = table.pop("__metadata__")
+        metadata = table.pop("__metadata__", {})
         places = [_place(name, entry) for name, entry in table.items()]
-        tree = json.loads(metadata[_TREE])
     except (TypeError, KeyError, AttributeError, RecursionError) as fault:
         raise ValueError(f"its header is not of this form: {fault!r:.200}") from None
     places.sort(key=lambda place: (place.start, place.stop))
@@ -99,7 +107,7 @@ def parse(text: bytes, data_bytes: int) -> tuple[Any, list[Place]]:
         stop = place.stop
     if stop != data_bytes:
         raise ValueError(f"its tensors are {stop} bytes, and the file has {data_bytes} for them")
-    return tree, places
+    return metadata, places
 
 
 def _place(name: str, entry: Mapping[str, Any]) -> Place:

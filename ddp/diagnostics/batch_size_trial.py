@@ -63,6 +63,7 @@ class Trial:
         from ddp.tasks import load_task
         from ddp.topology import SINGLE_PROCESS
         from ddp.training.data import fetcher
+        from ddp.training.initialisation import initialise_
         from ddp.training.memory import keep_freed_memory
         from ddp.training.optimizers import build_optimizer
         from ddp.training.resources import choose_device
@@ -78,13 +79,14 @@ class Trial:
             keep_freed_memory()
         self._task = load_task(job.task, allow_import=allow_import)
         self._model = self._task.model().to(self._device).train()
+        initialise_(self._model, job.initialisation, job.run.seed)
         self._training, _ = self._task.datasets()
         if is_stream(self._training):
             raise UsageError(
                 "the largest batch is tried out with a training set that has a length, and this one is a stream"
             )
         self._fetch = fetcher(self._training)
-        self._optimizer = build_optimizer(job.optimizer, self._model.parameters())
+        self._optimizer = build_optimizer(job.optimizer, self._model.named_parameters())
         self.training_examples = len(self._training)  # type: ignore[arg-type]
 
     def task_facts(self) -> dict[str, Any]:

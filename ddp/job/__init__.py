@@ -8,11 +8,21 @@ schedules and transports are listed here for the same reason; the code behind th
 from ddp.job.batch import UNITS, BatchSection
 from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.fields import Positive, PositiveFloat, Section
+from ddp.job.image_tasks import (
+    Activation,
+    ConvolutionalSection,
+    DigitsSection,
+    ImagesSection,
+    SyntheticImagesSection,
+)
+from ddp.job.initialisation import InitialisationSection
 from ddp.job.job_file import Job, apply_overrides, load_job, parse_job
-from ddp.job.optimization import OptimizerSection, ScheduleSection
-from ddp.job.plain_file import read_plain_file
+from ddp.job.optimization import GroupSection, OptimizerSection
+from ddp.job.plain_file import opened_plain_file, read_plain_file
 from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.private_file import read_private_file
+from ddp.job.record import RecordSection
+from ddp.job.regularisation import Regulariser, regularisers, with_regulariser, without_regularisation
 from ddp.job.run_id import (
     RUN_ID,
     RUN_ID_VARIABLE,
@@ -22,8 +32,9 @@ from ddp.job.run_id import (
     run_id_is_given,
 )
 from ddp.job.sampling import SamplingSection
+from ddp.job.schedule import ScheduleSection
 from ddp.job.secret_hooks import hide_secrets_in_hooks
-from ddp.job.secrets import RedactingFormatter, redact, resolve_secrets
+from ddp.job.secrets import RedactingFormatter, hide, redact, resolve_secrets
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -37,27 +48,32 @@ from ddp.job.sections import (
 from ddp.job.tasks import (
     TASKS,
     CustomSection,
-    DigitsSection,
     QuadraticSection,
     TaskSection,
     TextSection,
     check_import,
 )
 from ddp.job.toml_file import read_toml
+from ddp.job.trackers import TrackersSection
 
 __all__ = [
     "RUN_ID",
     "RUN_ID_VARIABLE",
     "TASKS",
     "UNITS",
+    "Activation",
     "AveragedWeightsSection",
     "BatchSection",
     "CheckpointSection",
+    "ConvolutionalSection",
     "CustomSection",
     "DataSection",
     "DigitsSection",
     "EarlyStoppingSection",
     "FaultsSection",
+    "GroupSection",
+    "ImagesSection",
+    "InitialisationSection",
     "Job",
     "MetricsSection",
     "NoiseScaleSection",
@@ -67,27 +83,36 @@ __all__ = [
     "PositiveFloat",
     "PrecisionSection",
     "QuadraticSection",
+    "RecordSection",
     "RedactingFormatter",
+    "Regulariser",
     "SamplingSection",
     "ScheduleSection",
     "Section",
+    "SyntheticImagesSection",
     "TaskSection",
     "TextSection",
+    "TrackersSection",
     "TransportSection",
     "apply_overrides",
     "check_exposure",
     "check_import",
     "check_run_id",
     "generate_run_id",
+    "hide",
     "hide_secrets_in_hooks",
     "is_loopback",
     "load_job",
+    "opened_plain_file",
     "parse_job",
     "read_plain_file",
     "read_private_file",
     "read_toml",
     "redact",
+    "regularisers",
     "resolve_run_id",
     "resolve_secrets",
     "run_id_is_given",
+    "with_regulariser",
+    "without_regularisation",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -79,11 +80,18 @@ def _resolve(loc: tuple[int | str, ...], whole: type[BaseModel]) -> tuple[type[B
         return section, parts
     for part in parts:
         path.append(part)
-        if len(path) < len(parts) and section is not None:
+        if len(path) < len(parts) and section is not None and not part.isdecimal():  # the place in a list of tables
             field = section.model_fields.get(part)
-            annotation = field.annotation if field else None
-            section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            section = _table_of(field.annotation) if field else None
     return section, path
+
+
+def _table_of(annotation: object) -> type[BaseModel] | None:
+    """The type of a field that is a table, or a list of tables."""
+    for each in (annotation, *get_args(annotation)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None
 
 
 def _did_you_mean(word: str, valid: Iterable[str]) -> str:

@@ -15,9 +15,12 @@ from ddp.job.batch import BatchSection
 from ddp.job.ending import AveragedWeightsSection, EarlyStoppingSection
 from ddp.job.faults import in_words
 from ddp.job.fields import Section
-from ddp.job.optimization import OptimizerSection, ScheduleSection
+from ddp.job.initialisation import InitialisationSection
+from ddp.job.optimization import OptimizerSection
 from ddp.job.precision import NormalisationSection, PrecisionSection
+from ddp.job.record import RecordSection
 from ddp.job.sampling import SamplingSection
+from ddp.job.schedule import ScheduleSection
 from ddp.job.sections import (
     CheckpointSection,
     DataSection,
@@ -30,6 +33,7 @@ from ddp.job.sections import (
 )
 from ddp.job.tasks import TaskSection
 from ddp.job.toml_file import DEEPEST, is_too_deep, read_toml, toml_value
+from ddp.job.trackers import TrackersSection
 
 MOST_FAULTS = 20  # that are told of at once
 LONGEST_FAULT = 1000  # characters
@@ -43,6 +47,7 @@ class Job(Section):
     batch: BatchSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    initialisation: InitialisationSection = InitialisationSection()
     precision: PrecisionSection = PrecisionSection()
     normalisation: NormalisationSection = NormalisationSection()
     averaged_weights: AveragedWeightsSection = AveragedWeightsSection()
@@ -55,6 +60,8 @@ class Job(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     faults: FaultsSection = FaultsSection()
     metrics: MetricsSection = MetricsSection()
+    record: RecordSection = RecordSection()
+    trackers: TrackersSection = TrackersSection()
 
     @model_validator(mode="after")
     def _what_adapts_is_measured(self) -> Self:

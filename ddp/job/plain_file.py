@@ -10,7 +10,8 @@ import os
 import select
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 PIPE_SECONDS = 60.0  # for all of it to come through a pipe
@@ -29,24 +30,36 @@ def read_plain_file(
         OSError: it cannot be read.
         ValueError: the name is no path, it is not a plain file, has too many bytes, or nothing comes through a pipe.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    try:
+    with opened_plain_file(path, pipes=pipes) as descriptor:
         status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         is_pipe = stat.S_ISFIFO(status.st_mode)
-        if not stat.S_ISREG(status.st_mode) and not (pipes and is_pipe):
-            raise ValueError("it is not a plain file")
         if check is not None:
             check(status)
         content = _read(descriptor, most_bytes + 1)
-    finally:
-        os.close(descriptor)
     if len(content) > most_bytes:
         raise ValueError(f"it has more than {most_bytes:,} bytes")
     if is_pipe and not content:
         raise ValueError("it is a pipe that nobody writes to")
     return content
+
+
+@contextmanager
+def opened_plain_file(path: str | Path, *, pipes: bool = False) -> Generator[int]:
+    """A descriptor to read `path` from, for what is too large to be had at once.
+
+    Raises:
+        OSError, ValueError: as `read_plain_file`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode) and not (pipes and stat.S_ISFIFO(status.st_mode)):
+            raise ValueError("it is not a plain file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _read(descriptor: int, most_bytes: int) -> bytes:

@@ -64,6 +64,12 @@ def redact(text: str) -> str:
     return text
 
 
+def hide(value: str) -> None:
+    """`redact` hides it from now on, where it is long enough to be told from other text."""
+    if len(value) >= SHORTEST:
+        _remembered(value, "")
+
+
 class RedactingFormatter(logging.Formatter):
     """Log lines, tracebacks included, without secrets."""
 

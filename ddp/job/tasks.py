@@ -10,20 +10,12 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from ddp.errors import UsageError
 from ddp.job.fields import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from ddp.job.image_tasks import Activation, DigitsSection, ImagesSection, SyntheticImagesSection
 from ddp.job.secrets import literal_secrets
 
 NAME = r"[A-Za-z_]\w*"
 MODULE = re.compile(rf"{NAME}(?:\.{NAME})*")
 CUSTOM_TASK = re.compile(rf"{MODULE.pattern}:{NAME}")
-
-
-class DigitsSection(Section):
-    """scikit-learn's bundled handwritten digits: 1,472 training and 325 validation images, 8x8."""
-
-    name: Literal["digits"]
-    channels: Positive = 32
-    batch_norm: bool = True
-    dropout: Fraction = 0.0
 
 
 class TextSection(Section):
@@ -35,6 +27,9 @@ class TextSection(Section):
     heads: Positive = 4
     width: Positive = 64
     validation_examples: Positive = 512
+    activation: Activation = "gelu"
+    dropout: Fraction = Field(default=0.0, description="of what each block adds")
+    label_smoothing: Fraction = Field(default=0.0, description="in training only; evaluation goes without")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -71,7 +66,13 @@ class CustomSection(Section):
         return self
 
 
-TASKS: Mapping[str, type[Section]] = {"digits": DigitsSection, "text": TextSection, "quadratic": QuadraticSection}
+TASKS: Mapping[str, type[Section]] = {
+    "digits": DigitsSection,
+    "text": TextSection,
+    "quadratic": QuadraticSection,
+    "images": ImagesSection,
+    "synthetic_images": SyntheticImagesSection,
+}
 
 
 def _task_tag(value: object) -> str | None:
@@ -88,6 +89,8 @@ TaskSection = Annotated[
     Annotated[DigitsSection, Tag("digits")]
     | Annotated[TextSection, Tag("text")]
     | Annotated[QuadraticSection, Tag("quadratic")]
+    | Annotated[ImagesSection, Tag("images")]
+    | Annotated[SyntheticImagesSection, Tag("synthetic_images")]
     | Annotated[CustomSection, Tag("custom")],
     Discriminator(_task_tag),
 ]

@@ -18,7 +18,9 @@ from ddp.search.sweep_file import Sweep
 MULTIPLES = tuple(2.0**power for power in range(-6, 8))
 FIRST_MULTIPLES = 3  # around 1, before it is asked where the bend lies
 ABOVE, BELOW = 4.0, 2.0  # batch sizes go on to so many times the bend and down to so small a part of it
-EXPONENTS = {"sgd": (0.0, 0.5, 1.0)}  # of k, in the learning rate; others take its root (arXiv:2205.10287)
+EXPONENTS: Mapping[str, tuple[float, ...]] = dict.fromkeys(
+    ("sgd", "momentum", "nesterov"), (0.0, 0.5, 1.0)
+)  # of k, in the learning rate; others take its root (arXiv:2205.10287)
 ROOT = (0.5,)
 FARTHEST = 4 * COARSE  # grid points beyond the run's learning rate, at its own batch size: a factor 16
 BEYOND_RULE = (

@@ -53,7 +53,8 @@ def read_branch_point(path: Path, sweep: Sweep) -> BranchPoint:
             raise UsageError(f"{path}: a run of {table} {there}, and the sweep file has {table}.name = {here!r}")
     shared = checkpoint.load_shared(path)
     adapted = shared["course"]["batch"]
-    rate = float(shared["optimizer"]["param_groups"][0]["lr"])
+    group = shared["optimizer"]["param_groups"][0]
+    rate = float(group["lr"]) / float(group.get("learning_rate_factor", 1.0))
     if not rate > 0:
         raise UsageError(
             f"{path}: the run's learning rate is {rate:g} here, its schedule is over: branches cannot go on from it; give "

@@ -205,7 +205,7 @@ def refuse_to_mix(path: Path, sweep: Sweep, *, resume: bool, begun: bool) -> Non
         raise UsageError(f"{path}: there is a search already; give --resume to go on, or another sweep.directory")
     if here is not None and here != sweep.definition():
         raise UsageError(
-            f"{path}: was begun with another {_difference(here, sweep.definition())}; results of two searches do not "
+            f"{path}: was begun with another {difference(here, sweep.definition())}; results of two searches do not "
             "mix: restore that, or give another sweep.directory"
         )
 
@@ -217,7 +217,7 @@ def begin_or_go_on(path: Path, sweep: Sweep) -> None:
     remove_failed(path)
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The names of what differs, as in the file."""
     names: list[str] = []
     for table in sorted(old.keys() | new.keys()):

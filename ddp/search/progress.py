@@ -50,9 +50,12 @@ class SearchProgress:
 
     def trial(self, result: TrialResult) -> None:
         """One has finished."""
+        self.finished(trial_line(result), failed=result.stopped_because == "failed")
+
+    def finished(self, line: str, *, failed: bool) -> None:
+        """A trial has, with this to be said of it."""
         self._done += 1
-        line = trial_line(result)
-        if self._bar is None or result.stopped_because == "failed":
+        if self._bar is None or failed:
             self._say(f"{self._done}/{max(self._done, self._expected)}  {line}")
         if self._bar is not None and self._task is not None:
             with suppress(OSError, ValueError):

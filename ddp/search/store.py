@@ -31,7 +31,7 @@ class TrialResult:
     """One training run of a search. Per target: tuples as long as `targets`, NaN where a target was not reached.
 
     Attributes:
-        optimizer: "sgd", "adam" or "adamw".
+        optimizer: optimizer.name of the job.
         batch_size: examples a step.
         learning_rate: constant, after a warm-up where the job has one.
         seed: of the initial weights, of the order of the data and of whatever the model draws.

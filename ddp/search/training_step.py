@@ -20,7 +20,7 @@ from ddp.search.request import Trial
 from ddp.search.workload import Workload, normalisation_layers
 from ddp.training.data import BatchPlan, fetcher, split, to_device
 from ddp.training.measuring import population
-from ddp.training.optimizers import build_optimizer, clip_
+from ddp.training.optimizers import build_optimizer, clip_, set_rate_
 from ddp.training.random_state import preserved_random_state
 
 UNITS = 4  # separate gradients of a sample of the noise scale
@@ -37,7 +37,7 @@ class TrainingStep:
         self._workload, self._trial, self._model = workload, trial, model
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         section = job.optimizer.model_copy(update={"learning_rate": trial.learning_rate})
-        self._optimizer = build_optimizer(section, self._parameters)
+        self._optimizer = build_optimizer(section, model.named_parameters())
         self._population = population(model, workload.training_examples)
         self._fetch = fetcher(workload.training)
         self._stream = stream(workload.training_examples, job.run.seed + trial.seed, trial.batch_size)
@@ -122,9 +122,9 @@ class TrainingStep:
             return False
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        warmup_steps = 0 if self._trial.origin else job.schedule.warmup_steps
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._trial.learning_rate * self._rule() * min(1.0, step / max(1, warmup_steps))
+        steps_per_epoch = self._workload.training_examples / self._trial.batch_size
+        warmup = 0.0 if self._trial.origin else job.schedule.warmup(steps_per_epoch)
+        set_rate_(self._optimizer, self._trial.learning_rate * self._rule() * min(1.0, step / max(1.0, warmup)))
         if job.optimizer.gradient_clip_norm is not None:
             clip_(self._optimizer, self._parameters, norm, job.optimizer.gradient_clip_norm)
         self._optimizer.step()

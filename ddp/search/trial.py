@@ -20,7 +20,7 @@ from ddp.search.gradient_noise import average_noise_scale
 from ddp.search.request import Trial
 from ddp.search.store import StoppedBecause, TrialResult
 from ddp.search.training_step import TrainingStep
-from ddp.search.workload import SubsetLoss, Workload
+from ddp.search.workload import SubsetLoss, Workload, make_model
 from ddp.training.evaluation import evaluate
 from ddp.training.random_state import preserved_random_state, seed_rank
 
@@ -72,7 +72,7 @@ class _Run:
         job = workload.sweep.job
         self._workload, self._trial, self._hopeless_steps = workload, trial, hopeless_steps
         seed_rank(job.run.seed + trial.seed, 0)
-        self._model = workload.task.model().to(workload.device)
+        self._model = make_model(workload, job.run.seed + trial.seed).to(workload.device)
         self.step = TrainingStep(workload, trial, self._model)
         if trial.origin:
             restore_branch_point(Path(trial.origin), self._model, self.step)

@@ -137,7 +137,7 @@ class Pool:
     def close(self) -> None:
         """End all workers, and with them the trials they run. Safe to call twice."""
         for worker in self._workers:
-            worker.process.kill()  # its child is killed by the kernel, see `_end_with_parent`
+            worker.process.kill()  # its child is killed by the kernel, see `end_with_parent`
         for worker in self._workers:
             worker.process.join()
             worker.pipe.close()
@@ -148,7 +148,7 @@ class Pool:
         ours, theirs = context.Pipe()
         limit = context.RawValue("d", math.inf)
         process = context.Process(target=serve, args=(theirs, limit, self._sweep, self._allow_import), name="trials")
-        with _environment_of_one_thread():
+        with environment_of_one_thread():
             process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours, limit))
@@ -167,18 +167,18 @@ class Pool:
 
 def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: Sequence[str]) -> None:
     """A worker's life: load, say so, and run one trial after the other until the pipe closes."""
-    _end_with_parent(os.getppid())
-    _leave_signals_to_the_parent()
+    end_with_parent(os.getppid())
+    leave_signals_to_the_parent()
     hide_secrets_in_hooks()
     import torch
 
     from ddp.search import trial  # noqa: F401  # once here, and not in every child
-    from ddp.search.workload import load_workload, rehearse
+    from ddp.search.workload import load_workload, make_model, rehearse
 
     torch.set_num_threads(1)
     try:
         workload = load_workload(sweep, allow_import=allow_import)
-        rehearse(workload)
+        rehearse(make_model(workload, sweep.job.run.seed), sweep.job.optimizer)
     except DdpError as error:
         pipe.send(Unusable(type(error).__name__, redact(str(error))))
         return
@@ -209,7 +209,7 @@ def _attempt_in_a_child(workload: object, trial: Trial, limit: Any) -> TrialResu
 
 
 def _child(pipe: Connection, parent: int, workload: object, trial: Trial, limit: Any) -> None:
-    _end_with_parent(parent)
+    end_with_parent(parent)
     pipe.send(_attempt(workload, trial, limit))
 
 
@@ -251,7 +251,7 @@ def _first_word(worker: _Worker) -> Ready:
 
 
 @contextlib.contextmanager
-def _environment_of_one_thread() -> Iterator[None]:
+def environment_of_one_thread() -> Iterator[None]:
     """What a process that is started meanwhile inherits: libraries read it while they load."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
@@ -265,13 +265,13 @@ def _environment_of_one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _leave_signals_to_the_parent() -> None:
+def leave_signals_to_the_parent() -> None:
     """A terminal's Ctrl-C and a launcher's signal reach the whole group; the parent decides."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, and end now where that has happened already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

@@ -14,12 +14,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset
 
 from ddp.errors import UsageError
+from ddp.job import OptimizerSection
 from ddp.search.sweep_file import Sweep
 from ddp.tasks import load_task
 from ddp.tasks.base import Batch, Task, metric_goal
 from ddp.topology import SINGLE_PROCESS
 from ddp.training.data import fetcher, split, to_device
 from ddp.training.evaluation import evaluation_mode
+from ddp.training.initialisation import initialise_, load_weights_
 from ddp.training.optimizers import build_optimizer
 from ddp.training.random_state import seed_rank
 from ddp.training.resources import choose_device
@@ -69,15 +71,26 @@ def load_workload(sweep: Sweep, *, allow_import: Sequence[str] = ()) -> Workload
     return workload
 
 
-def rehearse(workload: Workload) -> None:
-    """Build a model and step an optimizer once: torch then imports what it puts off, 2 s that each fork would pay.
+def make_model(workload: Workload, seed: int) -> nn.Module:
+    """The task's, with the weights that the job begins with, on the CPU; `seed` is for those drawn by [initialisation].
+
+    Raises:
+        UsageError: the job's [initialisation] does not fit it.
+    """
+    job, model = workload.sweep.job, workload.task.model()
+    initialise_(model, job.initialisation, seed)
+    load_weights_(model, job.initialisation)
+    return model
+
+
+def rehearse(model: nn.Module, section: OptimizerSection) -> None:
+    """Step an optimizer on `model` once: torch then imports what it puts off, 2 s that each fork would pay.
 
     No backward, whose threads a fork would not have.
     """
-    parameters = [each for each in workload.task.model().parameters() if each.requires_grad]
-    optimizer = build_optimizer(workload.sweep.job.optimizer, parameters)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(section, model.named_parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
 
 
@@ -110,8 +123,9 @@ class SubsetLoss:
 
 
 def normalisation_layers(model: nn.Module) -> list[_NormBase]:
-    """Those that use the statistics of the batch in training."""
-    return [module for module in model.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
+    """Those that use the statistics of the batch in training; frozen ones, in evaluation mode meanwhile, do not."""
+    layers = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
+    return [layer for layer in layers if layer.running_mean is not None]
 
 
 @contextmanager

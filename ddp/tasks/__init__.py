@@ -23,6 +23,8 @@ REGISTRY: Mapping[str, str] = {
     "digits": "ddp.tasks.digits:DigitsTask",
     "text": "ddp.tasks.text:TextTask",
     "quadratic": "ddp.tasks.synthetic:QuadraticTask",
+    "images": "ddp.tasks.images:ImagesTask",
+    "synthetic_images": "ddp.tasks.synthetic_images:SyntheticImagesTask",
 }
 METHODS = ("model", "datasets", "loss", "metrics")
 

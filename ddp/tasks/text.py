@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddp.errors import UsageError
-from ddp.job import TextSection
+from ddp.job import Activation, TextSection
 from ddp.tasks.base import Goal, TensorExamples
+from ddp.tasks.networks import ACTIVATIONS
 
 VOCABULARY = 256
 VALIDATION_EVERY = 20  # one file in so many is kept for validation, whole: no text is in both sets
@@ -34,7 +35,11 @@ class TextTask:
 
     def model(self) -> nn.Module:
         section = self.section
-        return LanguageModel(section.context_length, section.layers, section.heads, section.width)
+        return LanguageModel(
+            *(section.context_length, section.layers, section.heads, section.width),
+            dropout=section.dropout,
+            activation=section.activation,
+        )
 
     def datasets(self) -> tuple[TensorExamples, TensorExamples]:
         root = Path(sysconfig.get_path("stdlib"))
@@ -54,15 +59,27 @@ class TextTask:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor]) -> Tensor:
         inputs, targets = _shift(batch)
-        return _cross_entropy(model(inputs), targets)
+        return self._losses(model, model(inputs), targets)
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor]) -> Mapping[str, Tensor]:
         inputs, targets = _shift(batch)
+        return _metrics(model(inputs), targets)
+
+    def loss_and_metrics(self, model: nn.Module, batch: tuple[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Both from one forward; the loss is smoothed while the model is in training mode, the metrics never are."""
+        inputs, targets = _shift(batch)
         logits = model(inputs)
-        return {
-            "bits_per_byte": _cross_entropy(logits, targets) / math.log(2),
-            "accuracy": (logits.argmax(dim=-1) == targets).float().mean(dim=1),
-        }
+        return self._losses(model, logits, targets), _metrics(logits.detach(), targets)
+
+    def _losses(self, model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        return _cross_entropy(logits, targets, self.section.label_smoothing if model.training else 0.0)
+
+
+def _metrics(logits: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+    return {
+        "bits_per_byte": _cross_entropy(logits, targets) / math.log(2),
+        "accuracy": (logits.argmax(dim=-1) == targets).float().mean(dim=1),
+    }
 
 
 def source_files(root: Path) -> list[Path]:
@@ -96,9 +113,12 @@ def _shift(batch: tuple[Tensor]) -> tuple[Tensor, Tensor]:
     return text[:, :-1], text[:, 1:]
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean over positions, in nats: (n, length, 256), (n, length) -> (n,)."""
-    return functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
+    losses = functional.cross_entropy(
+        logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing
+    )
+    return losses.mean(dim=1)
 
 
 class LanguageModel(nn.Module):
@@ -107,11 +127,20 @@ class LanguageModel(nn.Module):
     Takes (n, length) int64 with length <= context_length, returns logits (n, length, 256).
     """
 
-    def __init__(self, context_length: int, layers: int, heads: int, width: int) -> None:
+    def __init__(
+        self,
+        context_length: int,
+        layers: int,
+        heads: int,
+        width: int,
+        *,
+        dropout: float = 0.0,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__()
         self.bytes = nn.Embedding(VOCABULARY, width)
         self.positions = nn.Embedding(context_length, width)
-        blocks = [Block(heads, width) for _ in range(layers)]
+        blocks = [Block(heads, width, dropout, activation) for _ in range(layers)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.apply(_initialise_)
@@ -127,17 +156,19 @@ class LanguageModel(nn.Module):
 class Block(nn.Module):
     """Attention, then a two-layer perceptron of four times the width, each added to its input."""
 
-    def __init__(self, heads: int, width: int) -> None:
+    def __init__(self, heads: int, width: int, dropout: float, activation: Activation) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = CausalAttention(heads, width)
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
+        self.activation = ACTIVATIONS[activation]()
         self.contract = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden))
-        return hidden + self.contract(functional.gelu(self.expand(self.norm(hidden))))
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden)))
+        return hidden + self.dropout(self.contract(self.activation(self.expand(self.norm(hidden)))))
 
 
 class CausalAttention(nn.Module):

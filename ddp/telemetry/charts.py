@@ -36,7 +36,7 @@ PALETTE = {
 }
 PHASE_COLOURS = dict(zip(PHASES, ("sand", "blue", "violet", "teal", "red", "green"), strict=True))
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-SPLIT_COLOURS = {"training": "green", "validation": "orange"}
+SPLIT_COLOURS = {"training": "green", "validation": "orange", "validation, averaged weights": "violet"}
 SIZE_INCHES = (5.2, 2.9)  # text keeps a readable size from a phone's width to half a page's
 WIDE_INCHES = (10.4, 3.4)
 LOW_INCHES = (5.2, 2.3)
@@ -96,14 +96,29 @@ def loss_chart(steps: Steps, evaluations: Evaluations) -> Drawing:
     for split, colour in SPLIT_COLOURS.items():
         chosen = [record for record in evaluations if record.split == split]
         keys += _line(axes, chosen, [record.loss for record in chosen], colour, split)
+    keys += _with_penalty(axes, [record for record in evaluations if record.split == "validation"])
     log_axis(axes)
     return finished_drawing(figure, axes, "loss over epochs", keys)
 
 
-def metric_chart(evaluations: Evaluations, metric: str, target: float | None) -> Drawing:
-    """The watched metric on both splits, and its target where there is one."""
+def _with_penalty(axes: Axes, evaluations: Evaluations) -> list[Key]:
+    """The same loss with what weight decay adds to it; nothing where it adds nothing."""
+    if not any(record.penalty > 0 for record in evaluations):
+        return []
+    epochs = [record.epoch for record in evaluations]
+    axes.plot(epochs, [record.loss + record.penalty for record in evaluations], color=PALETTE["orange"], **DASHED)
+    return [Key("validation with weight decay's penalty", "orange", "dashed")]
+
+
+def metric_chart(steps: Steps, evaluations: Evaluations, metric: str, target: float | None) -> Drawing:
+    """The watched metric: running mean over training's steps where they give it, evaluated splits, the target."""
     figure, axes = new_figure()
     keys: list[Key] = []
+    of_steps = _column(steps, "metric")
+    if np.isfinite(of_steps).any():
+        mean = running_mean(of_steps, max(1, len(of_steps) // 40))
+        axes.plot(_column(steps, "epoch"), mean, color=PALETTE["blue"], linewidth=1.2)
+        keys.append(Key("training steps, running mean", "blue"))
     for split, colour in SPLIT_COLOURS.items():
         chosen = [record for record in evaluations if record.split == split and metric in record.metrics]
         keys += _line(axes, chosen, [record.metrics[metric] for record in chosen], colour, split)
@@ -116,11 +131,26 @@ def metric_chart(evaluations: Evaluations, metric: str, target: float | None) ->
 
 
 def learning_rate_chart(steps: Steps) -> Drawing:
+    return _setting_chart(steps, "learning_rate", "violet")
+
+
+def momentum_chart(steps: Steps) -> Drawing:
+    return _setting_chart(steps, "momentum", "teal")
+
+
+def _setting_chart(steps: Steps, name: str, colour: str) -> Drawing:
     figure, axes = new_figure(LOW_INCHES)
-    axes.plot(_column(steps, "epoch"), _column(steps, "learning_rate"), color=PALETTE["violet"])
+    axes.plot(_column(steps, "epoch"), _column(steps, name), color=PALETTE[colour])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    return finished_drawing(figure, axes, "learning rate over epochs", [])
+    return finished_drawing(figure, axes, f"{name.replace('_', ' ')} over epochs", [])
+
+
+def changes(steps: Steps, name: str) -> bool:
+    """Whether that number of the steps is known and not the same in all of them."""
+    known = _column(steps, name)
+    known = known[np.isfinite(known)]
+    return len(known) > 0 and bool(np.ptp(known) > 0)
 
 
 def phase_chart(phase_seconds: Sequence[Mapping[str, float]]) -> Drawing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, StepRecord
 
 REMEMBERED_STEPS = 20_000  # that a roll-back can take out again
 
@@ -39,6 +39,9 @@ class Goodput:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Time that brings no step."""
+
+    def parameters(self, record: ParametersRecord) -> None:
+        """Takes no time."""
 
     def batch_change(self, record: BatchChange) -> None:
         """Takes no time."""

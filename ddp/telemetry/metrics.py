@@ -29,7 +29,7 @@ from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.event_metrics import EventMetrics
 from ddp.telemetry.goodput import Goodput
 from ddp.telemetry.noise_metrics import NoiseMetrics, critical_batch_families, gauge
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, RunInfo, StepRecord
 
 STEP_DURATION_BUCKETS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -103,6 +103,9 @@ class Metrics(Collector):
             if record.kind == "rolled_back":
                 kept = {split: each for split, each in self._evaluations.items() if each.step <= record.step}
                 self._evaluations = kept
+
+    def parameters(self, record: ParametersRecord) -> None:
+        """For the record, not for Prometheus."""
 
     def batch_change(self, record: BatchChange) -> None:
         with self._lock:

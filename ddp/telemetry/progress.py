@@ -21,12 +21,21 @@ from rich.text import Text
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+    headline_metric,
+)
 
 REDRAW_SECONDS = 0.2
 RATE_STEPS = 50  # steps that the rate is taken over
 BAR_WIDTH = 16
 METRIC_NAMES: dict[Metric, str] = {"plain": "plain", "preconditioned": "Adam's metric"}
+OWN_METRIC_UNKNOWN = ("adagrad", "rmsprop", "adadelta")  # their steps have a metric of their own, and none is measured
 
 
 def render_line(
@@ -219,6 +228,9 @@ class Progress:
             self._evaluation = None
         if record.kind != "saved":
             self._attempt(lambda: self._put_line(event_text(record)))
+
+    def parameters(self, record: ParametersRecord) -> None:
+        """Too much for a line."""
 
     def batch_change(self, record: BatchChange) -> None:
         self._attempt(lambda: self._put_line(change_text(self._info, record)))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.recording_writer import Record, Writer
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, RunInfo, StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ class Recorder:
         self._put(record)
 
     def batch_change(self, record: BatchChange) -> None:
+        self._put(record)
+
+    def parameters(self, record: ParametersRecord) -> None:
         self._put(record)
 
     def close(self) -> None:

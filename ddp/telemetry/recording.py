@@ -9,16 +9,15 @@ import heapq
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import get_args
 
-from ddp.errors import UsageError
 from ddp.noise.noise_scale import Reading, State
 from ddp.noise.readings import Method, Metric, NoiseReadings, PartReading
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.record_values import number, one_of, readable, run_info, whole
+from ddp.telemetry.record_values import number, one_of, run_info, whole
+from ddp.telemetry.recording_file import open_recording as open_recording
 from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunEvent, RunInfo, Sink, StepRecord
-from ddp.telemetry.schema import FIRST_PART_PLACE, PLAIN_PLACE, PRECONDITIONED_PLACE, READING_COLUMNS, SCHEMA_VERSION
+from ddp.telemetry.schema import FIRST_PART_PLACE, PLAIN_PLACE, PRECONDITIONED_PLACE, READING_COLUMNS
 
 STATES: tuple[State, ...] = get_args(State)
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -34,35 +33,6 @@ class PartsMoment:
     step: int
     epoch: float
     parts: tuple[PartReading, ...]
-
-
-def open_recording(path: Path) -> sqlite3.Connection:
-    """Open a `run.db` for reading, also while the run still writes to it.
-
-    Raises:
-        UsageError: there is none, or it is not one of ours.
-    """
-    if path.is_symlink():
-        raise UsageError(f"{path} is a link, which is not followed: put what it leads to in its place")
-    if not path.is_file():
-        raise UsageError(f"{path}: no record of a run here; name the directory of a run, for example runs/<run id>")
-    with readable(path):
-        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5.0)
-        database.row_factory = sqlite3.Row
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version != SCHEMA_VERSION:
-        database.close()
-        raise UsageError(f"{path}: {_foreign(version)}")
-    return database
-
-
-def _foreign(version: int) -> str:
-    """Why a file of another schema is not read, and what to do."""
-    reads = f"not a record that this program reads (version {SCHEMA_VERSION})"
-    if not version:
-        return f"{reads}: an empty file or another program's database"
-    other = "an older" if version < SCHEMA_VERSION else "a newer"
-    return f"{reads}: version {version}; read it with {other} ddp, the one that made it"
 
 
 def read_parts(database: sqlite3.Connection) -> list[RunInfo]:

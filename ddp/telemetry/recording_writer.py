@@ -16,7 +16,16 @@ from typing import Any
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.records import PHASES, BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import (
+    PHASES,
+    BatchChange,
+    EvaluationRecord,
+    ParameterEntries,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+)
 from ddp.telemetry.schema import (
     FIRST_PART_PLACE,
     PLAIN_PLACE,
@@ -32,7 +41,7 @@ LOCAL_FILESYSTEMS = frozenset(
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "reiserfs", "tmpfs", "ramfs", "overlay"}
 )
 
-Record = StepRecord | EvaluationRecord | BatchChange | RunEvent
+Record = StepRecord | EvaluationRecord | BatchChange | RunEvent | ParametersRecord
 Row = tuple[Any, ...]
 
 
@@ -53,6 +62,9 @@ INSERT_EVALUATION = _insert_into("evaluations", (*EVALUATION_COLUMNS, "part"))
 INSERT_METRIC = _insert_into("evaluation_metrics", ("step", "split", "name", "value"))
 INSERT_CHANGE = _insert_into("batch_changes", tuple(field.name for field in fields(BatchChange)))
 INSERT_EVENT = _insert_into("events", ("part", *(field.name for field in fields(RunEvent))))
+INSERT_VALUE = _insert_into("parameter_values", ("step", "entry", "value", "gradient"))
+FIND_ENTRY = 'SELECT id FROM parameter_entries WHERE name = ? AND subname = ? AND "index" = ?'
+INSERT_ENTRY = 'INSERT INTO parameter_entries (name, subname, "index", "row", "column") VALUES (?, ?, ?, ?, ?)'
 INSERT_CRITICAL = _insert_into("critical_batches", tuple(field.name for field in fields(CriticalBatch)))
 
 step_values, evaluation_values = attrgetter(*OWN_STEP_COLUMNS), attrgetter(*EVALUATION_COLUMNS)
@@ -125,6 +137,8 @@ class Writer:
                         self._database.execute(INSERT_CHANGE, astuple(record))
                     case EvaluationRecord():
                         self._evaluation(record)
+                    case ParametersRecord():
+                        self._parameters(record)
                     case RunEvent():
                         self._database.execute(INSERT_EVENT, (self._part, *astuple(record)))
                         if record.kind == "rolled_back":
@@ -181,6 +195,20 @@ class Writer:
         self._database.execute(INSERT_EVALUATION, (*evaluation_values(record), self._part))
         metrics = ((record.step, record.split, name, value) for name, value in record.metrics.items())
         self._database.executemany(INSERT_METRIC, metrics)
+
+    def _parameters(self, record: ParametersRecord) -> None:
+        for each in record.parameters:
+            entries = [self._entry(each, place) for place in each.places]
+            values = zip(entries, each.values, each.gradients, strict=True)
+            self._database.executemany(INSERT_VALUE, [(record.step, *row) for row in values])
+
+    def _entry(self, parameter: ParameterEntries, place: int) -> int:
+        """The number by which the table of values names this entry; made where it is new."""
+        module, _, name = parameter.name.rpartition(".")
+        if (found := self._database.execute(FIND_ENTRY, (module, name, place)).fetchone()) is not None:
+            return found[0]
+        row, column = divmod(place, max(1, math.prod(parameter.shape[1:])))
+        return self._database.execute(INSERT_ENTRY, (module, name, place, row, column)).lastrowid or 0
 
 
 def _make_private(path: Path) -> None:

@@ -153,6 +153,29 @@ class EvaluationRecord:
         return self.loss if metric == "loss" else self.metrics.get(metric)
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterEntries:
+    """Some entries of one parameter: their places in it, and value and gradient at each place.
+
+    The gradient is the mean over the step's examples, before clipping; NaN where there is none. The value is the one
+    that the gradient was taken at, before the step's update.
+    """
+
+    name: str  # as the model has it: "0.weight"
+    shape: tuple[int, ...]
+    places: tuple[int, ...]  # in the flattened parameter, last dimension fastest
+    values: tuple[float, ...]
+    gradients: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParametersRecord:
+    """The chosen parameters in one step; the same on all ranks."""
+
+    step: int
+    parameters: tuple[ParameterEntries, ...]
+
+
 def headline_metric(noise: NoiseReadings) -> Metric:
     """The metric that `noise.reading` is in: plain until there is a preconditioned reading to be the headline."""
     return "plain" if noise.preconditioned is None else noise.headline
@@ -165,4 +188,5 @@ class Sink(Protocol):
     def evaluation(self, record: EvaluationRecord) -> None: ...
     def batch_change(self, record: BatchChange) -> None: ...
     def event(self, record: RunEvent) -> None: ...
+    def parameters(self, record: ParametersRecord) -> None: ...
     def close(self) -> None: ...

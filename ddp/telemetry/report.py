@@ -19,8 +19,10 @@ from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.layer_chart import layer_chart, rows_left_out
 from ddp.telemetry.noise_charts import noise_chart
 from ddp.telemetry.page_file import write_page
-from ddp.telemetry.progress import METRIC_NAMES, done_share, epochs_text
+from ddp.telemetry.parameter_charts import parameter_charts
+from ddp.telemetry.progress import METRIC_NAMES, OWN_METRIC_UNKNOWN, done_share, epochs_text
 from ddp.telemetry.record_values import readable
+from ddp.telemetry.recorded_parameters import Trajectory, read_trajectories
 from ddp.telemetry.recording import PartsMoment
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
 from ddp.telemetry.report_cards import run_cards
@@ -47,6 +49,7 @@ class Recorded:
     methods: set[Method]  # by which the noise scale was observed
     events: list[RunEvent]
     times: tuple[float, float, float] | None  # began, latest record, seconds of all steps: see `read_times`
+    parameters: list[Trajectory]  # of chosen entries
 
     @property
     def info(self) -> RunInfo:
@@ -88,10 +91,11 @@ def read_recorded(path: Path) -> Recorded:
         methods = recording.read_methods(database)
         events = recording.read_events(database)
         times = recording.read_times(database)
+        parameters = read_trajectories(database)
     if not parts:
         raise UsageError(f"{path}: the run has not begun to record; try again in a few seconds")
     return Recorded(
-        parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods, events, times
+        parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods, events, times, parameters
     )
 
 
@@ -164,7 +168,7 @@ def _charts(recorded: Recorded) -> list[Chart]:
         if steps:
             drawn.append(Chart("Loss", charts.loss_chart(steps, evaluations), "Mean over examples, log scale."))
         if any(info.metric in record.metrics for record in evaluations):
-            drawing = charts.metric_chart(evaluations, info.metric, info.target)
+            drawing = charts.metric_chart(steps, evaluations, info.metric, info.target)
             caption = "Training is a sample of the training set, as large as the validation set."
             drawn.append(Chart(info.metric.capitalize(), drawing, caption))
         if recorded.phase_seconds:
@@ -172,6 +176,9 @@ def _charts(recorded: Recorded) -> list[Chart]:
             drawn.append(Chart("Where the time of a step went", charts.phase_chart(recorded.phase_seconds), caption))
         if steps:
             drawn.append(Chart("Learning rate", charts.learning_rate_chart(steps), "As each step used it."))
+        if charts.changes(steps, "momentum"):
+            drawn.append(Chart("Momentum", charts.momentum_chart(steps), "As each step used it."))
+        drawn += parameter_charts(recorded.parameters)
     return drawn
 
 
@@ -199,6 +206,11 @@ def _limits(recorded: Recorded) -> list[str]:
     if info.sampled:
         limits.append(
             f"Examples were drawn with replacement: the number is that of {info.sampled}, not of the training set as it is."
+        )
+    if info.optimizer in OWN_METRIC_UNKNOWN:
+        limits.append(
+            f"It is the plain one, tr(Sigma)/|G|^2, which fits SGD's steps; {info.optimizer} scales gradients in a metric of "
+            "its own, in which it is not measured."
         )
     if info.batch_statistics:
         limits.append(

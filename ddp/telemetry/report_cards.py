@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry.critical_batches import CriticalBatch
-from ddp.telemetry.progress import METRIC_NAMES, metric_text, moment_text, number_text, reading_text
+from ddp.telemetry.progress import METRIC_NAMES, OWN_METRIC_UNKNOWN, metric_text, moment_text, number_text, reading_text
 from ddp.telemetry.records import EvaluationRecord, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card
 from ddp.telemetry.report_tables import STATES_IN_WORDS, needed_text
@@ -51,7 +51,8 @@ def _noise_cards(info: RunInfo, history: History, latest: TimedReading) -> list[
     """The headline's, and the plain one beside it where that is another."""
     title = f"Noise scale {as_of_text(info, latest)}{f', {info.sampling} draws' * bool(info.sampled)}"
     if latest.metric == "plain":
-        return [_noise_card(title, latest.reading)]
+        named = f"{title}, plain metric" if info.optimizer in OWN_METRIC_UNKNOWN else title
+        return [_noise_card(named, latest.reading)]
     cards = [_noise_card(f"{title}, {METRIC_NAMES[latest.metric]}", latest.reading)]
     if history.last is not None and history.last.noise is not None:
         cards.append(_noise_card("Plain noise scale, latest", history.last.noise.plain))

@@ -11,6 +11,8 @@ place in the model beside them.
 `part` of `run`, `steps` and `events` counts the processes that continued one run; the steps of an interrupted part
 that a resume did not start from are replaced by its own, and so are those that a roll-back went behind. Events stay:
 they happened, and those of an interrupted part say why it was interrupted.
+
+`views` has what is made for questions: runs, training, validation, parameters.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from dataclasses import fields
 
 from ddp.noise.noise_scale import Reading
 from ddp.telemetry.records import PHASES
+from ddp.telemetry.views import views
 
 SCHEMA_VERSION = 4
+OLDEST_VERSION = 3  # that is still read, and taken over where a run goes on; see `create_schema`
 
 WHOLE_MODEL = ""  # `readings.part` where the reading is of no part
 PLAIN_PLACE, PRECONDITIONED_PLACE, FIRST_PART_PLACE = 0, 1, 2  # `readings.place`
@@ -64,18 +68,43 @@ CREATE TABLE IF NOT EXISTS events (
     rank INTEGER NOT NULL, text TEXT NOT NULL, duration_seconds REAL, stall_seconds REAL);
 CREATE TABLE IF NOT EXISTS critical_batches (
     method TEXT NOT NULL, optimizer TEXT NOT NULL, target TEXT NOT NULL, critical_batch_size REAL, low REAL, high REAL);
+CREATE TABLE IF NOT EXISTS parameter_entries (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL, subname TEXT NOT NULL, "index" INTEGER NOT NULL,
+    "row" INTEGER NOT NULL, "column" INTEGER NOT NULL, UNIQUE (name, subname, "index"));
+CREATE TABLE IF NOT EXISTS parameter_values (
+    step INTEGER NOT NULL, entry INTEGER NOT NULL, value REAL, gradient REAL, PRIMARY KEY (step, entry)) WITHOUT ROWID;
 """
-STEP_TABLES = ("steps", "phases", "readings", "batch_changes", "evaluations", "evaluation_metrics")
+STEP_TABLES = (
+    *("steps", "phases", "readings", "batch_changes", "evaluations", "evaluation_metrics", "parameter_values"),
+)
+ADDED_COLUMNS = {"steps": ("metric", "momentum", "cpu_seconds"), "evaluations": ("penalty",)}  # since OLDEST_VERSION
 
 
 def create_schema(database: sqlite3.Connection) -> None:
-    """Make the tables where they are missing.
+    """Make the tables and views where they are missing; a record of an older version that is known becomes this one's.
+
+    Whatever is written, is written in one transaction: a kill leaves the old version or the new one.
 
     Raises:
         sqlite3.DatabaseError: the file is of another version of the schema, or no database.
     """
     (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version not in (0, SCHEMA_VERSION):
+    if version not in (0, *range(OLDEST_VERSION, SCHEMA_VERSION + 1)):
         raise sqlite3.DatabaseError(f"its schema is version {version}, this program writes {SCHEMA_VERSION}")
-    database.executescript(SCHEMA)
-    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    added = "".join(
+        f"ALTER TABLE {table} ADD COLUMN {column} REAL;\n"
+        for table, columns in ADDED_COLUMNS.items()
+        for column in columns
+        if version and column not in columns_of(database, table)
+    )
+    whole = f"BEGIN IMMEDIATE;\n{added}{SCHEMA}{views()}PRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;"
+    try:
+        database.executescript(whole)
+    except sqlite3.Error:
+        database.rollback()
+        raise
+
+
+def columns_of(database: sqlite3.Connection, table: str, file: str = "main") -> list[str]:
+    """Names of the columns of a table of `file`, a name of an attached database; [] where there is none."""
+    return [name for (name,) in database.execute("SELECT name FROM pragma_table_info(?, ?)", (table, file))]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ddp.job import redact
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, Sink, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, Sink, StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ class Sinks:
     def event(self, record: RunEvent) -> None:
         told = replace(record, text=redact(record.text))  # it may have an error's words
         self._each(lambda sink: sink.event(told))
+
+    def parameters(self, record: ParametersRecord) -> None:
+        self._each(lambda sink: sink.parameters(record))
 
     def close(self) -> None:
         """Safe to call twice where that is safe for each sink."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from ddp.job import MetricsSection
+from ddp.job import MetricsSection, TrackersSection
 from ddp.noise.advice import advise
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.goodput import Goodput
@@ -36,8 +38,11 @@ from ddp.telemetry.sinks import Sinks
 from ddp.telemetry.summary import History, summary
 from ddp.telemetry.targets import publish
 from ddp.telemetry.tls import tls_context
+from ddp.telemetry.trackers.group import Trackers, check_trackers
+from ddp.telemetry.trackers.json_lines import FILE_NAME, JsonLines
 
 RECORD = "run.db"
+NO_REPORT_VARIABLE = "DDP_NO_REPORT"  # set by `ddp sweep` for its trials: `ddp report` can still draw one
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +51,25 @@ class Station:
     """Metrics from the start, the record and the progress line once the run has a directory.
 
     Raises:
-        UsageError: the metrics port cannot be had; nothing is left open.
+        UsageError: the metrics port cannot be had, or a tracker is not installed; nothing is left open.
     """
 
-    def __init__(self, section: MetricsSection, info: RunInfo, critical_batches: Sequence[CriticalBatch] = ()) -> None:
+    def __init__(
+        self,
+        section: MetricsSection,
+        info: RunInfo,
+        critical_batches: Sequence[CriticalBatch] = (),
+        trackers: TrackersSection | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             critical_batches: what runs have measured (see `read_critical_batches`), shown beside the noise scale.
+            trackers: which ones hear of the run.
+            settings: the job's, flat, for the trackers.
         """
+        self._tracked, self._settings = trackers or TrackersSection(), settings or {}
+        check_trackers(self._tracked)
         self._info, self._critical_batches = info, critical_batches
         self._history = History(info)
         self._open = ExitStack()
@@ -80,9 +96,13 @@ class Station:
         self._recall(run_directory / RECORD)
         recorder = Recorder(run_directory / RECORD, self._info, self._critical_batches)
         self.sinks.add(self._history)
-        for sink in (recorder, Progress(self._info)):
+        for sink in (recorder, JsonLines(run_directory / FILE_NAME, self._info), Progress(self._info)):
             self.sinks.add(sink)
             self._open.callback(sink.close)
+        if self._tracked.names:
+            trackers = Trackers(self._tracked, self._info, self._settings, run_directory)
+            self.sinks.add(trackers)
+            self._open.callback(trackers.abandon)
         if self.server is not None:
             target = publish(
                 run_directory.parent / "targets", self._info.run_id, self.server.address, self.server.scheme
@@ -108,6 +128,8 @@ class Station:
 
     def _report(self) -> Path | None:
         """Its path; a report that cannot be drawn must not fail a run that is done."""
+        if NO_REPORT_VARIABLE in os.environ:
+            return None
         try:
             return write_report(self._run_directory)
         except Exception as error:

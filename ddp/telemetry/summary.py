@@ -14,6 +14,7 @@ from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Method, Metric, NoiseReadings
 from ddp.telemetry.progress import (
     METRIC_NAMES,
+    OWN_METRIC_UNKNOWN,
     epochs_text,
     in_epochs,
     metric_text,
@@ -21,7 +22,15 @@ from ddp.telemetry.progress import (
     number_text,
     reading_text,
 )
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+    headline_metric,
+)
 
 KEPT_READINGS = 512
 KEPT_VALIDATIONS = 64  # one of them is the latest again after a roll-back
@@ -124,6 +133,9 @@ class History:
         if _until(step, self.target_reached) is None:
             self.target_reached = self.at_target = None
 
+    def parameters(self, record: ParametersRecord) -> None:
+        """The summary does not speak of them."""
+
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(record)
 
@@ -209,8 +221,10 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     batch = ("global batch", _batch_text(info, history))
     if history.latest is None:
         return [("noise scale", "not measured"), batch]
-    of_draws = f", of {info.sampled}" if info.sampled else ""
-    rows = [("noise scale", f"{_reading_in_full(history.latest)}{of_draws} {as_of_text(info, history.latest)}"), batch]
+    of_draws = f", of {info.sampled}," if info.sampled else ""
+    plain = f" in the plain metric, not {info.optimizer}'s own," if info.optimizer in OWN_METRIC_UNKNOWN else ""
+    at_the_end = f"{_reading_in_full(history.latest)}{of_draws}{plain} {as_of_text(info, history.latest)}"
+    rows = [("noise scale", at_the_end), batch]
     measured = [timed for timed in history.readings if timed.reading.state != "unresolved"]
     shown = _spread(measured, SHOWN_READINGS)
     path = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ddp.errors import UsageError
 from ddp.job import Job
 from ddp.telemetry.sinks import Sinks
 from ddp.training.activation_checkpointing import checkpoint_activations
+from ddp.training.agreement import together
 from ddp.training.averaged_weights import AveragedWeights
 from ddp.training.early_stopping import EarlyStopping
+from ddp.training.initialisation import freeze_, load_weights_
 from ddp.training.loader import Loader
 from ddp.training.optimizers import build_optimizer
 from ddp.training.plan import Plan
@@ -43,10 +46,20 @@ def build_trainer(
     checkpoints: Path,
     board: PhaseBoard,
     loader: Loader | None = None,
+    fresh: bool = True,
 ) -> Trainer:
-    """The trainer of a planned run, its model and buckets ready. Collective."""
+    """The trainer of a planned run, its model and buckets ready. Collective.
+
+    Args:
+        fresh: whether weights come from the job's initialisation.file; not where a checkpoint's follow, for which it is not
+            needed any more.
+    """
     exchange.board = board
+    if fresh:
+        together(lambda: load_weights_(plan.module, job.initialisation))
     module = _prepared(job, plan.module.to(device), device)
+    freeze_(module, job.initialisation.freeze)  # normalisation layers may be others now
+    optimizer = together(lambda: build_optimizer(job.optimizer, module.named_parameters()))
     averaged = AveragedWeights(job.averaged_weights, module) if job.averaged_weights.enabled else None
     if job.precision.compile:
         compile_(module, device)
@@ -59,6 +72,7 @@ def build_trainer(
     register(model, exchange, comm_hook)
     seed_rank(job.run.seed, exchange.transport.rank)
     model.train()
+    freeze_(module, job.initialisation.freeze)  # normalisation layers of frozen parts stay out of training
     registry = Registry()
     saving = Saving(
         *(checkpoints, job.checkpoint, registry),
@@ -74,7 +88,7 @@ def build_trainer(
         course=plan.course,
         device=device,
         model=model,
-        optimizer=build_optimizer(job.optimizer, model.parameters()),
+        optimizer=optimizer,
         exchange=exchange,
         saving=saving,
         stop=stop,
@@ -105,7 +119,9 @@ def compile_(module: nn.Module, device: torch.device) -> None:
     """
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UsageError("precision.compile: torch.compile needs a C++ compiler on CPU, and there is no g++ or clang++")
-    module.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of parts of it that it loads now
+        module.compile()
 
 
 def _keep_buffers_apart() -> dict[str, Any]:

@@ -17,11 +17,12 @@ from torch.utils.data import Dataset
 
 from ddp.job import UNITS, Job
 from ddp.noise.noise_scale import Reading
-from ddp.tasks.base import Batch
+from ddp.tasks.base import Batch, Goal
 from ddp.telemetry.records import BatchChange
 from ddp.training.batch_size import BatchSizeController, Limits
 from ddp.training.data import BatchPlan, StepData, batches, fetch_step, fetcher
 from ddp.training.loader import LeastParts, Loader
+from ddp.training.plateau import Plateau
 from ddp.training.sampling import Sampler, Uniform
 from ddp.training.schedules import LearningRate
 from ddp.training.stream import Stream
@@ -135,6 +136,19 @@ class Course:
             steps_per_epoch = self.plan.examples / data.global_examples
         return self.rate.advance(self.plan.global_batch_size, steps_per_epoch, reading)
 
+    @property
+    def momentum(self) -> float:
+        """Of this step, once its learning rate was asked for; 0 where the optimizer has none."""
+        return self.rate.momentum
+
+    def take_evaluation(self, step_count: int, value: float) -> str:
+        """The metric that a plateau follows, evaluated after this step when that was due; what comes of it, in words."""
+        plateau = self.rate.plateau
+        if plateau is None or not plateau.observe(step_count, value):
+            return ""
+        rate = plateau.peak * plateau.scale
+        return f"nothing gained in {plateau.section.patience + 1} evaluations: the learning rate falls to {rate:.3g}"
+
     def adapt(
         self, data: StepData, rows: Sequence[StepRow], reading: Reading | None, step_count: int
     ) -> BatchChange | None:
@@ -205,6 +219,7 @@ def begin_course(
     plan: BatchPlan,
     *,
     batch_statistics: bool = False,
+    goal: Goal = "min",
     sampler: Sampler | None = None,
     stream: Stream | None = None,
 ) -> Course:
@@ -212,11 +227,14 @@ def begin_course(
 
     Args:
         batch_statistics: a micro-batch of another size gives another gradient.
+        goal: of the metric that a plateau follows.
         sampler: uniform where left out.
         stream: the training set, where it is one.
     """
     sampler = sampler or Uniform()
     rate = LearningRate(job, first_batch_size=plan.global_batch_size, first_steps_per_epoch=plan.steps_per_epoch)
+    if job.schedule.name == "plateau":
+        rate.plateau = Plateau(job.schedule, goal, job.optimizer.learning_rate)
     if not job.batch.adapts:
         return Course(plan, rate, sampler=sampler, stream=stream)
     smallest, largest = job.batch.limits(plan.world_size, plan.examples)

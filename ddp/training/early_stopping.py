@@ -65,6 +65,7 @@ class EarlyStopping:
     buffers: BestTensors | None = None
     best: float = math.nan
     best_step: int = -1
+    seen: int = 0  # evaluations; the run's first stops nothing
     waited: int = 0  # evaluations since the best one
     stopped: bool = False
     restored: bool = False  # the weights are the best ones now
@@ -85,10 +86,11 @@ class EarlyStopping:
         An improvement is more than `min_delta` beyond the best, and beyond the baseline where there is one; without it
         nothing counts as a wait before `start_from_epoch`. A value that is not a number is no improvement.
         """
+        self.seen += 1
+        self.restored = self.stopped = False
         if epoch < self.section.start_from_epoch:
             return False
         is_best = self._is_better(value, self.best) or (math.isnan(self.best) and not math.isnan(value))
-        self.restored = False
         if is_best:
             self.best, self.best_step = value, step
             for each in self._tensors:
@@ -97,7 +99,7 @@ class EarlyStopping:
             self.waited = 0
             return True
         self.waited += 1
-        self.stopped = self.section.patience is not None and self.waited >= max(1, self.section.patience)
+        self.stopped = self.seen > 1 and self._has_waited
         return is_best
 
     def restore(self, step: int) -> bool:
@@ -113,6 +115,10 @@ class EarlyStopping:
     def _tensors(self) -> list[BestTensors]:
         return [each for each in (self.parameters, self.buffers) if each is not None]
 
+    @property
+    def _has_waited(self) -> bool:
+        return self.section.patience is not None and self.waited >= max(1, self.section.patience)
+
     def _is_better(self, value: float, than: float) -> bool:
         sign = 1.0 if self.goal == "max" else -1.0
         return sign * value - self.section.min_delta > sign * than
@@ -125,7 +131,7 @@ class EarlyStopping:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best", "best_step", "waited", "stopped", "restored")
+        names = ("best", "best_step", "seen", "waited", "stopped", "restored")
         return {"monitor": self.section.monitor, **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -133,5 +139,5 @@ class EarlyStopping:
         best, best_step, waited = float(state["best"]), int(state["best_step"]), int(state["waited"])
         if state["monitor"] == self.section.monitor:
             self.best, self.best_step, self.waited = best, best_step, waited
-            self.restored = bool(state["restored"])
-            self.stopped = bool(state["stopped"]) and waited >= max(1, self.section.patience or 0)
+            self.seen, self.restored = int(state["seen"]), bool(state["restored"])
+            self.stopped = bool(state["stopped"]) and self._has_waited

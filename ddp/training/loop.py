@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ from ddp.errors import StoppedError
 from ddp.telemetry.records import EvaluationRecord, EventKind, RunEvent
 from ddp.training.course import say_rate
 from ddp.training.evaluation import evaluate_splits
+from ddp.training.optimizers import weight_decay_penalty
 from ddp.training.saving import SaveNews
 from ddp.training.trainer import Trainer
 from ddp.transport.row import StepRow
+
+logger = logging.getLogger("ddp.training")
 
 
 @dataclass
@@ -103,13 +107,25 @@ class Loop:
             asked_to_stop=lambda: trainer.stop.asked,
             averaged=None if trainer.averaged is None else trainer.averaged.module,
             forward_context=trainer.passes.forward_context,
+            penalty=weight_decay_penalty(trainer.optimizer),
         )
         if records is None:
             self._stop_if(_every_rank_says(trainer.stop.asked))
         for record in records or ():
             trainer.sinks.evaluation(record)
             self._evaluated_at, self._metric = trainer.step_count, record.value(trainer.job.evaluation.metric)
+        self._follow(records or ())
         return records[-1] if records else None
+
+    def _follow(self, records: Sequence[EvaluationRecord]) -> None:
+        """A plateau counts what is due alone: where the run ends there may be one that a longer run would not have had."""
+        trainer, job = self.trainer, self.trainer.job
+        for record in records:
+            value = record.value(job.schedule.metric or job.evaluation.metric)
+            if record.split == "validation" and value is not None and self._evaluation_is_due():
+                news = trainer.course.take_evaluation(trainer.step_count, value)
+                if news and trainer.rank == 0:
+                    logger.info("step %d: %s", trainer.step_count, news)
 
     def _metric_now(self) -> float | None:
         """Of the validation set at the weights as they are now, where it was taken."""

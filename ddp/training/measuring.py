@@ -102,11 +102,13 @@ class GradientWatch:
 
 
 def population(model: nn.Module, training_examples: int) -> float:
-    """Examples that a batch is drawn from without replacement; infinite where dropout makes each draw new."""
-    return math.inf if any(map(_drops_out, model.modules())) else float(training_examples)
+    """Examples that a batch is drawn from without replacement; infinite where dropout or augmentation makes each draw new."""
+    return math.inf if any(map(_draws_anew, model.modules())) else float(training_examples)
 
 
-def _drops_out(module: nn.Module) -> bool:
+def _draws_anew(module: nn.Module) -> bool:
+    if getattr(module, "draws_anew", False):  # a task's own layer says so, of augmentation for example
+        return True
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0  # they do it themselves

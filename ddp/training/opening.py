@@ -30,7 +30,7 @@ from ddp.training.attempt import (
 )
 from ddp.training.plan import Plan, size_of
 from ddp.training.resume import Origin, find_origin
-from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, open_run_directory
+from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, flat, open_run_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,10 @@ def opened(job: Job, topology: Topology, plan: Plan, resume: str | None, transpo
             return None
         origin = _origin(job, topology, resume)
         measured = read_critical_batches(job.noise_scale.critical_batch_result)
-        station = Station(job.metrics, _run_info(job, topology, plan, origin, transport), measured)
+        info = _run_info(job, topology, plan, origin, transport)
+        station = Station(
+            job.metrics, info, measured, job.trackers, flat(job.model_dump(mode="json", exclude_none=True))
+        )
         try:
             directory = open_run_directory(
                 origin.job,

@@ -20,6 +20,7 @@ from ddp.training.course import Course, begin_course
 from ddp.training.data import OPEN, BatchPlan
 from ddp.training.evaluation import Splits
 from ddp.training.finite import finite, sample_of_stream
+from ddp.training.initialisation import initialise_
 from ddp.training.labels import labels_of
 from ddp.training.sampling import Sampler, Uniform, build_sampler
 from ddp.training.stream import Stream, declared_examples, is_stream
@@ -52,8 +53,10 @@ def plan_run(job: Job, world_size: int, rank: int, *, allow_import: Sequence[str
     task = load_task(job.task, allow_import=allow_import)
     torch.manual_seed(job.run.seed)  # whatever building the task drew
     module = task.model()
+    initialise_(module, job.initialisation, job.run.seed)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise UsageError("task: the model has no parameter that takes a gradient: nothing to train")
+        frozen = "with what initialisation.freeze names " if job.initialisation.freeze else ""
+        raise UsageError(f"task: {frozen}the model has no parameter that takes a gradient: nothing to train")
     goal = metric_goal(task, job.evaluation.metric)
     stopping = job.early_stopping
     stopping_goal = metric_goal(task, stopping.monitor, "early_stopping.monitor")
@@ -67,7 +70,13 @@ def plan_run(job: Job, world_size: int, rank: int, *, allow_import: Sequence[str
         batches = _dealt(job, world_size, size_of(training))
         sampler, stream = _sampler(job, batches, task, training), None
         sample = _sample(training, size_of(validation))
-    course = begin_course(job, batches, batch_statistics=has_batch_statistics(module), sampler=sampler, stream=stream)
+    course = begin_course(
+        *(job, batches),
+        batch_statistics=has_batch_statistics(module),
+        goal=goal if job.schedule.metric is None else metric_goal(task, job.schedule.metric, "schedule.metric"),
+        sampler=sampler,
+        stream=stream,
+    )
     splits = Splits(training, validation, sample)
     return Plan(task, module, splits, course, goal, stopping_goal if stopping.mode == "auto" else stopping.mode)
 
@@ -106,11 +115,27 @@ def _stream_length(job: Job, task: Task, training: Dataset[Any]) -> int:
             "run.epochs: the training set is a stream that does not say how many examples an epoch has: give run.steps "
             "instead, or the data set (or the task) an attribute examples_per_epoch"
         )
+    if examples == OPEN and (in_epochs := _keys_in_epochs(job)):
+        raise UsageError(
+            f"{in_epochs[0]}: the training set is a stream that does not say how many examples an epoch has: count in steps, or "
+            "give the data set (or the task) an attribute examples_per_epoch"
+        )
     if examples == OPEN and job.batch.adapts and job.batch.largest is None:
         raise UsageError(
             "batch.largest: the training set is a stream of unknown length, of which no share can be the limit: give one"
         )
     return examples
+
+
+def _keys_in_epochs(job: Job) -> list[str]:
+    """Of the rate's and the momentum's schedule, as far as they are given."""
+    sections = {"schedule": job.schedule.model_dump(), "optimizer": job.optimizer.model_dump()}
+    return [
+        f"{section}.{key}"
+        for section, values in sections.items()
+        for key, value in values.items()
+        if key.endswith("epochs") and value is not None
+    ]
 
 
 def _stream(job: Job, training: Dataset[Any], rank: int, world_size: int) -> Stream:

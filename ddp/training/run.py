@@ -24,6 +24,7 @@ from ddp.training.building import build_trainer
 from ddp.training.loader import Loader, opened_loader
 from ddp.training.loop import Loop
 from ddp.training.opening import Opened, opened
+from ddp.training.parameter_table import ParameterTable
 from ddp.training.place import Place, opened_exchange, opened_place
 from ddp.training.plan import Plan, plan_run
 from ddp.training.signals import StopRequest
@@ -89,7 +90,9 @@ def _train_opened(place: Place, plan: Plan, exchange: GradientExchange, run: Ope
         checkpoints=run.directory.checkpoints,
         board=place.roll.board,
         loader=loader,
+        fresh=run.origin.checkpoint is None,
     )
+    trainer.observers.append(ParameterTable(place.job.record, trainer.model.module))
     if run.station is not None:
         trainer.saving.registry.add("goodput", run.station.goodput)
     together(lambda: _check_saving(trainer, run))

@@ -4,7 +4,8 @@
       <run id>/             0700
         job.toml            the job as resolved
         checkpoints/        see ddp/checkpoint
-        run.db, outcome.json, report.html
+        run.db, log.jsonl, outcome.json, report.html
+        trackers/           what TensorBoard, MLflow and Weights & Biases keep
         .lock               held by rank 0 while the run lasts
 
 One run id is one training run. A directory that exists is opened again only to resume it, and only with
@@ -27,7 +28,7 @@ from typing import Any
 from ddp.errors import UsageError
 from ddp.job import Job, check_run_id, load_job
 
-# A resumed run may be longer, be watched, stored and carried in another way; all else its numbers depend on.
+# A resumed run may be longer or end otherwise, be watched, stored, computed and carried in another way; all else its numbers depend on.
 MAY_CHANGE = (
     "run.id",
     "run.directory",
@@ -35,6 +36,10 @@ MAY_CHANGE = (
     "run.steps",
     "run.device",
     "run.threads_per_rank",
+    "early_stopping",
+    "averaged_weights",
+    "precision.compile",
+    "precision.activation_checkpointing",
     "data",
     "transport",
     "noise_scale",
@@ -42,15 +47,18 @@ MAY_CHANGE = (
     "checkpoint",
     "faults",
     "metrics",
+    "record",
+    "trackers",
 )
 
-WRITTEN_FOLDERS = ("checkpoints",)
+WRITTEN_FOLDERS = ("checkpoints", "trackers")
 WRITTEN = (
     *WRITTEN_FOLDERS,
     "job.toml",
     ".lock",
     "outcome.json",
     "report.html",
+    "log.jsonl",
     "run.db",
     "run.db-journal",
     "run.db-shm",
@@ -142,7 +150,7 @@ def discarded_on_usage_error(run: RunDirectory) -> Iterator[RunDirectory]:
 
 def changed_settings(before: Job, now: Job) -> list[str]:
     """One `field: before -> now` for each difference that may not be in a resumed run."""
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = flat(before.model_dump()), flat(now.model_dump())
     differing = [key for key in (*new, *(key for key in old if key not in new)) if old.get(key) != new.get(key)]
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
@@ -151,12 +159,12 @@ def changed_settings(before: Job, now: Job) -> list[str]:
     ]
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one, keyed by field path."""
     result: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            result |= _flat(value, f"{prefix}{key}.")
+            result |= flat(value, f"{prefix}{key}.")
         else:
             result[f"{prefix}{key}"] = value
     return result

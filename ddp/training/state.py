@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddp.errors import CheckpointError
+from ddp.training.data import OPEN
 from ddp.training.extra_state import ExtraState
+from ddp.training.optimizers import moments
 from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.registry import Registry
 from ddp.training.sampling import LossWeighted
@@ -59,16 +61,15 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     registry.add("random", Generators(), owner="rank alone", required=True)
 
 
-MOMENTS = {"adam": 2, "adamw": 2}  # of the size of the parameters, that an optimizer will have; of others one
 READINGS_BYTES = 1 << 20  # that the windows of the noise scale grow to, where layers are few
 
 
 def expected_bytes(trainer: Trainer) -> int:
     """What a checkpoint will take, over all ranks, without the small parts: before a first step has made the moments."""
-    module, moments = trainer.model.module, MOMENTS.get(trainer.job.optimizer.name, 1)
+    module = trainer.model.module
     trained = sum(_bytes(each) for each in module.parameters() if each.requires_grad)
     kept = sum(map(_bytes, module.parameters())) + trainer.world_size * sum(map(_bytes, module.buffers()))
-    return kept + moments * trained + READINGS_BYTES * (trainer.watch.tracker is not None)
+    return kept + moments(trainer.job.optimizer) * trained + READINGS_BYTES * (trainer.watch.tracker is not None)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -85,7 +86,7 @@ class Parameters:
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        _check_same("parameter", state, self.state_dict())
+        check_same("parameter", state, self.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         _copy_into(self.state_dict(), state)
@@ -101,7 +102,7 @@ class Buffers:
         return dict(self.module.named_buffers())
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        _check_same("buffer", state, self.state_dict())
+        check_same("buffer", state, self.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         _copy_into(self.state_dict(), state)
@@ -125,8 +126,13 @@ class OptimizerState:
         sizes, here = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], self._groups))
         if sizes != here:
             raise CheckpointError(f"belongs to another optimizer: its groups have {sizes} parameters, here {here}")
-        if not all(type(group.get("lr")) in (int, float) for group in state["param_groups"]):
-            raise CheckpointError("belongs to another optimizer: its learning rates are no numbers")
+        for saved, group in zip(state["param_groups"], self._groups, strict=True):
+            if not all(type(saved.get(key, 1.0)) in (int, float) for key in ("lr", "learning_rate_factor")):
+                raise CheckpointError("belongs to another optimizer: its learning rates are no numbers")
+            if (names := saved.get("param_names")) != (here := group.get("param_names")) and names and here:
+                raise CheckpointError(
+                    f"belongs to another optimizer: a group of {', '.join(map(str, names[:3]))} there, of {', '.join(here[:3])} here"
+                )
         parameters = [parameter for group in self._groups for parameter in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -169,12 +175,16 @@ class Counters:
             raise CheckpointError(f"its counters are no numbers of steps and examples: {dict(state)}")
         if state["training_examples"] != self.trainer.plan.examples:
             raise CheckpointError(
-                f"written while training on {state['training_examples']:,} examples, the training set now has "
-                f"{self.trainer.plan.examples:,}"
+                f"written while training on {_told(state['training_examples'])} examples, the training set now has "
+                f"{_told(self.trainer.plan.examples)}"
             )
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.trainer.step_count, self.trainer.examples_total = state["step"], state["examples_total"]
+
+
+def _told(examples: int) -> str:
+    return "a stream's number of" if examples == OPEN else f"{examples:,}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +226,7 @@ def _copy_into(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
             tensor.copy_(saved[name])
 
 
-def _check_same(kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+def check_same(kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     for name in [*saved, *present]:
         old, new = saved.get(name), present.get(name)
         if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):

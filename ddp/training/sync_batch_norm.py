@@ -68,7 +68,7 @@ class SyncBatchNorm(_BatchNorm):
         normalised, mean, variance, count = cast(
             "tuple[Tensor, Tensor, Tensor, Tensor]", _Normalise.apply(channels, self.eps, self._group)
         )
-        self._remember(mean, variance, float(count))
+        self._remember(mean, variance, float(count.detach()))
         shape = (input.shape[1], input.shape[0], *input.shape[2:])
         output = normalised.view(shape).transpose(0, 1)
         if self.weight is not None:
@@ -105,10 +105,10 @@ class _Normalise(torch.autograd.Function):
         normalised = ((wide - mean[:, None]) * scale[:, None]).to(values.dtype)
         ctx.save_for_backward(normalised, scale, sums[-1:])
         ctx.group = group
-        mean, variance = mean.to(values.dtype), variance.to(values.dtype)
-        ctx.mark_non_differentiable(mean, variance)
+        mean, variance, everyones = mean.to(values.dtype), variance.to(values.dtype), sums[-1].clone()
+        ctx.mark_non_differentiable(mean, variance, everyones)
         ctx.set_materialize_grads(False)
-        return normalised, mean, variance, sums[-1]
+        return normalised, mean, variance, everyones
 
     @staticmethod
     @once_differentiable

@@ -144,7 +144,7 @@ class Trainer:
         norm = math.sqrt(rows[0].mean_squared_norm)  # one rank's for all, whose sums may round otherwise
         for each in observers:
             each.before_update(self.step_count)
-        self.update.take(self.step_count, rate, norm)
+        self.update.take(self.step_count, rate, norm, self.course.momentum)
         for each in observers:
             each.after_update(self.step_count, self.sinks)
         clock.lap("optimizer", then="telemetry")

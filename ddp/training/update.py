@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from ddp.job import OptimizerSection
 from ddp.training.averaged_weights import AveragedWeights
-from ddp.training.optimizers import clip_
+from ddp.training.optimizers import clip_, set_momentum_, set_rate_
 
 
 class Update:
@@ -22,10 +22,14 @@ class Update:
     ) -> None:
         self._section, self._model, self._optimizer, self._averaged = section, model, optimizer, averaged
 
-    def take(self, step: int, rate: float, norm: float) -> None:
-        """Step with the gradients in `.grad`, whose norm over all weights is `norm`; they are gone then."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group.get("learning_rate_factor", 1.0)
+    def take(self, step: int, rate: float, norm: float, momentum: float) -> None:
+        """Step with the gradients in `.grad`, whose norm over all weights is `norm`; they are gone then.
+
+        `momentum` counts where the job has it follow a schedule.
+        """
+        set_rate_(self._optimizer, rate)
+        if self._section.final_momentum is not None:
+            set_momentum_(self._optimizer, momentum)
         if self._section.gradient_clip_norm is not None:
             clip_(self._optimizer, self._model.parameters(), norm, self._section.gradient_clip_norm)
         self._optimizer.step()
