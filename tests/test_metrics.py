@@ -118,7 +118,13 @@ def test_samples_equal_the_latest_records() -> None:
     for record in evaluations[-2:]:
         assert one(samples, "ddp_evaluation_metric", split=record.split, name="loss") == record.loss
         assert one(samples, "ddp_evaluation_metric", split=record.split, name="accuracy") == record.metrics["accuracy"]
-    labels = {"task": "digits", "optimizer": "adam", "transport": "shared_memory", "version": "0.1.0"}
+    labels = {
+        "task": "digits",
+        "optimizer": "adam",
+        "transport": "shared_memory",
+        "sampling": "uniform",
+        "version": "0.1.0",
+    }
     assert one(samples, "ddp_run_info", **labels) == 1
 
 

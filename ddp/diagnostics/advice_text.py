@@ -202,14 +202,14 @@ def classes_text(advice: Advice) -> str:
 def assumptions_text(advice: Advice) -> str:
     if advice.scaling is None:
         return ""
-    optimizer = advice.optimizer
+    optimizer, sampled = advice.optimizer, advice.record.info.sampled
     rule = f"learning rates follow the rule {optimizer.rule}"
     rule += f" with exponent {optimizer.rule_exponent:g}" if optimizer.rule in ("noise_scale", "adascale") else ""
     lines = [
         advice.scaling.communication.basis,
         f"waiting for slower ranks stays at {100 * advice.scaling.cost.waiting_share:.0f} % of computing",
         f"{rule}, as factors on the run's",
-        "the noise scale stays what it was in that reading; early in a run it is always smaller",
+        f"the noise scale{f' of {sampled}' * bool(sampled)} stays what it was in that reading; early in a run it is always smaller",
     ]
     return "Assumed:\n" + "\n".join(f"  - {line}" for line in lines)
 
@@ -249,7 +249,8 @@ def _run(info: RunInfo, advice: Advice) -> dict[str, Any]:
         "nodes": info.nodes,
         "global_batch_size": last.global_batch_size,
         "micro_batch_size": info.micro_batch_size,
-        "training_examples": info.training_examples,
+        "training_examples": info.training_examples or None,
+        "sampling": info.sampling,
         "steps": last.step,
         "horizon_steps": advice.record.horizon[0],
         "reading_is_refuted": advice.record.is_refuted,

@@ -71,7 +71,7 @@ class Told:
 
     def sentence(self, info: RunInfo) -> str:
         when = moment_text(info, self.step, self.epoch)
-        return sentence(self.reading, self.global_batch_size, when, self.metric, self.method)
+        return sentence(self.reading, self.global_batch_size, when, self.metric, self.method, info.sampled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ def _scaling(
             global_batch_size=last.global_batch_size,
             world_size=info.world_size,
             steps=record.horizon[1] / last.global_batch_size,
-            training_examples=info.training_examples,
+            training_examples=info.training_examples or last.examples_total,  # of a stream that does not say
         ),
         cost=cost,
         communication=communication.fit(_measured(info, cost), _links(info, question)),

@@ -67,6 +67,7 @@ class Trial:
         from ddp.training.memory import keep_freed_memory
         from ddp.training.optimizers import build_optimizer
         from ddp.training.resources import choose_device
+        from ddp.training.stream import is_stream
 
         torch.set_num_threads(job.run.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // local_ranks))
         torch.manual_seed(job.run.seed)
@@ -80,6 +81,10 @@ class Trial:
         self._model = self._task.model().to(self._device).train()
         initialise_(self._model, job.initialisation, job.run.seed)
         self._training, _ = self._task.datasets()
+        if is_stream(self._training):
+            raise UsageError(
+                "the largest batch is tried out with a training set that has a length, and this one is a stream"
+            )
         self._fetch = fetcher(self._training)
         self._optimizer = build_optimizer(job.optimizer, self._model.named_parameters())
         self.training_examples = len(self._training)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ from ddp.job.run_id import (
     resolve_run_id,
     run_id_is_given,
 )
+from ddp.job.sampling import SamplingSection
 from ddp.job.schedule import ScheduleSection
 from ddp.job.secret_hooks import hide_secrets_in_hooks
 from ddp.job.secrets import RedactingFormatter, hide, redact, resolve_secrets
@@ -86,6 +87,7 @@ __all__ = [
     "RecordSection",
     "RedactingFormatter",
     "Regulariser",
+    "SamplingSection",
     "ScheduleSection",
     "Section",
     "SyntheticImagesSection",

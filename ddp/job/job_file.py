@@ -19,6 +19,7 @@ from ddp.job.initialisation import InitialisationSection
 from ddp.job.optimization import OptimizerSection
 from ddp.job.precision import NormalisationSection, PrecisionSection
 from ddp.job.record import RecordSection
+from ddp.job.sampling import SamplingSection
 from ddp.job.schedule import ScheduleSection
 from ddp.job.sections import (
     CheckpointSection,
@@ -53,6 +54,7 @@ class Job(Section):
     averaged_weights: AveragedWeightsSection = AveragedWeightsSection()
     early_stopping: EarlyStoppingSection = EarlyStoppingSection()
     data: DataSection = DataSection()
+    sampling: SamplingSection = SamplingSection()
     transport: TransportSection = TransportSection()
     noise_scale: NoiseScaleSection = NoiseScaleSection()
     evaluation: EvaluationSection = EvaluationSection()

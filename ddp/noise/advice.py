@@ -24,15 +24,20 @@ METHODS: dict[Method, str] = {
 
 
 def advise(
-    reading: Reading, global_batch_size: int, when: str = "", metric: Metric = "plain", method: Method = "ranks"
+    reading: Reading,
+    global_batch_size: int,
+    when: str = "",
+    metric: Metric = "plain",
+    method: Method = "ranks",
+    sampled: str = "",
 ) -> str:
     """One or two sentences about `reading`, taken at `global_batch_size` examples a step.
 
     `when` names the moment in the caller's words, such as "epoch 3.0" or "step 80"; `metric` and `method` say what
-    was measured and from what. Only a resolved reading gives advice, a lower bound an "at least"; the other states
+    was measured and from what, `sampled` of which distribution, where that is not the training set. Only a resolved reading gives advice, a lower bound an "at least"; the other states
     are told in words.
     """
-    where = f"{_where(global_batch_size, when)} the noise scale{METRICS[metric]}"
+    where = f"{_where(global_batch_size, when)} the noise scale{f' of {sampled}' * bool(sampled)}{METRICS[metric]}"
     match reading.state:
         case "unresolved":
             return _unresolved(reading, where)

@@ -25,6 +25,7 @@ from ddp.training.initialisation import initialise_, load_weights_
 from ddp.training.optimizers import build_optimizer
 from ddp.training.random_state import seed_rank
 from ddp.training.resources import choose_device
+from ddp.training.stream import is_stream
 
 SUBSET_SEED = 1  # beside the job's
 
@@ -54,6 +55,11 @@ def load_workload(sweep: Sweep, *, allow_import: Sequence[str] = ()) -> Workload
     seed_rank(sweep.job.run.seed, 0)
     task = load_task(sweep.job.task, allow_import=allow_import)
     training, validation = task.datasets()
+    if is_stream(training) or sweep.job.sampling.name != "uniform":
+        raise UsageError(
+            "critical-batch draws examples of the training set by number, each once an epoch: it takes neither a stream nor "
+            f'sampling.name = "{sweep.job.sampling.name}"; leave [sampling] out and name a task whose data set has a length'
+        )
     metric_goal(task, sweep.job.evaluation.metric)
     workload = Workload(sweep, task, training, validation, device)
     largest = sweep.section.batch_sizes[-1]

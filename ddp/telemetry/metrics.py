@@ -171,7 +171,13 @@ def _run_families(info: RunInfo, *, finished: bool) -> Iterator[Metric]:
     yield InfoMetricFamily(
         "ddp_run",
         "What is trained and how.",
-        value={"task": info.task, "optimizer": info.optimizer, "transport": info.transport, "version": info.version},
+        value={
+            "task": info.task,
+            "optimizer": info.optimizer,
+            "transport": info.transport,
+            "sampling": info.sampling,
+            "version": info.version,
+        },
     )
     yield GaugeMetricFamily("ddp_world_size", "Ranks that train together.", info.world_size)
     yield CounterMetricFamily("ddp_restarts", "Times the run was restarted by its launcher.", info.restarts)

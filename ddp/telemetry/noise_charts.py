@@ -106,7 +106,8 @@ def noise_chart(
     keys = _draw_other(axes, beside) if beside.known.any() or beside.bounded.any() else []
     keys = [*_draw_headline(axes, main, bottom, top, named=bool(keys)), *keys, *_draw_batch(axes, steps, levels)]
     keys += _draw_critical(axes, measured)
-    axes.axhline(training_examples, color=PALETTE["muted"], linewidth=1, linestyle=":")
+    if training_examples:  # 0: a stream that does not say how long it is
+        axes.axhline(training_examples, color=PALETTE["muted"], linewidth=1, linestyle=":")
     if bottom < training_examples < top:
         keys.append(Key(f"training set {training_examples:,}", "muted", "dotted"))
     log_axis(axes)

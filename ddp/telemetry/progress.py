@@ -61,7 +61,8 @@ def render_line(
     if not math.isnan(examples_per_second):
         parts.append(f"{number_text(examples_per_second)} examples/s")
     if record.noise is not None:
-        parts.append(f"noise scale {reading_text(record.noise.reading, headline_metric(record.noise))}")
+        of_draws = f" ({info.sampling})" if info.sampled else ""
+        parts.append(f"noise scale{of_draws} {reading_text(record.noise.reading, headline_metric(record.noise))}")
     if not math.isnan(seconds_left):
         parts.append(f"{duration_text(seconds_left)} left")
     return "  ".join(parts)

@@ -17,6 +17,12 @@ from ddp.watching.layers import LayerStatistics, WeightPictures
 AVERAGED = ", averaged weights"  # ends the name of a split that was evaluated with the averaged weights
 PHASES = ("data", "forward", "backward", "all_reduce", "wait", "optimizer")
 
+SAMPLED = {
+    "class_balanced": "the class-balanced distribution",
+    "loss_weighted": "the loss-weighted distribution",
+    "loss_weighted, corrected": "loss-weighted draws whose bias is corrected",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -43,7 +49,13 @@ class RunInfo:
     nodes: int = 1
     gradient_bytes: int = 0  # what one all-reduce of the whole gradient averages
     learning_rate_rule: str = "none"  # how the learning rate follows the batch size
+    sampling: str = "uniform"  # how training examples are drawn: the noise scale is that of this distribution
     batch_statistics: bool = False  # a layer normalises over the batch, which makes a batch's examples dependent
+
+    @property
+    def sampled(self) -> str:
+        """The distribution whose noise scale is measured, in words; "" for the training set as it is."""
+        return SAMPLED.get(self.sampling, "")
 
     def target_reached_by(self, value: float | None) -> bool:
         """Whether `value` of `metric` is at least as good as the target; never for NaN, None or no target."""

@@ -171,9 +171,14 @@ def _note(recorded: Recorded) -> str:
     last = recorded.steps[-1]
     of_steps = f" of {info.steps:,}" if info.steps else ""
     of_epochs = f" of {epochs_text(info.epochs)}" if info.epochs and not info.steps else ""
-    words = [f"Step {last.step:,}{of_steps}, epoch {epochs_text(last.epoch)}{of_epochs}."]
+    epoch = f", epoch {epochs_text(last.epoch)}{of_epochs}" if info.training_examples else ""
+    words = [f"Step {last.step:,}{of_steps}{epoch}."]
     if done_share(info, last) < 1.0 - 1e-9:
         words[0] += " The run goes on or was stopped."
+    if not info.training_examples:
+        words.append(
+            "The training stream does not say how long it is: one epoch is a pass, or all that the run is to take."
+        )
     resumes = [part.start_step for part in recorded.parts[1:]]
     if resumes:
         words.append(f"Resumed from step {', '.join(f'{step:,}' for step in resumes)}.")
@@ -227,6 +232,10 @@ def _noise_figure(recorded: Recorded, headline: Metric) -> Chart:
 def _limits(recorded: Recorded) -> list[str]:
     """Where the way it was measured limits the number."""
     info, limits = recorded.info, list[str]()
+    if info.sampled:
+        limits.append(
+            f"Examples were drawn with replacement: the number is that of {info.sampled}, not of the training set as it is."
+        )
     if info.optimizer in OWN_METRIC_UNKNOWN:
         limits.append(
             f"It is the plain one, tr(Sigma)/|G|^2, which fits SGD's steps; {info.optimizer} scales gradients in a metric of "

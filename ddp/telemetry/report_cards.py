@@ -49,7 +49,7 @@ def _target_card(info: RunInfo, history: History) -> Card:
 
 def _noise_cards(info: RunInfo, history: History, latest: TimedReading) -> list[Card]:
     """The headline's, and the plain one beside it where that is another."""
-    title = f"Noise scale {as_of_text(info, latest)}"
+    title = f"Noise scale {as_of_text(info, latest)}{f', {info.sampling} draws' * bool(info.sampled)}"
     if latest.metric == "plain":
         named = f"{title}, plain metric" if info.optimizer in OWN_METRIC_UNKNOWN else title
         return [_noise_card(named, latest.reading)]

@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS run (
     micro_batch_size INTEGER NOT NULL, training_examples INTEGER NOT NULL, validation_examples INTEGER NOT NULL,
     steps INTEGER NOT NULL, steps_per_epoch INTEGER NOT NULL, epochs REAL NOT NULL, metric TEXT NOT NULL,
     target REAL, start_step INTEGER NOT NULL, restarts INTEGER NOT NULL, goal TEXT NOT NULL, nodes INTEGER NOT NULL,
-    gradient_bytes INTEGER NOT NULL, learning_rate_rule TEXT NOT NULL, batch_statistics INTEGER NOT NULL);
+    gradient_bytes INTEGER NOT NULL, learning_rate_rule TEXT NOT NULL, sampling TEXT NOT NULL, batch_statistics INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS steps (
     step INTEGER PRIMARY KEY, part INTEGER NOT NULL, epoch REAL, unix_time REAL, examples INTEGER NOT NULL,
     examples_total INTEGER NOT NULL, loss REAL, learning_rate REAL, gradient_norm REAL, duration_seconds REAL,

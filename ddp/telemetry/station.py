@@ -159,7 +159,7 @@ class Station:
         if timed is None:
             return None
         when = moment_text(self._info, timed.step, timed.epoch)
-        return advise(timed.reading, timed.global_batch_size, when, timed.metric, timed.method)
+        return advise(timed.reading, timed.global_batch_size, when, timed.metric, timed.method, self._info.sampled)
 
     def _recall(self, record: Path) -> None:
         """After a resume the summary speaks of the whole run: hand it what earlier parts recorded.

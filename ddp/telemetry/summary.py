@@ -227,8 +227,10 @@ def _noise_rows(info: RunInfo, history: History) -> list[tuple[str, str]]:
     batch = ("global batch", _batch_text(info, history))
     if history.latest is None:
         return [("noise scale", "not measured"), batch]
+    of_draws = f", of {info.sampled}," if info.sampled else ""
     plain = f" in the plain metric, not {info.optimizer}'s own," if info.optimizer in OWN_METRIC_UNKNOWN else ""
-    rows = [("noise scale", f"{_reading_in_full(history.latest)}{plain} {as_of_text(info, history.latest)}"), batch]
+    at_the_end = f"{_reading_in_full(history.latest)}{of_draws}{plain} {as_of_text(info, history.latest)}"
+    rows = [("noise scale", at_the_end), batch]
     measured = [timed for timed in history.readings if timed.reading.state != "unresolved"]
     shown = _spread(measured, SHOWN_READINGS)
     path = [

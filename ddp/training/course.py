@@ -9,20 +9,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from ddp.job import UNITS, Job
 from ddp.noise.noise_scale import Reading
-from ddp.tasks.base import Goal
+from ddp.tasks.base import Batch, Goal
 from ddp.telemetry.records import BatchChange
 from ddp.training.batch_size import BatchSizeController, Limits
-from ddp.training.data import BatchPlan, StepData, fetch_step, fetcher
+from ddp.training.data import BatchPlan, StepData, batches, fetch_step, fetcher
 from ddp.training.loader import LeastParts, Loader
 from ddp.training.plateau import Plateau
+from ddp.training.sampling import Sampler, Uniform
 from ddp.training.schedules import LearningRate
+from ddp.training.stream import Stream
 from ddp.transport.row import StepRow
 
 logger = logging.getLogger("ddp.training")
@@ -39,18 +42,36 @@ class Length:
 
 @dataclass
 class Course:
-    """`plan` is how the next step is dealt out; `controller` is there where the batch adapts itself."""
+    """`plan` is how the next step is dealt out; `controller` is there where the batch adapts itself.
+
+    `sampler` says which examples an epoch takes; where `stream` is there they are that stream's, as they come.
+    """
 
     plan: BatchPlan
     rate: LearningRate
     controller: BatchSizeController | None = None
     epoch: int = 0
     position: int = 0  # examples of the epoch that are taken
+    sampler: Sampler = field(default_factory=Uniform)
+    stream: Stream | None = None
 
     @property
     def epochs_done(self) -> float:
-        """Fractional."""
-        return self.epoch + self.position / self.plan.examples
+        """Fractional. Of a stream that does not say how long it is, passes, with all that the run will take as the next."""
+        if not self.plan.is_open:
+            return self.epoch + self.position / self.plan.examples
+        planned = max(self.rate.job.run.steps or 0, 1) * self.rate.first_batch_size
+        return self.epoch + min(self.position / planned, 1.0)
+
+    @property
+    def training_examples(self) -> int | None:
+        """None where the training set is a stream."""
+        return None if self.stream is not None else self.plan.examples
+
+    @property
+    def sampling(self) -> str:
+        """Whose noise scale is measured, for the readers of the run."""
+        return self.sampler.name if self.stream is None else "stream"
 
     @property
     def length(self) -> Length:
@@ -86,14 +107,20 @@ class Course:
         `least_parts` is asked for the fewest micro-batches that the step so many ahead is to have. A `loader` fetches
         them ahead; it has the data set already.
         """
+        while self.stream is not None:
+            yield self.stream.step(self.plan, self.position, least_parts(0))
         while loader is not None:
             yield loader.step(self.plan, self.epoch, self.position, least_parts)
         fetch = fetcher(dataset)
-        epoch, order = self.epoch, self.plan.order(self.epoch)
         while True:
-            if epoch != self.epoch:
-                epoch, order = self.epoch, self.plan.order(self.epoch)
+            order = self.sampler.order(self.plan, self.epoch)
             yield fetch_step(fetch, order, self.plan, rank, self.position, least_parts(0))
+
+    def first_micro_batch(self, dataset: Dataset[Any], rank: int) -> Batch:
+        """One like those to come, which come all the same. Collective where it is a stream's."""
+        if self.stream is not None:
+            return self.stream.first(self.plan)
+        return next(batches(dataset, self.plan, rank, 0)).micro_batches[0]
 
     def take(self, data: StepData) -> None:
         """Go on by this step's examples."""
@@ -146,9 +173,16 @@ class Course:
             "position": self.position,
             "world_size": self.plan.world_size,
             "seed": self.plan.seed,
+            "sampling": self.sampling,
             "rate": self.rate.state_dict(),
             "batch": None if self.controller is None else self.controller.state_dict(),
         }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """By a copy that takes it; what examples are drawn from is not copied."""
+        trial = copy(self)
+        trial.rate, trial.controller = deepcopy(self.rate), deepcopy(self.controller)
+        trial.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, with the ranks that there are now and, unless it adapts itself, the job's batch.
@@ -162,6 +196,8 @@ class Course:
             raise ValueError(
                 f"run.seed {self.plan.seed} gives another order of the epoch than {state['seed']}, in its middle"
             )
+        if position and (before := state.get("sampling", "uniform")) != self.sampling:
+            raise ValueError(f"sampling is {self.sampling}, in the middle of an epoch whose sampling was {before}")
         self.epoch = epoch
         self._go_to(position)
         self.rate.load_state_dict(state["rate"])
@@ -178,23 +214,36 @@ class Course:
             self.plan = replace(self.plan, global_batch_size=size, micro_batch_size=micro)
 
 
-def begin_course(job: Job, plan: BatchPlan, *, batch_statistics: bool = False, goal: Goal = "min") -> Course:
+def begin_course(
+    job: Job,
+    plan: BatchPlan,
+    *,
+    batch_statistics: bool = False,
+    goal: Goal = "min",
+    sampler: Sampler | None = None,
+    stream: Stream | None = None,
+) -> Course:
     """The course of a new run; a resumed one then loads its state.
 
-    `batch_statistics`: a micro-batch of another size gives another gradient. `goal`: of the metric that a plateau follows.
+    Args:
+        batch_statistics: a micro-batch of another size gives another gradient.
+        goal: of the metric that a plateau follows.
+        sampler: uniform where left out.
+        stream: the training set, where it is one.
     """
+    sampler = sampler or Uniform()
     rate = LearningRate(job, first_batch_size=plan.global_batch_size, first_steps_per_epoch=plan.steps_per_epoch)
     if job.schedule.name == "plateau":
         rate.plateau = Plateau(job.schedule, goal, job.optimizer.learning_rate)
     if not job.batch.adapts:
-        return Course(plan, rate)
+        return Course(plan, rate, sampler=sampler, stream=stream)
     smallest, largest = job.batch.limits(plan.world_size, plan.examples)
     open_micro_batches = 1 if job.batch.micro_batch_size is not None else -(-UNITS // plan.world_size)
     limits = Limits(
         *(smallest, largest, plan.world_size, job.batch.micro_batch_size, open_micro_batches),
         may_split=not batch_statistics,
     )
-    return Course(plan, rate, BatchSizeController(limits, plan.global_batch_size))
+    return Course(plan, rate, BatchSizeController(limits, plan.global_batch_size), sampler=sampler, stream=stream)
 
 
 def say_rate(course: Course) -> None:

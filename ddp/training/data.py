@@ -18,11 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset
 
 from ddp.errors import UsageError
 from ddp.job import BatchSection
 from ddp.tasks.base import Batch
+from ddp.training.columns import collate as collate_examples
+from ddp.training.columns import is_column_oriented
+
+OPEN = 1 << 62  # examples of an epoch that nothing ends but the stream itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,16 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """A rest smaller than the number of ranks joins the batch before it."""
+        """A rest smaller than the number of ranks joins the batch before it. 0 where that is not known."""
+        if self.is_open:
+            return 0
         full, rest = divmod(self.examples, self.global_batch_size)
         return full + (rest >= self.world_size)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the training set is a stream that does not say how long it is."""
+        return self.examples == OPEN
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -105,6 +116,7 @@ class StepData:
     examples: int  # this rank's, over its micro-batches
     global_examples: int  # over all ranks
     stop: int  # position in the epoch where the next step begins
+    positions: tuple[range, ...] = ()  # of each micro-batch in the epoch's order; of a stream there is none
 
 
 def split(positions: range, parts: int) -> list[range]:
@@ -142,16 +154,29 @@ def fetch_step(
     """The step that begins at `position` of the epoch with this order, in at least so many micro-batches."""
     parts, whole = plan.micro_batches(position, rank, least_parts), plan.batch(position)
     micro_batches = tuple(fetch(order[part.start : part.stop].tolist()) for part in parts)
-    return StepData(micro_batches, examples=sum(map(len, parts)), global_examples=len(whole), stop=whole.stop)
+    return StepData(micro_batches, sum(map(len, parts)), len(whole), whole.stop, tuple(parts))
 
 
 def fetcher(dataset: Dataset[Any]) -> Callable[[Sequence[int]], Batch]:
-    """A function from indices to a collated batch, by the data set's own `__getitems__` and `collate` if any."""
+    """A function from indices to a collated batch, by the data set's own `__getitems__` and `collate` if any.
+
+    A column-oriented data set is asked for all at once, a `Subset` as the data set that it is a part of.
+    """
+    if type(dataset) is Subset and not hasattr(dataset, "collate"):
+        fetch, chosen = fetcher(dataset.dataset), dataset.indices
+        return lambda indices: fetch([chosen[index] for index in indices])
     get_many: Callable[[Sequence[int]], Any] | None = getattr(dataset, "__getitems__", None)
-    collate: Callable[[Any], Batch] = getattr(dataset, "collate", default_collate)
+    collate = collator(dataset)
+    if is_column_oriented(dataset):
+        return lambda indices: collate(dataset[list(indices)])  # type: ignore[index]  # a list, as its documentation has it
     if get_many is None:
         return lambda indices: collate([dataset[index] for index in indices])
     return lambda indices: collate(get_many(indices))
+
+
+def collator(dataset: Dataset[Any]) -> Callable[[Any], Batch]:
+    """What makes a batch of examples: the data set's own `collate`, or torch's rule, dictionaries column by column."""
+    return getattr(dataset, "collate", collate_examples)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

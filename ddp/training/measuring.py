@@ -24,7 +24,7 @@ logger = logging.getLogger("ddp.training")
 class GradientWatch:
     """One rank's; where the noise scale is switched off it watches the shards alone.
 
-    `shards` and `tracker` go into checkpoints. `steady`: training follows the readings, so that which steps are sampled must not be left to a clock.
+    `shards` and `tracker` go into checkpoints. `training_examples`: None for a stream. `steady`: training follows the readings, so that which steps are sampled must not be left to a clock.
     """
 
     def __init__(
@@ -33,8 +33,9 @@ class GradientWatch:
         module: nn.Module,
         optimizer: Optimizer,
         exchange: GradientExchange,
-        training_examples: int,
+        training_examples: int | None,
         *,
+        with_replacement: bool = False,
         steady: bool = False,
     ) -> None:
         self._rank, self._world_size = exchange.transport.rank, exchange.transport.world_size
@@ -43,7 +44,9 @@ class GradientWatch:
         if section.enabled:
             settings = Settings(
                 training_examples=training_examples,
-                population=population(module, training_examples),
+                population=math.inf
+                if with_replacement or training_examples is None
+                else population(module, training_examples),
                 sample_every="steady" if steady and section.sample_every == "auto" else section.sample_every,
                 split=section.split,
                 layers=section.layers,

@@ -127,7 +127,7 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         world_size=topology.world_size,
         global_batch_size=plan.batches.global_batch_size,
         micro_batch_size=plan.batches.micro_batch_size,
-        training_examples=plan.batches.examples,
+        training_examples=0 if plan.batches.is_open else plan.batches.examples,
         validation_examples=size_of(plan.splits.validation),
         steps=length.steps,
         steps_per_epoch=length.steps_per_epoch,
@@ -140,6 +140,7 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         nodes=topology.world_size // topology.local_world_size,
         gradient_bytes=_gradient_bytes(plan.module),
         learning_rate_rule=job.optimizer.learning_rate_rule,
+        sampling=plan.course.sampling,
         batch_statistics=has_batch_statistics(plan.module),
     )
 

@@ -23,6 +23,7 @@ from ddp.training.data import BatchPlan, StepData, to_device
 from ddp.training.measuring import GradientWatch
 from ddp.training.phases import PhaseClock
 from ddp.training.precision import LossScale, autocast
+from ddp.training.sampling import Sampler
 from ddp.training.sharpness import Sharpness
 from ddp.transport.comm_hook import GradientExchange, GradientSums
 
@@ -41,10 +42,16 @@ class Passes:
     """How one rank gets its gradient."""
 
     def __init__(
-        self, job: Job, task: Task, model: DistributedDataParallel, device: torch.device, exchange: GradientExchange
+        self,
+        job: Job,
+        task: Task,
+        model: DistributedDataParallel,
+        device: torch.device,
+        exchange: GradientExchange,
+        sampler: Sampler,
     ) -> None:
         self._precision, self._task, self._model, self._device = job.precision, task, model, device
-        self._exchange = exchange
+        self._exchange, self._sampler = exchange, sampler
         self._both = loss_and_metrics_of(task)
         self._metric = job.evaluation.metric
         rho = job.optimizer.sam_rho
@@ -91,7 +98,9 @@ class Passes:
             last = watch is not None and index == len(data.micro_batches) - 1
             with nullcontext() if last else self._model.no_sync():
                 losses, values = self._losses(micro_batch)
-                loss = losses.sum()
+                if watch is None or self._sharpness is None:  # at the weights
+                    self._sampler.observe(losses, data, index)
+                loss = self._sampler.weigh(losses, data, index).sum()
                 clock.lap("forward", then="backward")
                 (loss * (scale / data.examples) if scale != 1.0 else loss / data.examples).backward()
                 clock.lap("backward", then="exchange" if last else "forward")

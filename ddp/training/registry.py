@@ -42,6 +42,14 @@ class Checking(Protocol):
         """
 
 
+@runtime_checkable
+class Gathering(Protocol):
+    """A part that all ranks hold alike only after they have told each other what each has seen."""
+
+    def gather(self) -> None:
+        """Collective."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     part: Stateful
@@ -74,6 +82,12 @@ class Registry:
         if name in self._entries:
             raise ValueError(f"{name} is registered already")
         self._entries[name] = _Entry(part, owner, remedy, required)
+
+    def gather(self) -> None:
+        """Before the states are saved. Collective where a part is `Gathering`."""
+        for entry in self._entries.values():
+            if isinstance(entry.part, Gathering):
+                entry.part.gather()
 
     def shared(self) -> dict[str, Any]:
         """The states of what all ranks hold alike, by name."""

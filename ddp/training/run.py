@@ -68,9 +68,11 @@ def train(
 
 def _train(place: Place, resume: str | None, allow_import: Sequence[str]) -> Path:
     job, topology = place.job, place.topology
-    plan = together(lambda: plan_run(job, topology.world_size, allow_import=allow_import))
+    plan = together(lambda: plan_run(job, topology.world_size, topology.rank, allow_import=allow_import))
     with (
-        opened_loader(job.data, plan.splits.training, plan.batches, topology.rank, place.cores) as loader,
+        opened_loader(
+            job.data, plan.splits.training, plan.batches, topology.rank, place.cores, plan.course.sampler
+        ) as loader,
         opened_exchange(place) as exchange,
         opened(job, topology, plan, resume, exchange.transport.name) as run,
     ):

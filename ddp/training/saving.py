@@ -146,6 +146,7 @@ class Saving:
         """
         self.last_step, self.last_value, self._begun_step = step, value, step
         self._began_at, self._stalled_before = time.monotonic(), self._saver.stall_seconds
+        self.registry.gather()
         shared = self.registry.shared() if self._rank == 0 else {}
         metric = None if value is None else (self.metric, value)
         self._saver.begin(step, shared, self.registry.own(), metric=metric)

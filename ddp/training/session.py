@@ -85,7 +85,7 @@ def session(
 @contextmanager
 def prepared(place: Place, job: Job, *, allow_import: Sequence[str] = ()) -> Iterator[Session]:
     """A model of `job`, which may differ from the place's own in all that is not the machine's. Several may follow. Collective."""
-    plan = together(lambda: plan_run(job, place.topology.world_size, allow_import=allow_import))
+    plan = together(lambda: plan_run(job, place.topology.world_size, place.topology.rank, allow_import=allow_import))
     with opened_exchange(place) as exchange, tempfile.TemporaryDirectory(prefix="ddp-") as nowhere:
         trainer = build_trainer(
             *(job, plan, exchange, place.device, place.stop),

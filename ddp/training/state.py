@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddp.errors import CheckpointError
+from ddp.training.data import OPEN
 from ddp.training.extra_state import ExtraState
 from ddp.training.optimizers import moments
 from ddp.training.random_state import random_state, restore_random_state
 from ddp.training.registry import Registry
+from ddp.training.sampling import LossWeighted
 from ddp.training.trainer import Trainer
 
 _BRING_BACK = "start a new run, or bring {} back"
@@ -30,6 +32,12 @@ def register_state(trainer: Trainer, registry: Registry) -> None:
     )
     registry.add("counters", Counters(trainer), remedy=_BRING_BACK.format("the data"), required=True)
     registry.add("course", trainer.course, required=True)
+    if isinstance(sampler := trainer.course.sampler, LossWeighted):
+        registry.add("sampling", sampler, remedy="start a new run, or bring the sampling back")
+    if (stream := trainer.course.stream) is not None:
+        registry.add(
+            "stream", stream, owner="rank" if stream.is_sharded else "all", remedy=_BRING_BACK.format("the data")
+        )
     if (tracker := trainer.watch.tracker) is not None:
         off = "start a new run, or resume without it, --set noise_scale.enabled=false"
         registry.add("noise_scale", tracker, remedy=off)
@@ -167,12 +175,16 @@ class Counters:
             raise CheckpointError(f"its counters are no numbers of steps and examples: {dict(state)}")
         if state["training_examples"] != self.trainer.plan.examples:
             raise CheckpointError(
-                f"written while training on {state['training_examples']:,} examples, the training set now has "
-                f"{self.trainer.plan.examples:,}"
+                f"written while training on {_told(state['training_examples'])} examples, the training set now has "
+                f"{_told(self.trainer.plan.examples)}"
             )
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.trainer.step_count, self.trainer.examples_total = state["step"], state["examples_total"]
+
+
+def _told(examples: int) -> str:
+    return "a stream's number of" if examples == OPEN else f"{examples:,}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from ddp.telemetry.records import PHASES, EventKind, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.training.averaged_weights import AveragedWeights
 from ddp.training.course import Course
-from ddp.training.data import BatchPlan, StepData, batches
+from ddp.training.data import BatchPlan, StepData
 from ddp.training.early_stopping import EarlyStopping
 from ddp.training.evaluation import Splits
 from ddp.training.judging import BuffersBefore, Judge, Verdict
@@ -76,10 +76,11 @@ class Trainer:
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.exchange.transport.rank, self.exchange.transport.world_size
         self.watch = GradientWatch(
-            *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.plan.examples),
+            *(self.job.noise_scale, self.model.module, self.optimizer, self.exchange, self.course.training_examples),
+            with_replacement=self.course.sampler.replaces,
             steady=self.course.follows_readings,
         )
-        self.passes = Passes(self.job, self.task, self.model, self.device, self.exchange)
+        self.passes = Passes(self.job, self.task, self.model, self.device, self.exchange, self.course.sampler)
         self.update = Update(self.job.optimizer, self.model, self.optimizer, self.averaged)
         self.judge = Judge(self.job.faults)
         may_pass_over = self.job.faults.on_not_finite != "stop" or self.passes.scale.enabled
@@ -244,8 +245,7 @@ class Trainer:
         self.sinks.event(RunEvent(self.step_count, time.time(), kind, rank, text))
 
     def _first_losses(self) -> torch.Tensor:
-        data = next(iter(batches(self.splits.training, self.plan, self.rank, 0, 0)))
-        return self.passes.losses(data.micro_batches[0])
+        return self.passes.losses(self.course.first_micro_batch(self.splits.training, self.rank))
 
 
 def _phases(row: StepRow) -> dict[str, float]:

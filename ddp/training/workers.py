@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ddp import errors
@@ -38,6 +40,7 @@ from ddp.errors import DdpError, LoaderError
 from ddp.tasks.base import Batch
 from ddp.training.data import BatchPlan, fetcher
 from ddp.training.parcels import pack, unpack
+from ddp.training.sampling import Sampler
 
 LEFT_TO_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
@@ -70,13 +73,19 @@ class Worker:
     """One process, from the rank's side. Answers come in the order of requests."""
 
     def __init__(
-        self, number: int, rank: int, dataset: Dataset[Any], plan: BatchPlan, cores: Collection[int] | None
+        self,
+        number: int,
+        rank: int,
+        dataset: Dataset[Any],
+        plan: BatchPlan,
+        cores: Collection[int] | None,
+        sampler: Sampler,
     ) -> None:
         self.number, self._rank = number, rank
         self._socket, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process: BaseProcess = multiprocessing.get_context("fork").Process(
             target=_serve,
-            args=(far_end, self._socket, dataset, plan, os.getpid(), cores),
+            args=(far_end, self._socket, dataset, plan, os.getpid(), cores, sampler),
             name=f"data worker {number} of rank {rank}",
             daemon=True,
         )
@@ -105,6 +114,18 @@ class Worker:
             self._socket.send(_REQUEST.pack(request.epoch, request.start, request.stop))
         except OSError as error:
             raise self._lost() from error
+
+    def tell(self, order: NDArray[np.int64], epoch: int) -> None:
+        """What the order of `epoch` is, for all that is asked from now on."""
+        file = os.memfd_create("ddp order", os.MFD_CLOEXEC)
+        try:
+            with open(file, "wb", closefd=False) as stream:
+                stream.write(order.data)
+            socket.send_fds(self._socket, [_REQUEST.pack(epoch, 0, len(order))], [file])
+        except OSError as error:
+            raise self._lost() from error
+        finally:
+            os.close(file)
 
     def answer(self) -> Batch | Failed:
         """What became of the oldest request, once the worker has seen to it."""
@@ -192,6 +213,7 @@ def _serve(
     plan: BatchPlan,
     parent: int,
     cores: Collection[int] | None,
+    sampler: Sampler,
 ) -> None:
     """A worker's whole life: requests in, batches out."""
     gc.freeze()  # what the rank had lying about is not to be taken down here: a process group would wait for its threads
@@ -203,14 +225,29 @@ def _serve(
     if cores:  # the rank may be pinned to one that it needs for itself
         with suppress(OSError):  # a container may have lost some meanwhile
             os.sched_setaffinity(0, cores)
-    fetch, epoch, order = fetcher(dataset), -1, plan.order(0)
+    fetch = fetcher(dataset)
+    order = None if sampler.follows_losses else sampler.order(plan, 0)
     near.send(_READY)
-    while message := near.recv(_REQUEST.size):
+    while True:
+        message, files, _, _ = socket.recv_fds(near, _REQUEST.size, 1)
+        if not message:
+            return
         request = Request(*_REQUEST.unpack(message))
-        if request.epoch != epoch:
-            epoch, order = request.epoch, plan.order(request.epoch)
+        if files:
+            order = _told_order(files[0])
+            continue
+        if not sampler.follows_losses:
+            order = sampler.order(plan, request.epoch)
+        assert order is not None  # the rank has told it
         seed_micro_batch(plan.seed, request.epoch, request.start)
         _send(near, fetch, order[request.start : request.stop].tolist())
+
+
+def _told_order(file: int) -> NDArray[np.int64]:
+    try:
+        return np.frombuffer(mmap.mmap(file, 0, prot=mmap.PROT_READ), np.int64)
+    finally:
+        os.close(file)
 
 
 def _send(near: socket.socket, fetch: Callable[[Sequence[int]], Batch], indices: Sequence[int]) -> None:
