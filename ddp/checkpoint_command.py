@@ -68,7 +68,7 @@ def export(
     """Write a checkpoint's model, parameters and buffers, as one safetensors file."""
     from ddp.checkpoint.export import export as write
 
-    path = _checkpoint(checkpoint)
+    path = find_checkpoint(checkpoint)
     count = write(path, target, rank_statistics=rank_statistics, averaged=averaged, overwrite=force)
     print(f"{target}: {count} tensors, {in_words(target.stat().st_size)}, of {path}")
 
@@ -157,7 +157,13 @@ def _folder(run_directory: Path) -> Path:
     return found
 
 
-def _checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint given as itself or by the beginning of its name, or the newest of a run that verifies.
+
+    Raises:
+        CheckpointError: there is none.
+        UsageError: there is no such folder.
+    """
     resolved = resolve(path)
     if (resolved / MANIFEST).exists():
         return resolved

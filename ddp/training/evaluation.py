@@ -194,7 +194,7 @@ def averaged_buffers(model: nn.Module, *, world_size: int, process_group: dist.P
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
     result = copy.deepcopy(model, memo=cast("dict[int, Any]", shared))
-    statistics = _running_statistics(result)
+    statistics = running_statistics(result)
     if world_size > 1 and statistics:
         flat = torch.cat([tensor.double().flatten() for tensor in statistics])
         dist.all_reduce(flat, group=process_group)
@@ -204,7 +204,7 @@ def averaged_buffers(model: nn.Module, *, world_size: int, process_group: dist.P
     return result
 
 
-def _running_statistics(model: nn.Module) -> list[Tensor]:
+def running_statistics(model: nn.Module) -> list[Tensor]:
     """Running means and variances of the normalisation layers, without their counters."""
     layers = [module for module in model.modules() if isinstance(module, _NormBase)]
     tensors = [tensor for layer in layers for tensor in (layer.running_mean, layer.running_var)]

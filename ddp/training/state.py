@@ -78,7 +78,7 @@ class Parameters:
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        _check_same("parameter", state, self.state_dict())
+        check_same("parameter", state, self.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         _copy_into(self.state_dict(), state)
@@ -94,7 +94,7 @@ class Buffers:
         return dict(self.module.named_buffers())
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        _check_same("buffer", state, self.state_dict())
+        check_same("buffer", state, self.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         _copy_into(self.state_dict(), state)
@@ -209,7 +209,7 @@ def _copy_into(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
             tensor.copy_(saved[name])
 
 
-def _check_same(kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+def check_same(kind: str, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     for name in [*saved, *present]:
         old, new = saved.get(name), present.get(name)
         if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
