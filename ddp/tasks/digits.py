@@ -25,6 +25,7 @@ class DigitsTask:
     """Which of ten digits is it? Batches are (images (n, 1, 8, 8) float32, labels (n,) int64)."""
 
     goals: Mapping[str, Goal] = {"accuracy": "max"}
+    class_dimension = 1
 
     def __init__(self, section: DigitsSection) -> None:
         self.section = section
