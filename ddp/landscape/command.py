@@ -73,11 +73,11 @@ def landscape(
             networks = load_trained(place, sources, averaged=averaged, allow_import=allow_import or ())
             found = [survey(place, each, asked) for each in networks]
             written = together(lambda: _write(found, asked, page) if here.rank == 0 else [])
-        text = json.dumps(to_json(found, asked), allow_nan=False) if as_json else in_words(found, asked, written)
+        text = json.dumps(to_json(found, asked), allow_nan=False) if as_json else in_words(found, written)
         print_on_rank_0(f"{text}\n", here)
 
 
-def in_words(found: Sequence[Landscape], asked: Asked, written: Sequence[Path]) -> str:
+def in_words(found: Sequence[Landscape], written: Sequence[Path]) -> str:
     """A line for each network, and where the rest is."""
     width = max(len(each.name) for each in found)
     lines: list[str] = []

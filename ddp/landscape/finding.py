@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ddp.landscape.curvature import largest_eigenvalue
 from ddp.landscape.directions import filter_normalised, norm_of
-from ddp.landscape.surface import Examples, fixed_examples, losses_at
+from ddp.landscape.surface import fixed_examples, losses_at
 from ddp.trained import Trained
 from ddp.training.place import Place
 
