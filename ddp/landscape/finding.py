@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -142,6 +144,6 @@ def _offset(directions: Sequence[Sequence[Tensor]], lengths: Sequence[float]) ->
 
     def make() -> list[Tensor]:
         parts = [[length * each for each in direction] for direction, length in zip(directions, lengths, strict=True)]
-        return [sum(tensors[1:], tensors[0]) for tensors in zip(*parts, strict=True)]
+        return [functools.reduce(operator.add, tensors) for tensors in zip(*parts, strict=True)]
 
     return make
