@@ -5,13 +5,14 @@ For commands that look at several of them side by side. Of one task there is one
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddp.checkpoint import resolve, verify
+from ddp.checkpoint import check_run, resolve, verify
 from ddp.checkpoint.names import MANIFEST, candidates
 from ddp.checkpoint_command import find_checkpoint
 from ddp.errors import CheckpointError, UsageError
@@ -63,16 +64,15 @@ def snapshots(run_directory: Path) -> list[Path]:
     Raises:
         CheckpointError: there is none.
     """
-    found: list[Path] = []
-    for candidate in reversed(candidates(run_directory / "checkpoints")):
-        try:
+    check_run(run_directory)
+    found: dict[int, Path] = {}
+    for candidate in candidates(run_directory / "checkpoints"):
+        with contextlib.suppress(CheckpointError):
             verify(candidate.path)
-        except CheckpointError:
-            continue
-        found.append(candidate.path)
+            found.setdefault(candidate.step, candidate.path)
     if not found:
         raise CheckpointError(f"{run_directory}: none of its checkpoints verifies")
-    return found
+    return [found[step] for step in sorted(found)]
 
 
 def load_trained(

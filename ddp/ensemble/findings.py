@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ddp.ensemble.joint import Measured
@@ -53,9 +53,6 @@ class Findings:
         count, measured = len(self.members), [each.measured for each in self.members]
         metrics = {name: sum(each.metrics[name] for each in measured) / count for name in self.goals}
         return Row("mean of members", Measured(sum(each.loss for each in measured) / count, metrics))
-
-    def with_student(self, student: Row) -> Findings:
-        return replace(self, student=student)
 
 
 def in_words(found: Findings) -> str:

@@ -44,7 +44,7 @@ def evaluated(place: Place, request: Request) -> Made:
     members = load_trained(
         place, request.sources, runs=request.runs, averaged=request.averaged, allow_import=request.allow_import
     )
-    together(lambda: check_same_data(members))
+    together(lambda: check_same_data([(each.name, each.plan) for each in members]))
     weights = together(lambda: _weights(request.weights, len(members)))
     task, dataset = members[0].plan.task, _dataset(members[0], request.split)
     whole = Ensemble([_member(each) for each in members], weights, class_dimension_of(task))
@@ -67,10 +67,9 @@ def evaluated(place: Place, request: Request) -> Made:
 
 def with_student(place: Place, made: Made, student: Distil, request: Request) -> tuple[Findings, Path]:
     """Train the student as a run, and measure it beside the others; returns its run's directory, too. Collective."""
+    first = made.members[0]
     own = together(lambda: plan_run(student.job, place.topology.world_size, allow_import=request.allow_import))
-    module = nn.Identity()
-    pupil = Trained("the student", student.job, own, made.members[0].saved, module)
-    together(lambda: check_same_data([made.members[0], pupil]))
+    together(lambda: check_same_data([(first.name, first.plan), ("the student", own)]))
     job = student_job(
         student.job,
         [each.saved.path for each in made.members],
@@ -82,7 +81,6 @@ def with_student(place: Place, made: Made, student: Distil, request: Request) ->
     allowed = [*request.allow_import, PACKAGE]
     run_directory = train_in(replace(place, job=job), student.resume, allowed)
     (trained,) = load_trained(place, [run_directory], allow_import=allowed)
-    first = made.members[0]
     row = _alone(place, first, trained.module, _dataset(first, request.split), f"student {trained.name}", trained.job)
     return replace(made.findings, student=row), run_directory
 

@@ -12,31 +12,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddp.errors import UsageError
-from ddp.trained import Trained
 from ddp.training.data import fetcher
-from ddp.training.plan import size_of
+from ddp.training.plan import Plan, size_of
 from ddp.training.random_state import preserved_random_state, seed_rank
 
 COMPARED = 256  # examples of each validation set, evenly spread
 
 
-def check_same_data(members: Sequence[Trained]) -> None:
-    """Refuse members that were not validated on the same examples, or not by the same metrics.
+def check_same_data(plans: Sequence[tuple[str, Plan]]) -> None:
+    """Refuse networks, each with a name to be shown, that are not validated on the same examples by the same metrics.
 
     Raises:
         UsageError: it names two that differ, and how.
     """
-    first = members[0]
-    for each in members[1:]:
-        if each.plan is first.plan:
+    name, first = plans[0]
+    for other, each in plans[1:]:
+        if each is first:
             continue
-        if dict(each.plan.task.goals) != dict(first.plan.task.goals):
-            raise UsageError(
-                f"ensemble: {first.name} and {each.name} are of different tasks: metrics "
-                f"{', '.join(first.plan.task.goals)} and {', '.join(each.plan.task.goals)}"
-            )
-        if difference := _difference(first.plan.splits.validation, each.plan.splits.validation):
-            raise UsageError(f"ensemble: {first.name} and {each.name} were not made for the same data: {difference}")
+        if dict(each.task.goals) != dict(first.task.goals):
+            metrics = f"{', '.join(first.task.goals)} and {', '.join(each.task.goals)}"
+            raise UsageError(f"ensemble: {name} and {other} are of different tasks: metrics {metrics}")
+        if difference := _difference(first.splits.validation, each.splits.validation):
+            raise UsageError(f"ensemble: {name} and {other} were not made for the same data: {difference}")
 
 
 def _difference(one: Dataset[Any], other: Dataset[Any]) -> str:

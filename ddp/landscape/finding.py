@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -143,7 +141,9 @@ def _offset(directions: Sequence[Sequence[Tensor]], lengths: Sequence[float]) ->
     """What is added to the weights, made when it is wanted."""
 
     def make() -> list[Tensor]:
-        parts = [[length * each for each in direction] for direction, length in zip(directions, lengths, strict=True)]
-        return [functools.reduce(operator.add, tensors) for tensors in zip(*parts, strict=True)]
+        total = [lengths[0] * each for each in directions[0]]
+        for direction, length in zip(directions[1:], lengths[1:], strict=True):
+            total = [each + length * more for each, more in zip(total, direction, strict=True)]
+        return total
 
     return make
