@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -230,7 +231,17 @@ def test_the_log_of_the_mean_of_probabilities_is_normalised_logits() -> None:
         found = log_mean_probabilities(logits, weights, dimension, temperature)
         torch.testing.assert_close(found.exp(), mean)
         torch.testing.assert_close(found.softmax(dimension), mean)
+    found = log_mean_probabilities(logits, weights, "binary", temperature)
+    torch.testing.assert_close(found.sigmoid(), ((logits[0] / 3).sigmoid() + (logits[2] / 3).sigmoid()) / 2)
     assert log_mean_probabilities([logits[0].bfloat16()], [1.0], 1).dtype == torch.float32
+
+
+@dataclass
+class Several:
+    """As models of transformers answer."""
+
+    logits: Tensor
+    text: str
 
 
 def test_values_are_averaged_as_they_are_and_mappings_by_their_keys() -> None:
@@ -241,6 +252,8 @@ def test_values_are_averaged_as_they_are_and_mappings_by_their_keys() -> None:
         [{"logits": z, "hidden": v, "n": 3} for z, v in zip(logits, (one, other), strict=True)], [0.5, 0.5], 1
     )
     torch.testing.assert_close(both["logits"].exp(), (logits[0].softmax(1) + logits[1].softmax(1)) / 2)
+    several = combine([Several(z, "x") for z in logits], [0.5, 0.5], 1)
+    assert torch.equal(several.logits, both["logits"]) and several.text == "x"
     assert both["hidden"].tolist() == [[2.0], [4.0]] and both["n"] == 3
     with pytest.raises(UsageError, match="different shapes"):
         combine([one, one[:1]], [0.5, 0.5], None)
@@ -276,6 +289,10 @@ def test_soft_targets_lose_what_torchs_divergence_says() -> None:
     assert found.shape == (6,) and float(soft_loss(4 * teacher, teacher, 1, 4.0).abs().max()) < 1e-5
     positions = soft_loss(student.view(2, 3, 9), teacher.view(2, 3, 9), -1, temperature)
     torch.testing.assert_close(positions, found.view(2, 3).mean(dim=1))
+    logit, target = student[:, :1], torch.randn(6, 1, generator=generator)
+    two = [torch.cat([z, torch.zeros_like(z)], dim=1) for z in (logit, target * 4)]
+    expected = soft_loss(two[0], (two[1] / 4).log_softmax(1), 1, 4.0)
+    torch.testing.assert_close(soft_loss(logit, target, "binary", 4.0), expected)
     torch.testing.assert_close(soft_loss(student, teacher, None, 1.0), (student - teacher).square().mean(dim=1))
 
 

@@ -9,36 +9,49 @@ regression, are averaged as they are.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ddp.errors import UsageError
 from ddp.job import PrecisionSection
+from ddp.tasks.base import ClassDimension
 from ddp.training.precision import DTYPES
 
-LOGITS = "logits"  # of outputs that are a mapping
+LOGITS = "logits"  # of outputs that are several
 
 
 def log_mean_probabilities(
-    logits: Sequence[Tensor], weights: Sequence[float], dimension: int, temperature: float = 1.0
+    logits: Sequence[Tensor], weights: Sequence[float], dimension: int | Literal["binary"], temperature: float = 1.0
 ) -> Tensor:
-    """log sum_k w_k softmax(z_k / T): normalised logits of the members' shape, float32 at least."""
-    total: Tensor | None = None
-    for each, weight in zip(logits, weights, strict=True):
-        wide = each.to(torch.promote_types(each.dtype, torch.float32))
-        term = torch.log_softmax(wide / temperature, dim=dimension) + (math.log(weight) if weight else -math.inf)
-        total = term if total is None else torch.logaddexp(total, term)
-    assert total is not None
-    return total
+    """log sum_k w_k softmax(z_k / T): normalised logits of the members' shape, float32 at least.
+
+    "binary": the logit of sum_k w_k sigmoid(z_k / T).
+    """
+    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) / temperature for each in logits]
+    if dimension == "binary":
+        yes = _log_of_mean([functional.logsigmoid(each) for each in wide], weights)
+        return yes - _log_of_mean([functional.logsigmoid(-each) for each in wide], weights)
+    return _log_of_mean([torch.log_softmax(each, dim=dimension) for each in wide], weights)
 
 
-def combine(outputs: Sequence[Any], weights: Sequence[float], dimension: int | None, temperature: float = 1.0) -> Any:
-    """Of tensors, or of mappings of tensors, whose "logits" are then what has classes.
+def _log_of_mean(logs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """log sum_k w_k exp(x_k), without overflow."""
+    terms = [each + (math.log(weight) if weight else -math.inf) for each, weight in zip(logs, weights, strict=True)]
+    return functools.reduce(torch.logaddexp, terms)
+
+
+def combine(
+    outputs: Sequence[Any], weights: Sequence[float], dimension: ClassDimension, temperature: float = 1.0
+) -> Any:
+    """Of tensors, or of mappings or dataclasses of tensors, whose "logits" are then what has classes.
 
     Raises:
         UsageError: the members answer with different shapes, or with something else.
@@ -52,21 +65,27 @@ def combine(outputs: Sequence[Any], weights: Sequence[float], dimension: int | N
         if not first.is_floating_point():
             return first
         return sum(weight * each for weight, each in zip(weights, outputs, strict=True))
-    if isinstance(first, Mapping):
-        return _combine_mappings(outputs, weights, dimension, temperature)
+    if isinstance(first, Mapping) or dataclasses.is_dataclass(first):
+        return _combine_parts(outputs, weights, dimension, temperature)
     raise UsageError(
-        f"ensemble: a model answers with a {type(first).__name__}; a tensor or a mapping of tensors is needed"
+        f"ensemble: a model answers with a {type(first).__name__}; a tensor, a mapping or a dataclass of tensors is needed"
     )
 
 
-def _combine_mappings(
-    outputs: Sequence[Any], weights: Sequence[float], dimension: int | None, temperature: float
+def _combine_parts(
+    outputs: Sequence[Any], weights: Sequence[float], dimension: ClassDimension, temperature: float
 ) -> Any:
+    """A copy of the first, with every tensor in it replaced."""
     combined: Any = copy.copy(outputs[0])
-    for key, value in outputs[0].items():
-        if isinstance(value, Tensor):
-            along = dimension if key == LOGITS else None
-            combined[key] = combine([each[key] for each in outputs], weights, along, temperature)
+    is_mapping = isinstance(combined, Mapping)
+    for name in list(combined) if is_mapping else [each.name for each in dataclasses.fields(combined)]:
+        values = [each[name] if is_mapping else getattr(each, name) for each in outputs]
+        if isinstance(values[0], Tensor):
+            value = combine(values, weights, dimension if name == LOGITS else None, temperature)
+            if is_mapping:
+                combined[name] = value
+            else:
+                setattr(combined, name, value)
     return combined
 
 
@@ -103,7 +122,7 @@ class Ensemble(nn.Module):
         self,
         members: Sequence[Member],
         weights: Sequence[float],
-        class_dimension: int | None,
+        class_dimension: ClassDimension,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()

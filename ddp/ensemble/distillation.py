@@ -20,7 +20,7 @@ from ddp.ensemble.combining import LOGITS, Ensemble, Member
 from ddp.errors import UsageError
 from ddp.job import CustomSection, Job, TaskSection, check_import
 from ddp.tasks import load_task
-from ddp.tasks.base import Batch, Goal, Task, class_dimension_of, loss_and_metrics_of
+from ddp.tasks.base import Batch, ClassDimension, Goal, Task, class_dimension_of, loss_and_metrics_of
 from ddp.trained import job_of
 from ddp.training.saved_model import read_saved_model
 
@@ -72,7 +72,7 @@ class Distillation:
             raise UsageError("task.options: members, temperature above 0 and hard_share from 0 to 1 are needed")
         self.task = _load(task, allow_import)
         self.goals: Mapping[str, Goal] = self.task.goals
-        self.class_dimension = class_dimension_of(self.task)
+        self.class_dimension: ClassDimension = class_dimension_of(self.task)
         self.temperature, self.hard_share = float(temperature), float(hard_share)
         self.teacher = Ensemble(
             [_teacher(Path(each), averaged, allow_import) for each in members],
@@ -116,7 +116,7 @@ class Distillation:
         return self.hard_share * hard + (1 - self.hard_share) * soft
 
 
-def soft_loss(outputs: Tensor, targets: Tensor, dimension: int | None, temperature: float) -> Tensor:
+def soft_loss(outputs: Tensor, targets: Tensor, dimension: ClassDimension, temperature: float) -> Tensor:
     """Of each example, (examples,): T^2 KL(teacher || student) at the temperature T, a mean over positions.
 
     T^2 keeps the gradient's size whatever the temperature (Hinton et al., section 2.1). Where there are no classes it is
@@ -124,11 +124,15 @@ def soft_loss(outputs: Tensor, targets: Tensor, dimension: int | None, temperatu
 
     Args:
         outputs: the student's logits, (examples, ...), classes along `dimension`.
-        targets: log-probabilities of the teacher at that temperature, of the same shape.
+        targets: log-probabilities of the teacher at that temperature, of the same shape; of "binary" outputs its logits.
     """
     if dimension is None:
         return (outputs - targets).square().flatten(1).mean(dim=1)
-    student = torch.log_softmax(outputs.to(targets.dtype) / temperature, dim=dimension)
+    student = outputs.to(targets.dtype) / temperature
+    if dimension == "binary":  # two classes, yes and no, along a dimension of their own
+        student, targets = (functional.logsigmoid(torch.stack([z, -z], dim=-1)) for z in (student, targets))
+        dimension = -1
+    student = torch.log_softmax(student, dim=dimension)
     divergence = functional.kl_div(student, targets, reduction="none", log_target=True).sum(dim=dimension)
     return temperature**2 * divergence.reshape(len(divergence), -1).mean(dim=1)
 
@@ -152,8 +156,8 @@ class Overheard:
 
 
 def logits_in(outputs: Any) -> Tensor:
-    """A model's tensor, or the one among its mapping."""
-    found = outputs[LOGITS] if isinstance(outputs, Mapping) and LOGITS in outputs else outputs
+    """A model's tensor, or the logits among several."""
+    found = outputs[LOGITS] if isinstance(outputs, Mapping) and LOGITS in outputs else getattr(outputs, LOGITS, outputs)
     if not isinstance(found, Tensor):
         raise UsageError(f"distillation: the model answers with a {type(found).__name__}; a tensor is needed")
     return found
