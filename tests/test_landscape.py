@@ -195,21 +195,18 @@ def test_a_signal_to_one_rank_stops_all(rank_pool: RankPool, tmp_path: Path) -> 
     assert answers == ["75 landscape: stopped by a signal: run it again"] * 2
 
 
-def test_the_command_draws_two_side_by_side(rank_pool: RankPool, tmp_path: Path) -> None:
-    jobs = [
-        job(tmp_path, name, name="quadratic", dimension=4, distance=distance)
-        for name, distance in (("near", 2.0), ("far", 9.0))
-    ]
-    rank_pool.run(1, trained, jobs)
-    even = run_command(python("-m", "ddp", "landscape", "near", "--points", "8"), tmp_path)
-    assert even.code == 2 and "an odd number" in even.stderr
-    done = run_command(python("-m", "ddp", "landscape", "near", "far", "--points", "9", "--radius", "0.5"), tmp_path)
+def test_the_example_draws_sgd_and_sam_side_by_side(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "examples" / "sharpness.py"
+    done = run_command(python(str(script), "--epochs", "1", "--points", "5"), tmp_path, timeout=280.0)
     assert done.code == 0, done.stderr
-    table = json.loads((tmp_path / "landscape.json").read_text())
-    assert [each["name"] for each in table["networks"]] == ["near", "far"] and len(table["axis"]) == 9
-    page = (tmp_path / "landscape.html").read_text()
+    table = json.loads((tmp_path / "sharpness.json").read_text())
+    assert [each["name"] for each in table["networks"]] == ["sgd", "sam"] and len(table["axis"]) == 5
+    assert table["networks"][1]["optimizer"] == "sgd with SAM, rho 0.2"
+    page = (tmp_path / "sharpness.html").read_text()
     ElementTree.fromstring(page.partition("\n")[2])
-    assert page.count("<figure") == 4 and "near" in done.stdout.splitlines()[0]
+    assert page.count("<figure") == 4
+    even = run_command(python("-m", "ddp", "landscape", "runs/sharpness/sgd", "--points", "8"), tmp_path)
+    assert even.code == 2 and "an odd number" in even.stderr
 
 
 def test_a_surface_that_is_not_finite_is_drawn_all_the_same() -> None:

@@ -82,6 +82,7 @@ def _contours(found: Landscape, axis: NDArray[np.float64], levels: NDArray[np.fl
     axes.set_aspect("equal")
     axes.grid(visible=False)
     axes.set_ylabel("second direction")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _plain_ticks(axes)
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, ticks=levels[::2], shrink=0.92)
     bar.ax.set_yticklabels([f"{value:.2g}" for value in levels[::2]])
