@@ -63,10 +63,11 @@ def train(
     if topology.restarts and topology.rank == 0 and (before := clear_launched()) is not None:
         logger.info("restart %d; the attempt before ended with %s", topology.restarts, before.message())
     with opened_place(job, topology, board) as place:
-        return _train(place, resume, allow_import)
+        return train_in(place, resume, allow_import)
 
 
-def _train(place: Place, resume: str | None, allow_import: Sequence[str]) -> Path:
+def train_in(place: Place, resume: str | None, allow_import: Sequence[str]) -> Path:
+    """Train the place's job in it; returns the run directory. Collective."""
     job, topology = place.job, place.topology
     plan = together(lambda: plan_run(job, topology.world_size, topology.rank, allow_import=allow_import))
     with (
