@@ -164,7 +164,7 @@ class Recorder:
 def train(setting: Setting, target: float) -> dict[str, Any]:
     """One run on all ranks, to the target or to the most steps; rank 0 has what it recorded."""
     job, stop = setting.job(), StopRequest()
-    plan = plan_run(job, dist.get_world_size(), allow_import=())
+    plan = plan_run(job, dist.get_world_size(), dist.get_rank(), allow_import=())
     exchange = GradientExchange(select_transport("auto", "cpu", 120.0))
     recorder = Recorder(target, PROBLEMS[setting.task].smoothing, stop)
     sinks = Sinks([recorder] if dist.get_rank() == 0 else [])

@@ -68,7 +68,9 @@ def evaluated(place: Place, request: Request) -> Made:
 def with_student(place: Place, made: Made, student: Distil, request: Request) -> tuple[Findings, Path]:
     """Train the student as a run, and measure it beside the others; returns its run's directory, too. Collective."""
     first = made.members[0]
-    own = together(lambda: plan_run(student.job, place.topology.world_size, allow_import=request.allow_import))
+    own = together(
+        lambda: plan_run(student.job, place.topology.world_size, place.topology.rank, allow_import=request.allow_import)
+    )
     together(lambda: check_same_data([(first.name, first.plan), ("the student", own)]))
     job = student_job(
         student.job,

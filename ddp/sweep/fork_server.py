@@ -123,7 +123,7 @@ def look_at(job: Job, ranks: int, allow_import: Sequence[str]) -> Ready:
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     device = choose_device(job.run.device, SINGLE_PROCESS)
-    plan = plan_run(job, ranks, allow_import=allow_import)
+    plan = plan_run(job, ranks, 0, allow_import=allow_import)
     size_of(plan.splits.validation)
     if device.type == "cpu":
         rehearse(plan.module, job.optimizer)

@@ -19,7 +19,6 @@ from ddp.telemetry.progress import (
     in_epochs,
     metric_text,
     moment_text,
-    number_text,
     reading_text,
 )
 from ddp.telemetry.records import (
@@ -32,6 +31,7 @@ from ddp.telemetry.records import (
     StepRecord,
     headline_metric,
 )
+from ddp.telemetry.sparkline import sparkline
 from ddp.telemetry.warning_text import warning_rows
 
 KEPT_READINGS = 512
@@ -40,7 +40,6 @@ KEPT_EVENTS = 1_000
 SHOWN_READINGS = 6
 SHOWN_CHANGES = 6
 SPARKLINE_LENGTH = 32
-BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,19 +278,6 @@ def _batch_text(info: RunInfo, history: History) -> str:
 def _point(reading: Reading) -> float:
     """The estimate where there is one to believe."""
     return reading.noise_scale if reading.state in ("resolved", "wide") else math.nan
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Finite positive values as bars on a log scale with both ends named; gaps stay gaps."""
-    known = [math.log(value) for value in values if math.isfinite(value) and value > 0]
-    if len(known) < 2:
-        return ""
-    low, span = min(known), (max(known) - min(known)) or 1.0
-    bars = "".join(
-        BARS[round((math.log(value) - low) / span * (len(BARS) - 1))] if math.isfinite(value) and value > 0 else " "
-        for value in values
-    ).rstrip()
-    return f"{number_text(math.exp(low))} {bars} {number_text(math.exp(max(known)))}"
 
 
 def _spread(readings: Sequence[TimedReading], count: int) -> Sequence[TimedReading]:
