@@ -76,8 +76,8 @@ def _combine_parts(
     outputs: Sequence[Any], weights: Sequence[float], dimension: ClassDimension, temperature: float
 ) -> Any:
     """A copy of the first, with every tensor in it replaced."""
+    is_mapping = isinstance(outputs[0], Mapping)
     combined: Any = copy.copy(outputs[0])
-    is_mapping = isinstance(combined, Mapping)
     for name in list(combined) if is_mapping else [each.name for each in dataclasses.fields(combined)]:
         values = [each[name] if is_mapping else getattr(each, name) for each in outputs]
         if isinstance(values[0], Tensor):
@@ -129,7 +129,8 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         total = sum(weights)
         self.weights = [weight / total for weight in weights]
-        self.class_dimension, self.temperature = class_dimension, temperature
+        self.class_dimension: ClassDimension = class_dimension
+        self.temperature = temperature
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = [member(*args, **kwargs) for member in self.members]
