@@ -27,7 +27,6 @@ def main() -> None:
     _ddp("train", str(JOB), *length, "--set", "run.id=sam", "--set", f"optimizer.sam_rho={arguments.rho}")
     runs = [str(arguments.directory / name) for name in ("sgd", "sam")]
     _ddp("landscape", *runs, "--points", str(arguments.points), "--page", str(arguments.page))
-    _ddp("ensemble", *runs)
 
 
 def _ddp(*arguments: str) -> None:
