@@ -50,7 +50,7 @@ def test_the_letters_are_real_handwriting_turned_and_shifted(letters: Any, tmp_p
 
 
 def test_the_practitioners_case_runs_from_end_to_end(tmp_path: Path) -> None:
-    options = ["--target", "0.15", "--seeds", "1", "--find-steps", "20", "--limit", "2"]
+    options = ["--target", "0.15", "--seeds", "1", "--find-steps", "20", "--limit", "0.5"]
     options += ["--pace-steps", "0", "--json", "out.json"]
     ended = run_command(python(str(BENCHMARKS / "letters.py"), *options), tmp_path, timeout=240.0)
     assert ended.code == 0, ended
