@@ -53,6 +53,9 @@ bench: .venv/.test .venv-mpich/.made
 	@$(python) benchmarks/scaling_model.py
 	@$(python) benchmarks/noise_scale_coverage.py
 	@$(python) benchmarks/adaptive_batch.py
+	@$(python) benchmarks/watching.py
+	@$(python) benchmarks/images.py
+	@$(python) benchmarks/letters.py
 
 soak: .venv/.test
 	@$(python) benchmarks/soak.py $(SOAK_ARGS)
