@@ -32,7 +32,7 @@ from ddp.board import PhaseBoard
 from ddp.errors import StoppedError
 from ddp.job import Job, parse_job
 from ddp.process_group import initialise, shutdown
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, ParametersRecord, RunEvent, StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import from_environment
 from ddp.training.building import build_trainer
@@ -149,6 +149,8 @@ class Recorder:
 
     def event(self, record: RunEvent) -> None: ...
 
+    def layers(self, record: LayersRecord) -> None: ...
+
     def parameters(self, record: ParametersRecord) -> None: ...
 
     def batch_change(self, record: BatchChange) -> None:
@@ -162,7 +164,7 @@ class Recorder:
 def train(setting: Setting, target: float) -> dict[str, Any]:
     """One run on all ranks, to the target or to the most steps; rank 0 has what it recorded."""
     job, stop = setting.job(), StopRequest()
-    plan = plan_run(job, dist.get_world_size(), allow_import=())
+    plan = plan_run(job, dist.get_world_size(), dist.get_rank(), allow_import=())
     exchange = GradientExchange(select_transport("auto", "cpu", 120.0))
     recorder = Recorder(target, PROBLEMS[setting.task].smoothing, stop)
     sinks = Sinks([recorder] if dist.get_rank() == 0 else [])

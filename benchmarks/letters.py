@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds of a run's steps; then it is given up")
     parser.add_argument("--find-steps", type=int, default=300, help="of a pass of the range test")
-    parser.add_argument("--pace-steps", type=int, default=150, help="for the efficiency")
+    parser.add_argument("--pace-steps", type=int, default=150, help="for the efficiency; 0: leave it out")
     parser.add_argument("--pace-rounds", type=int, default=3, help="starts of each number of ranks for the efficiency")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
@@ -79,8 +79,10 @@ def main() -> int:
         images = Images(path, arguments.prefix, arguments.target, arguments.limit, arguments.find_steps)
         bench = Bench(images, arguments.seeds, arguments.ranks)
         rows = bench.rows()
-        efficiency = bench.efficiency(arguments.pace_steps, arguments.pace_rounds)
-    print(show(rows, arguments), show_efficiency(efficiency, arguments), sep="\n\n", flush=True)
+        efficiency = bench.efficiency(arguments.pace_steps, arguments.pace_rounds) if arguments.pace_steps else []
+    print(
+        show(rows, arguments), *([show_efficiency(efficiency, arguments)] if efficiency else []), sep="\n\n", flush=True
+    )
     if arguments.json:
         figures = {"machine": machine(), "rows": [asdict(row) for row in rows], "efficiency": efficiency}
         Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")

@@ -31,10 +31,7 @@ LONGER = 1.04  # between two evaluations
 VALIDATION_BATCH = 256
 WARM_STEPS = 20
 NETWORK = {"channels": 8, "units": 64, "activation": "gelu", "batch_norm": False}
-LOWEST_RATE, FIND_STEPS = (
-    1e-5,
-    300,
-)  # of the range test: more decades, or fewer steps in each, and nothing is learnt in it
+LOWEST_RATE = {"sgd": 1e-3, "adam": 1e-5}  # of the range test: with fewer steps a decade nothing is learnt in it
 
 Found = dict[str, float]
 Request = Mapping[str, Any]
@@ -128,7 +125,7 @@ def _find(here: Session, steps: int) -> Found:
     dist.barrier()
     with clocks:
         found = find_learning_rate(here, low=LOWEST_RATE[here.job.optimizer.name], steps=steps)
-    return {"found": found.half_way or math.nan, **clocks.of_all_ranks()}
+    return {"found": math.nan if found.half_way is None else found.half_way, **clocks.of_all_ranks()}
 
 
 def _pace(here: Session, steps: int) -> Found:
@@ -195,7 +192,11 @@ class Latest:
 
     def evaluation(self, record: object) -> None: ...
 
+    def parameters(self, record: object) -> None: ...
+
     def batch_change(self, record: object) -> None: ...
+
+    def layers(self, record: object) -> None: ...
 
     def event(self, record: object) -> None: ...
 

@@ -17,9 +17,11 @@ from ddp.check.command import check
 from ddp.checkpoint_command import checkpoints, export
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
+from ddp.ensemble.command import ensemble
 from ddp.errors import DdpError, UsageError
 from ddp.evaluate_command import evaluate
 from ddp.job import Job, check_exposure, check_import, hide_secrets_in_hooks, load_job
+from ddp.landscape.command import landscape
 from ddp.lr_finder.command import find_lr
 from ddp.ranked_command import PRIVATE, print_on_rank_0, ranked, stop_cleanly_outside_training, topology_or_single
 from ddp.streams import open_missing_streams
@@ -91,6 +93,8 @@ app.command()(sweep)
 app.command()(evaluate)
 app.command("find-lr")(find_lr)
 app.command()(query)
+app.command()(ensemble)
+app.command()(landscape)
 
 
 @app.command("critical-batch")

@@ -110,7 +110,8 @@ def evaluate_saved(
         found = together(lambda: str(_found(source)) if topology.rank == 0 else "")
         path = Path(from_rank_zero(found))
         saved = together(lambda: read_saved_model(path))
-        plan = together(lambda: plan_run(job, saved.world_size, allow_import=allow_import))
+        rank = topology.rank % saved.world_size
+        plan = together(lambda: plan_run(job, saved.world_size, rank, allow_import=allow_import))
         records: list[EvaluationRecord] = []
         for averaged in (False, True) if saved.averaged is not None else (False,):
             together(lambda averaged=averaged: saved.load_into(plan.module, averaged=averaged))

@@ -23,6 +23,7 @@ class Spirals:
     """Which spiral does a point lie on? Batches are (points (n, 2), labels (n,) of 0.0 or 1.0)."""
 
     goals: Mapping[str, Goal] = {"accuracy": "max"}
+    class_dimension = "binary"  # for `ddp ensemble`: the output is the logit of one yes or no
 
     def __init__(self, turns: float = 1.5, noise: float = 0.05, examples: int = 2000, width: int = 64) -> None:
         self.turns = turns

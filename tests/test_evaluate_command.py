@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jobs import python, run_command
 from ranks import RankPool
 from training_runs import agent_environment, job, train_ranks
 
+ROOT = Path(__file__).resolve().parent.parent
 BOTH = ("training", "validation")
 STEPS = 12
 
@@ -159,3 +161,13 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     ):
         ended = run_command(python("-m", "ddp", "evaluate", *arguments), tmp_path)
         assert ended.code in (1, 2) and words in ended.stderr and "Traceback" not in ended.stderr
+
+
+def _example(rank: int, world_size: int, store_address: str, run_directory: Path) -> list[str]:
+    return runpy.run_path(str(ROOT / "examples" / "evaluate.py"))["lines"](run_directory)
+
+
+def test_the_example_has_a_line_for_each_checkpoint(rank_pool: RankPool, run: Path) -> None:
+    (lines,) = rank_pool.run(1, _example, run)
+    assert [line.split()[:2] for line in lines] == [["step", "12"], ["step", "8"], ["step", "4"]]
+    assert f"loss {_recorded(run, 4)['validation'].loss:.4f}" in lines[-1]

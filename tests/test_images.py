@@ -83,6 +83,8 @@ def test_without_a_validation_set_a_part_is_kept_the_same_for_every_run(tmp_path
     assert (len(training), len(validation)) == (52, 18)
     assert np.array_equal(training.rows, again.rows)
     assert sorted([*training.rows, *validation.rows]) == list(range(70))
+    assert training.labels.tolist() == LABELS[training.rows].tolist()
+    assert training.__getitems__([3, 40])[1].tolist() == LABELS[training.rows[[3, 40]]].tolist()
     mean = float(training.__getitems__(range(52))[0].mean())
     assert abs(mean) < 1e-5  # of the training part alone
     with pytest.raises(UsageError, match="task.validation_fraction: it leaves none of the 70 images"):

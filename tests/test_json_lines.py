@@ -55,7 +55,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     sink.step(with_reading(step_records(info, 2)[1], None))
     sink.evaluation(replace(evaluation_records(info)[1], metrics={"accuracy": math.nan, "größe": -math.inf}))
     sink.batch_change(batch_changes(info)[0])
-    sink.event(RunEvent(2, START_UNIX_TIME, "saved", -1, "a line\nand another", 0.5))
+    sink.event(RunEvent(2, START_UNIX_TIME, "saved", -1, "a line\nand another \udcff", 0.5))
     sink.parameters(ParametersRecord(1, ()))
     sink.close()
     run, step, plain, evaluation, change, event = lines_of(path)
@@ -66,7 +66,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     assert "noise_scale" not in plain
     assert evaluation["split"] == "validation" and evaluation["metrics"] == {"accuracy": None, "größe": "-Infinity"}
     assert (change["kind"], change["before"], change["after"]) == ("batch_change", 64, 128)
-    assert (event["kind"], event["event"], event["text"]) == ("event", "saved", "a line\nand another")
+    assert (event["kind"], event["event"], event["text"]) == ("event", "saved", "a line\nand another \udcff")
     assert event["stall_seconds"] is None
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -139,7 +139,7 @@ def test_a_record_that_is_none_costs_its_line_alone(tmp_path: Path, caplog: pyte
         sink.step(record)
     sink.close()
     assert steps_of(tmp_path / "log.jsonl") == [1, 3]
-    assert "not JSON serializable" in caplog.messages[0] and "1 lines were not written" in caplog.messages[1]
+    assert "a record is none" in caplog.messages[0] and "1 lines were not written" in caplog.messages[1]
 
 
 def test_a_queue_without_room_drops_and_counts(

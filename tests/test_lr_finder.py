@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 from collections.abc import Mapping
 from copy import deepcopy
@@ -26,6 +27,7 @@ from jobs import beside_python, run_command
 from ranks import RankPool
 from training_runs import agent_environment, differences
 
+ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, INPUTS = 61, 4
 
 
@@ -170,7 +172,7 @@ def _grid(rank: int, world_size: int, store_address: str, job: Job, rates: list[
             section = job.optimizer.model_copy(update={"learning_rate": rate})
             with prepared(place, job.model_copy(update={"optimizer": section})) as here:
                 try:
-                    losses.append(_train(here, 69))  # three epochs
+                    losses.append(_train(here, 46))  # two epochs
                 except DdpError:
                     losses.append(float("inf"))
     return found, losses
@@ -290,3 +292,15 @@ def test_the_page_of_every_outcome_is_whole(rank_pool: RankPool) -> None:
         text = render(each, "a <task>", 1e9)
         ElementTree.fromstring(text.partition("\n")[2])
         assert "a &lt;task&gt;" in text and to_json(each)["verdict"][:13] in text
+
+
+def _example(rank: int, world_size: int, store_address: str) -> str:
+    with agent_environment(store_address):
+        job = _digits(optimizer__name="sgd")
+        return runpy.run_path(str(ROOT / "examples" / "find_lr.py"))["trained"](job, _place(rank, world_size))
+
+
+def test_the_example_trains_with_what_it_found(rank_pool: RankPool) -> None:
+    (found,) = rank_pool.run(1, _example)
+    first, last = (float(part.split()[-1]) for part in (found.partition(" at first")[0], found.partition(" after")[0]))
+    assert "Recommended" in found and last < first / 4

@@ -176,7 +176,7 @@ def test_synthetic_images_are_the_same_whenever_they_are_asked_for() -> None:
     assert torch.equal(again, images[[7, 3]]) and torch.equal(same, labels[[7, 3]])
     assert torch.equal(training[7][0], images[7])
     assert len({image.numpy().tobytes() for image in [*images, *validation.__getitems__(range(8))[0]]}) == 58
-    assert set(labels.tolist()) == set(range(5))
+    assert set(labels.tolist()) == set(range(5)) and torch.equal(training.labels, labels)
     means = torch.stack([images[labels == label].mean(dim=0) for label in range(5)])
     seen, truth = validation.__getitems__(range(8))
     assert torch.equal((seen[:, None] - means).square().sum(dim=(2, 3, 4)).argmin(dim=1), truth)  # can be learnt

@@ -31,7 +31,9 @@ CALLS = {
     *("send_object_list", "recv_object_list", "isend_object", "monitored_barrier_object"),
 }
 # Pipes between a process and its own children are pickle, in both directions from code that already runs as this user.
-PIPES = {"ddp/search/workers.py", "ddp/training/workers.py"}
+PIPES = {
+    *("ddp/search/workers.py", "ddp/sweep/fork_server.py", "ddp/sweep/launching.py", "ddp/training/workers.py"),
+}
 # Batches from a rank's own forks, through a socket pair without a name: SECURITY.md says so.
 BETWEEN_FORKS = {("ddp/training/parcels.py", "pickle")}
 

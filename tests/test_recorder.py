@@ -32,7 +32,7 @@ from ddp.telemetry.recording import (
     replay,
 )
 from ddp.telemetry.recording_writer import PARTS_SPACING, journal_mode
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, ParametersRecord, RunEvent, StepRecord
 from telemetry_records import (
     adam_steps,
     batch_changes,
@@ -217,6 +217,8 @@ class Heard:
 
     def event(self, record: RunEvent) -> None:
         """Nothing to show of it."""
+
+    def layers(self, record: LayersRecord) -> None: ...
 
     def parameters(self, record: ParametersRecord) -> None: ...
 

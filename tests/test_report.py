@@ -302,7 +302,8 @@ def test_the_noise_chart_is_the_record(page: Path) -> None:
 def test_all_figures_are_there_and_legends_say_what_is_drawn(page: Path) -> None:
     root = parse(page)
     titles = [words(each.find("h2")) for each in root.iter("figure")]  # type: ignore[arg-type]
-    assert titles == ["Gradient noise scale", "Loss", "Accuracy", "Where the time of a step went", "Learning rate"]
+    first = ["Gradient noise scale", "Loss", "Accuracy", "Where the time of a step went", "Learning rate"]
+    assert titles == [*first, "Gap between training and validation"]
     legend = [words(item) for item in figure(root, "Gradient noise scale").iter("li")]
     assert legend == [
         *("noise scale", "95 % interval", "lower bound only", "unresolved"),
@@ -466,7 +467,7 @@ def test_a_browser_draws_it_without_network(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("<figure") == 5
+    assert done.stdout.count("<figure") == 5 + ("Gap between" in done.stdout)
     assert recorded != "page" or html.escape("<b>digits & co</b>", quote=False) in done.stdout
     assert "Content Security Policy" not in done.stderr  # nothing was tried that the page forbids
     assert [url for url in asked if "google" not in url and "gvt1" not in url] == []

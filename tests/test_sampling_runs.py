@@ -239,7 +239,7 @@ def test_the_noise_scale_is_that_of_the_sampled_distribution(
     found = np.array([np.frombuffer(window["variance_trace"]), np.frombuffer(window["squared_norm"])])[
         :, 60:
     ]  # until then not all losses are known
-    within_three_standard_errors(found, (trace, mean @ mean))
+    within_three_standard_errors(found, (float(trace), float(mean @ mean)))
 
 
 def test_copies_of_a_hard_example_raise_no_alarm(rank_pool: RankPool, tmp_path: Path, caplog: Any) -> None:

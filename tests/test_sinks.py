@@ -12,6 +12,7 @@ import pytest
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
+    LayersRecord,
     ParameterEntries,
     ParametersRecord,
     RunEvent,
@@ -22,7 +23,7 @@ from telemetry_records import batch_changes, evaluation_records, run_info, step_
 
 EVENT = RunEvent(3, 1.0, "straggler", 1, "rank 1 is slow")
 PARAMETERS = ParametersRecord(3, (ParameterEntries("0.weight", (2, 2), (0, 3), (1.0, 2.0), (0.1, 0.2)),))
-Record = StepRecord | EvaluationRecord | BatchChange | RunEvent | ParametersRecord
+Record = StepRecord | EvaluationRecord | BatchChange | RunEvent | LayersRecord | ParametersRecord
 
 
 class Hearing:
@@ -37,6 +38,9 @@ class Hearing:
         self._hear(record)
 
     def evaluation(self, record: EvaluationRecord) -> None:
+        self._hear(record)
+
+    def layers(self, record: LayersRecord) -> None:
         self._hear(record)
 
     def parameters(self, record: ParametersRecord) -> None:
@@ -77,6 +81,8 @@ def _tell(sinks: Sinks) -> list[Record]:
                 sinks.batch_change(record)
             case RunEvent():
                 sinks.event(record)
+            case LayersRecord():
+                sinks.layers(record)
             case ParametersRecord():
                 sinks.parameters(record)
     return told

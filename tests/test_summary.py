@@ -11,7 +11,8 @@ import pytest
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import NoiseReadings
-from ddp.telemetry.summary import KEPT_READINGS, History, sparkline, summary
+from ddp.telemetry.sparkline import sparkline
+from ddp.telemetry.summary import KEPT_READINGS, History, summary
 from telemetry_records import (
     NAN,
     adam_steps,

@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_at_the_end_fails_no_finished_run(
     assert re.search(
         r"warning: .*outcome.json: how this rank ended cannot be noted there: No space", capsys.readouterr().err
     )
-    assert names <= {"run.db", "run.db-wal", "run.db-shm"}  # no halves of pages or outcomes
+    assert names <= {"run.db", "run.db-wal", "run.db-shm", "log.jsonl"}  # no halves of pages or outcomes
 
 
 def _sample(address: str, name: str) -> float:

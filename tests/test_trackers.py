@@ -30,7 +30,9 @@ from ddp.telemetry.trackers.group import Trackers, check_trackers
 from ddp.telemetry.trackers.scalars import scalars
 from ddp.training.run_directory import changed_settings
 from jobs import started, wait_until, write_job
+from ranks import RankPool
 from telemetry_records import START_UNIX_TIME, feed, run_info, step_records
+from training_runs import job, train_ranks
 
 pytest.importorskip("tensorboard")
 pytest.importorskip("mlflow")
@@ -436,8 +438,22 @@ def test_a_run_is_stopped_while_a_tracker_hangs(tmp_path: Path, servers: Any) ->
     assert "records of the run did not reach it" in said and "Traceback" not in said
     wait_until(lambda: not processes_in(folder))
     assert _read_steps(folder / "trackers" / "tensorboard")[:3] == [1, 2, 3]
-    kinds = [json.loads(line)["kind"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    kinds = [line["kind"] for line in _logged(folder)]
     assert kinds[:2] == ["run", "step"] and kinds[-1] == "event"
+
+
+def test_all_ranks_end_together_while_a_tracker_hangs(rank_pool: RankPool, tmp_path: Path, servers: Any) -> None:
+    """Rank 0's patience ends before that of the others."""
+    settings = {"names": ["mlflow"], "mlflow_uri": servers().url, "patience_seconds": 60.0}
+    jobs = job(tmp_path, transport__timeout_seconds=4.0, **{f"trackers__{key}": settings[key] for key in settings})
+    ended = train_ranks(rank_pool, 2, jobs, timeout=50.0)
+    assert [(each.kind, each.threads) for each in ended] == [("", 0)] * 2, ended[1].message
+    assert [line["step"] for line in _logged(tmp_path / "run") if line["kind"] == "step"] == list(range(1, 21))
+    wait_until(lambda: not processes_in(tmp_path))
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_the_names_of_numbers() -> None:
@@ -478,7 +494,7 @@ def test_the_names_of_numbers() -> None:
         ("every_steps = 0", "trackers.every_steps"),
         ("patience_seconds = -1.0", "trackers.patience_seconds"),
         ("patience_seconds = inf", "trackers.patience_seconds"),
-        ('uri = "http://x"', r"trackers.uri: unknown key .*valid: names, project"),
+        ('uri = "http://x"', "trackers.uri: unknown key.* valid: names, project"),
     ],
 )
 def test_the_job_file_is_checked(line: str, said: str) -> None:

@@ -55,6 +55,7 @@ from ddp.job.tasks import (
 )
 from ddp.job.toml_file import read_toml
 from ddp.job.trackers import TrackersSection
+from ddp.job.watching import WatchingSection
 
 __all__ = [
     "RUN_ID",
@@ -94,6 +95,7 @@ __all__ = [
     "TextSection",
     "TrackersSection",
     "TransportSection",
+    "WatchingSection",
     "apply_overrides",
     "check_exposure",
     "check_import",

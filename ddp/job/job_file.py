@@ -34,6 +34,7 @@ from ddp.job.sections import (
 from ddp.job.tasks import TaskSection
 from ddp.job.toml_file import DEEPEST, is_too_deep, read_toml, toml_value
 from ddp.job.trackers import TrackersSection
+from ddp.job.watching import WatchingSection
 
 MOST_FAULTS = 20  # that are told of at once
 LONGEST_FAULT = 1000  # characters
@@ -62,6 +63,7 @@ class Job(Section):
     metrics: MetricsSection = MetricsSection()
     record: RecordSection = RecordSection()
     trackers: TrackersSection = TrackersSection()
+    watching: WatchingSection = WatchingSection()
 
     @model_validator(mode="after")
     def _what_adapts_is_measured(self) -> Self:

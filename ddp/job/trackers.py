@@ -32,7 +32,8 @@ class TrackersSection(Section):
     wandb_offline: bool = Field(default=False, description="write into the run's directory, for `wandb sync` later")
     every_steps: Positive = Field(default=10, description="steps between those that trackers are told of")
     patience_seconds: NonNegativeFloat = Field(
-        default=10.0, description="at most so long the end of a run waits for all of them together"
+        default=10.0,
+        description="at most so long the end of a run waits for all of them together, and half of transport.timeout_seconds",
     )
 
     @field_validator("names", mode="before")

@@ -16,7 +16,7 @@ NO_FILE = Path("the state kept in memory")
 
 @contextmanager
 def tried_out(trainer: Trainer) -> Iterator[None]:
-    """Steps taken inside leave nothing: no record, and afterwards all that a checkpoint would hold is as it was.
+    """Steps taken inside leave nothing: no record, nothing observed, and afterwards all that a checkpoint would hold is as it was.
 
     Those are parameters, buffers, optimizer, generators, position in the data, counters, noise scale and what else has
     registered. Inside, the batch size stays as it is, and a step that is not finite raises a DivergedError
@@ -26,11 +26,13 @@ def tried_out(trainer: Trainer) -> Iterator[None]:
     registry = trainer.saving.registry
     shared, own = deepcopy(registry.shared()), deepcopy(registry.own())
     kept = (trainer.sinks, trainer.judge, trainer.course.controller, trainer.course.rate, trainer.course.plan)
+    observers, trainer.observers = trainer.observers, []
     trainer.sinks, trainer.course.controller = Sinks(), None
     trainer.judge = Judge(trainer.job.faults.model_copy(update={"on_not_finite": "stop"}))
     try:
         yield
     finally:
         trainer.sinks, trainer.judge, trainer.course.controller, trainer.course.rate, trainer.course.plan = kept
+        trainer.observers = observers
         trainer.optimizer.zero_grad()
         registry.restore(NO_FILE, shared, own, newcomer=False)

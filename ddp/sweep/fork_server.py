@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
-import runpy
 import signal
 import sys
 import time
@@ -123,7 +123,7 @@ def look_at(job: Job, ranks: int, allow_import: Sequence[str]) -> Ready:
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     device = choose_device(job.run.device, SINGLE_PROCESS)
-    plan = plan_run(job, ranks, allow_import=allow_import)
+    plan = plan_run(job, ranks, 0, allow_import=allow_import)
     size_of(plan.splits.validation)
     if device.type == "cpu":
         rehearse(plan.module, job.optimizer)
@@ -189,8 +189,7 @@ def _train(wanted: Start) -> NoReturn:
     sys.argv = ["ddp", *wanted.argv]
     code: object = 1
     try:
-        sys.modules.pop("ddp.__main__", None)  # else a warning
-        runpy.run_module("ddp", run_name="__main__", alter_sys=True)
+        importlib.import_module("ddp.__main__").main(wanted.argv)  # above this module, but what a fork is
     except SystemExit as left:
         code = left.code
     except BaseException as error:

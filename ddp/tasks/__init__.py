@@ -44,7 +44,7 @@ def load_task(section: TaskSection, *, allow_import: Sequence[str] = ()) -> Task
         return cast("Task", getattr(importlib.import_module(module), attribute)(section))
     check_import(section, allow_import)
     factory = _find_attribute(section.name)
-    task = _call(factory, section)
+    task = _call(factory, section, allow_import)
     _check_protocol(task, section.name)
     return cast("Task", task)
 
@@ -73,9 +73,14 @@ def _origin(module: object) -> str:
     return getattr(module, "__file__", None) or "no file"
 
 
-def _call(factory: Callable[..., Any], section: CustomSection) -> object:
-    """Call with the options, after checking that they fit, so that a TypeError inside keeps its traceback."""
+def _call(factory: Callable[..., Any], section: CustomSection, allow_import: Sequence[str]) -> object:
+    """Call with the options, after checking that they fit, so that a TypeError inside keeps its traceback.
+
+    A factory with a true `loads_tasks` builds tasks itself, and is told which may be imported: no job file says that.
+    """
     options = resolve_secrets(section.options, os.environ, "task.options")
+    if getattr(factory, "loads_tasks", False):
+        options = {**options, "allow_import": tuple(allow_import)}
     signature = inspect.signature(factory)
     try:
         signature.bind(**options)

@@ -63,6 +63,18 @@ def loss_and_metrics_of(task: Task) -> LossAndMetrics | None:
     return getattr(task, "loss_and_metrics", None)
 
 
+ClassDimension = int | Literal["binary"] | None
+
+
+def class_dimension_of(task: Task) -> ClassDimension:
+    """The task's `class_dimension`: along which dimension of its model's outputs the logits of classes lie.
+
+    "binary" where each output is the logit of one yes or no. A task need not have it; one without has outputs that are plain
+    values, as in regression. An ensemble takes the mean of probabilities with it, and of outputs without.
+    """
+    return getattr(task, "class_dimension", None)
+
+
 def metric_goal(task: Task, metric: str, key: str = "evaluation.metric") -> Goal:
     """The direction in which `metric` gets better; "loss" is always known, and "min".
 

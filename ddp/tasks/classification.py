@@ -16,6 +16,7 @@ class Classification:
     """Batches are (images (n, channels, height, width) float32, labels (n,) int64); the model gives logits (n, classes)."""
 
     goals: Mapping[str, Goal] = {"accuracy": "max"}
+    class_dimension = 1
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self._label_smoothing = label_smoothing

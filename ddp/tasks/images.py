@@ -82,7 +82,7 @@ class Scale:
 
 
 class ImageExamples(Dataset[tuple[Tensor, Tensor]]):
-    """The images of `source` at `rows`, standardised, with their labels."""
+    """The images of `source` at `rows`, standardised, with their `labels` (n,) int64, one for each of these rows."""
 
     def __init__(self, source: Source, labels: Tensor, rows: NDArray[np.int64], scale: Scale) -> None:
         self.source, self.labels, self.rows, self.scale = source, labels, rows, scale
@@ -96,7 +96,7 @@ class ImageExamples(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         rows = self.rows[np.asarray(indices)]
-        return self.scale(self.source.take(rows.tolist())), self.labels[torch.from_numpy(rows)]
+        return self.scale(self.source.take(rows.tolist())), self.labels[torch.as_tensor(indices)]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -207,8 +207,8 @@ def _image_set(
     validation_rows = np.arange(len(sources[-1])) if len(sources) > 1 else np.sort(order[:kept])
     return ImageSet(
         classes,
-        ImageExamples(sources[0], labels[0], rows, scale),
-        ImageExamples(sources[-1], labels[-1], validation_rows, scale),
+        ImageExamples(sources[0], labels[0][torch.from_numpy(rows)], rows, scale),
+        ImageExamples(sources[-1], labels[-1][torch.from_numpy(validation_rows)], validation_rows, scale),
     )
 
 

@@ -54,6 +54,11 @@ class SyntheticImages(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def labels(self) -> Tensor:
+        """Of all examples, (count,) int64, without making an image."""
+        return _scattered(self._first + torch.arange(self._count), self._classes)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
         return images[0], labels[0]

@@ -29,6 +29,7 @@ class TextTask:
     """Predict each next byte. Batches are ((n, context_length + 1) uint8,); losses are in nats per byte."""
 
     goals: Mapping[str, Goal] = {"bits_per_byte": "min", "accuracy": "max"}
+    class_dimension = -1
 
     def __init__(self, section: TextSection) -> None:
         self.section = section

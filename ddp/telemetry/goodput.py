@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, StepRecord
+from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, ParametersRecord, RunEvent, StepRecord
 
 REMEMBERED_STEPS = 20_000  # that a roll-back can take out again
 
@@ -45,6 +45,9 @@ class Goodput:
 
     def batch_change(self, record: BatchChange) -> None:
         """Takes no time."""
+
+    def layers(self, record: LayersRecord) -> None:
+        """Its time is its step's."""
 
     def close(self) -> None:
         """Nothing to release."""

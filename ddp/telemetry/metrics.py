@@ -28,8 +28,17 @@ from prometheus_client.registry import Collector
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.event_metrics import EventMetrics
 from ddp.telemetry.goodput import Goodput
+from ddp.telemetry.layer_metrics import LayerMetrics
 from ddp.telemetry.noise_metrics import NoiseMetrics, critical_batch_families, gauge
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+)
 
 STEP_DURATION_BUCKETS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -70,6 +79,7 @@ class Metrics(Collector):
         self._info, self._critical_batches = info, critical_batches
         self._noise = NoiseMetrics()
         self._events = EventMetrics()
+        self._layers = LayerMetrics()
         self._batch_size_changes = 0
         self._lock = threading.Lock()  # the trainer writes, the server's threads read
         self._last: StepRecord | None = None
@@ -97,6 +107,10 @@ class Metrics(Collector):
         with self._lock:
             self._evaluations[record.split] = record
 
+    def layers(self, record: LayersRecord) -> None:
+        with self._lock:
+            self._layers.observe(record)
+
     def event(self, record: RunEvent) -> None:
         with self._lock:
             self._events.observe(record)
@@ -123,6 +137,7 @@ class Metrics(Collector):
                 *_step_families(self._info, self._last),
                 *self._noise.families(),
                 *self._events.families(),
+                *self._layers.families(),
                 *critical_batch_families(self._critical_batches),
                 CounterMetricFamily(
                     "ddp_batch_size_changes",

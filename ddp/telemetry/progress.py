@@ -24,6 +24,7 @@ from ddp.noise.readings import Metric
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
+    LayersRecord,
     ParametersRecord,
     RunEvent,
     RunInfo,
@@ -130,7 +131,8 @@ def change_text(info: RunInfo, change: BatchChange) -> str:
 
 def event_text(event: RunEvent) -> str:
     """What happened, in one line."""
-    return f"step {event.step:,}: {event.text}"
+    warning = "warning: " if event.kind == "warning" else ""
+    return f"step {event.step:,}: {warning}{event.text}"
 
 
 def number_text(value: float) -> str:
@@ -231,6 +233,9 @@ class Progress:
 
     def parameters(self, record: ParametersRecord) -> None:
         """Too much for a line."""
+
+    def layers(self, record: LayersRecord) -> None:
+        """What is off in them comes as a warning."""
 
     def batch_change(self, record: BatchChange) -> None:
         self._attempt(lambda: self._put_line(change_text(self._info, record)))

@@ -17,7 +17,15 @@ from pathlib import Path
 
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.recording_writer import Record, Writer
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +66,9 @@ class Recorder:
         self._put(record)
 
     def evaluation(self, record: EvaluationRecord) -> None:
+        self._put(record)
+
+    def layers(self, record: LayersRecord) -> None:
         self._put(record)
 
     def event(self, record: RunEvent) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
 from ddp.telemetry.critical_batches import CriticalBatch
+from ddp.telemetry.layer_record import write_layers
 from ddp.telemetry.records import (
     PHASES,
     BatchChange,
     EvaluationRecord,
+    LayersRecord,
     ParameterEntries,
     ParametersRecord,
     RunEvent,
@@ -41,7 +43,7 @@ LOCAL_FILESYSTEMS = frozenset(
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "reiserfs", "tmpfs", "ramfs", "overlay"}
 )
 
-Record = StepRecord | EvaluationRecord | BatchChange | RunEvent | ParametersRecord
+Record = StepRecord | EvaluationRecord | BatchChange | LayersRecord | RunEvent | ParametersRecord
 Row = tuple[Any, ...]
 
 
@@ -139,6 +141,8 @@ class Writer:
                         self._evaluation(record)
                     case ParametersRecord():
                         self._parameters(record)
+                    case LayersRecord():
+                        write_layers(self._database, record)
                     case RunEvent():
                         self._database.execute(INSERT_EVENT, (self._part, *astuple(record)))
                         if record.kind == "rolled_back":

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, get_args
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
+from ddp.watching.layers import LayerStatistics, WeightPictures
 
 AVERAGED = ", averaged weights"  # ends the name of a split that was evaluated with the averaged weights
 PHASES = ("data", "forward", "backward", "all_reduce", "wait", "optimizer")
@@ -114,6 +115,7 @@ EventKind = Literal[
     "saved",
     "save_failed",
     "stopped_early",
+    "warning",
 ]
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
@@ -124,6 +126,7 @@ class RunEvent:
 
     `rolled_back` has the step that the run went back to: what was told of later steps is void, and they come again.
     `saved` and `save_failed` have the step of the checkpoint, which a save beside training may leave behind.
+    `warning` is a sentence of `ddp.watching`, which a run says once.
     """
 
     step: int
@@ -176,6 +179,17 @@ class ParametersRecord:
     parameters: tuple[ParameterEntries, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LayersRecord:
+    """What a look at one step found in the layers, over all ranks."""
+
+    step: int
+    unix_time: float
+    layers: tuple[LayerStatistics, ...]  # in the order in which they were called
+    pictures: WeightPictures | None = None  # None where the first layer's weights are no images
+    cost_seconds: float = math.nan  # that looking took, mean over ranks
+
+
 def headline_metric(noise: NoiseReadings) -> Metric:
     """The metric that `noise.reading` is in: plain until there is a preconditioned reading to be the headline."""
     return "plain" if noise.preconditioned is None else noise.headline
@@ -187,6 +201,7 @@ class Sink(Protocol):
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, record: EvaluationRecord) -> None: ...
     def batch_change(self, record: BatchChange) -> None: ...
+    def layers(self, record: LayersRecord) -> None: ...
     def event(self, record: RunEvent) -> None: ...
     def parameters(self, record: ParametersRecord) -> None: ...
     def close(self) -> None: ...

@@ -17,6 +17,8 @@ from ddp.noise.readings import Method, Metric
 from ddp.telemetry import charts, recording
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.layer_chart import layer_chart, rows_left_out
+from ddp.telemetry.layer_figures import DRAWN_LOOKS, layer_figures
+from ddp.telemetry.layer_record import read_looks, read_pictures
 from ddp.telemetry.noise_charts import noise_chart
 from ddp.telemetry.page_file import write_page
 from ddp.telemetry.parameter_charts import parameter_charts
@@ -24,12 +26,22 @@ from ddp.telemetry.progress import METRIC_NAMES, OWN_METRIC_UNKNOWN, done_share,
 from ddp.telemetry.record_values import readable
 from ddp.telemetry.recorded_parameters import Trajectory, read_trajectories
 from ddp.telemetry.recording import PartsMoment
-from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord, headline_metric
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+    headline_metric,
+)
 from ddp.telemetry.report_cards import run_cards
 from ddp.telemetry.report_health import health_cards
 from ddp.telemetry.report_page import Chart, page
 from ddp.telemetry.report_tables import changes_table, critical_table, events_table, ranks_table, readings_table
 from ddp.telemetry.summary import History
+from ddp.telemetry.warning_text import warnings_table
+from ddp.watching.layers import WeightPictures
 
 DRAWN_STEPS = 2_000  # more would only make the page heavy
 DRAWN_MOMENTS = 120  # of the layers
@@ -48,6 +60,8 @@ class Recorded:
     critical_batches: list[CriticalBatch]
     methods: set[Method]  # by which the noise scale was observed
     events: list[RunEvent]
+    looks: list[LayersRecord]  # thinned to DRAWN_LOOKS
+    pictures: list[tuple[int, WeightPictures]]
     times: tuple[float, float, float] | None  # began, latest record, seconds of all steps: see `read_times`
     parameters: list[Trajectory]  # of chosen entries
 
@@ -90,12 +104,25 @@ def read_recorded(path: Path) -> Recorded:
         critical_batches = recording.read_critical_batches(database)
         methods = recording.read_methods(database)
         events = recording.read_events(database)
+        looks, pictures = read_looks(database, DRAWN_LOOKS), read_pictures(database)
         times = recording.read_times(database)
         parameters = read_trajectories(database)
     if not parts:
         raise UsageError(f"{path}: the run has not begun to record; try again in a few seconds")
     return Recorded(
-        parts, steps, evaluations, phase_seconds, changes, moments, critical_batches, methods, events, times, parameters
+        parts,
+        steps,
+        evaluations,
+        phase_seconds,
+        changes,
+        moments,
+        critical_batches,
+        methods,
+        events,
+        looks,
+        pictures,
+        times,
+        parameters,
     )
 
 
@@ -117,6 +144,7 @@ def render(recorded: Recorded, job_text: str, unix_time: float) -> str:
         ],
         charts=_charts(recorded),
         tables=(
+            warnings_table(recorded.events),
             events_table(recorded.events),
             ranks_table(recorded.phase_seconds),
             readings_table(history),
@@ -179,6 +207,7 @@ def _charts(recorded: Recorded) -> list[Chart]:
         if charts.changes(steps, "momentum"):
             drawn.append(Chart("Momentum", charts.momentum_chart(steps), "As each step used it."))
         drawn += parameter_charts(recorded.parameters)
+        drawn += layer_figures(recorded.looks, recorded.pictures, evaluations, info.metric)
     return drawn
 
 

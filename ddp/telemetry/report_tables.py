@@ -40,13 +40,14 @@ EVENTS_IN_WORDS: dict[EventKind, str] = {
     "replicas_differ": "replicas differ",
     "saved": "saved",
     "save_failed": "save failed",
+    "warning": "warning",
     "stopped_early": "stopped early",
 }
 
 
 def events_table(events: Sequence[RunEvent]) -> Table:
-    """What happened, the latest `EVENTS_SHOWN`; saves that went well have a card instead."""
-    told = [event for event in events if event.kind != "saved"]
+    """What happened, the latest `EVENTS_SHOWN`; saves that went well have a card instead, warnings a table."""
+    told = [event for event in events if event.kind not in ("saved", "warning")]
     columns = (("When", "state"), ("Step", "number"), ("What", "state"), ("Rank", "number"), ("", ""))
     rows = [
         (

@@ -21,6 +21,8 @@ import sqlite3
 from dataclasses import fields
 
 from ddp.noise.noise_scale import Reading
+from ddp.telemetry.layer_record import LAYER_SCHEMA
+from ddp.telemetry.layer_record import TABLES as LAYER_TABLES
 from ddp.telemetry.records import PHASES
 from ddp.telemetry.views import views
 
@@ -76,6 +78,7 @@ CREATE TABLE IF NOT EXISTS parameter_values (
 """
 STEP_TABLES = (
     *("steps", "phases", "readings", "batch_changes", "evaluations", "evaluation_metrics", "parameter_values"),
+    *LAYER_TABLES,
 )
 ADDED_COLUMNS = {"steps": ("metric", "momentum", "cpu_seconds"), "evaluations": ("penalty",)}  # since OLDEST_VERSION
 
@@ -97,7 +100,7 @@ def create_schema(database: sqlite3.Connection) -> None:
         for column in columns
         if version and column not in columns_of(database, table)
     )
-    whole = f"BEGIN IMMEDIATE;\n{added}{SCHEMA}{views()}PRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;"
+    whole = f"BEGIN IMMEDIATE;\n{added}{SCHEMA}{LAYER_SCHEMA}{views()}PRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;"
     try:
         database.executescript(whole)
     except sqlite3.Error:

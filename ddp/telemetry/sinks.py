@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ddp.job import redact
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, Sink, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    ParametersRecord,
+    RunEvent,
+    Sink,
+    StepRecord,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +43,9 @@ class Sinks:
 
     def batch_change(self, record: BatchChange) -> None:
         self._each(lambda sink: sink.batch_change(record))
+
+    def layers(self, record: LayersRecord) -> None:
+        self._each(lambda sink: sink.layers(record))
 
     def event(self, record: RunEvent) -> None:
         told = replace(record, text=redact(record.text))  # it may have an error's words

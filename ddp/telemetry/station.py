@@ -40,6 +40,7 @@ from ddp.telemetry.targets import publish
 from ddp.telemetry.tls import tls_context
 from ddp.telemetry.trackers.group import Trackers, check_trackers
 from ddp.telemetry.trackers.json_lines import FILE_NAME, JsonLines
+from ddp.telemetry.warning_sink import WarningSink
 
 RECORD = "run.db"
 NO_REPORT_VARIABLE = "DDP_NO_REPORT"  # set by `ddp sweep` for its trials: `ddp report` can still draw one
@@ -61,12 +62,15 @@ class Station:
         critical_batches: Sequence[CriticalBatch] = (),
         trackers: TrackersSection | None = None,
         settings: Mapping[str, Any] | None = None,
+        *,
+        warns: bool = True,
     ) -> None:
         """
         Args:
             critical_batches: what runs have measured (see `read_critical_batches`), shown beside the noise scale.
             trackers: which ones hear of the run.
             settings: the job's, flat, for the trackers.
+            warns: whether what looks wrong is said in words.
         """
         self._tracked, self._settings = trackers or TrackersSection(), settings or {}
         check_trackers(self._tracked)
@@ -77,6 +81,7 @@ class Station:
         self._interruptions = 0
         self.goodput = Goodput(time.time())  # its state belongs into checkpoints
         self.sinks = Sinks([self.goodput])
+        self.warner = WarningSink(info, self.sinks.event) if warns else None  # its state belongs there too
         self.server: MetricsServer | None = None
         if section.enabled:
             registry = CollectorRegistry()
@@ -103,6 +108,8 @@ class Station:
             trackers = Trackers(self._tracked, self._info, self._settings, run_directory)
             self.sinks.add(trackers)
             self._open.callback(trackers.abandon)
+        if self.warner is not None:
+            self.sinks.add(self.warner)  # after those that hear what it says
         if self.server is not None:
             target = publish(
                 run_directory.parent / "targets", self._info.run_id, self.server.address, self.server.scheme
@@ -168,7 +175,7 @@ class Station:
                 for event in events:
                     history.event(event)
                 steps = takewhile(lambda each: each.step <= until, read_steps(database))
-                evaluations = takewhile(lambda each: each.step <= until, read_evaluations(database))
+                evaluations = [each for each in read_evaluations(database) if each.step <= until]
                 changes = takewhile(lambda each: each.step <= until, read_batch_changes(database))
                 replay(steps, evaluations, changes, history)
         except Exception as error:  # damaged, perhaps: a run must not fail for what it was
@@ -176,6 +183,8 @@ class Station:
             logger.warning("the summary will not know the steps before this part: %s", str(error))
             return
         self._history, self._interruptions = history, len(parts)
+        if self.warner is not None:
+            self.warner.recall(evaluations, events)
         for event in events:
             self.sinks.event(event)  # the history, the record and the progress line are not among them yet
         if times is not None:

@@ -19,18 +19,20 @@ from ddp.telemetry.progress import (
     in_epochs,
     metric_text,
     moment_text,
-    number_text,
     reading_text,
 )
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
+    LayersRecord,
     ParametersRecord,
     RunEvent,
     RunInfo,
     StepRecord,
     headline_metric,
 )
+from ddp.telemetry.sparkline import sparkline
+from ddp.telemetry.warning_text import warning_rows
 
 KEPT_READINGS = 512
 KEPT_VALIDATIONS = 64  # one of them is the latest again after a roll-back
@@ -38,7 +40,6 @@ KEPT_EVENTS = 1_000
 SHOWN_READINGS = 6
 SHOWN_CHANGES = 6
 SPARKLINE_LENGTH = 32
-BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,9 @@ class History:
         if self.target_reached is None and self._info.target_reached_by(record.value(self._info.metric)):
             self.target_reached, self.at_target = record, self._latest
 
+    def layers(self, record: LayersRecord) -> None:
+        """What is off in them comes as a warning."""
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -183,6 +187,7 @@ def summary(
     """
     rows = [("run", _run_text(info, history)), *_validation_rows(info, history), *_noise_rows(info, history)]
     rows += [("advice", advice)] if advice else []
+    rows += warning_rows(history.events)
     rows += [("goodput", goodput)] if goodput else []
     rows += [("report", str(report_path))] if report_path else []
     rows += [("metrics", metrics_url)] if metrics_url else []
@@ -273,19 +278,6 @@ def _batch_text(info: RunInfo, history: History) -> str:
 def _point(reading: Reading) -> float:
     """The estimate where there is one to believe."""
     return reading.noise_scale if reading.state in ("resolved", "wide") else math.nan
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Finite positive values as bars on a log scale with both ends named; gaps stay gaps."""
-    known = [math.log(value) for value in values if math.isfinite(value) and value > 0]
-    if len(known) < 2:
-        return ""
-    low, span = min(known), (max(known) - min(known)) or 1.0
-    bars = "".join(
-        BARS[round((math.log(value) - low) / span * (len(BARS) - 1))] if math.isfinite(value) and value > 0 else " "
-        for value in values
-    ).rstrip()
-    return f"{number_text(math.exp(low))} {bars} {number_text(math.exp(max(known)))}"
 
 
 def _spread(readings: Sequence[TimedReading], count: int) -> Sequence[TimedReading]:

@@ -14,7 +14,7 @@ from torch import nn
 
 import ddp
 from ddp.errors import UsageError
-from ddp.job import Job, run_id_is_given
+from ddp.job import Job, TrackersSection, run_id_is_given
 from ddp.metering.measurement import has_batch_statistics
 from ddp.outcome import annotate, clear
 from ddp.telemetry.critical_batches import read_critical_batches
@@ -52,8 +52,14 @@ def opened(job: Job, topology: Topology, plan: Plan, resume: str | None, transpo
         origin = _origin(job, topology, resume)
         measured = read_critical_batches(job.noise_scale.critical_batch_result)
         info = _run_info(job, topology, plan, origin, transport)
+        warns = job.watching.enabled and job.watching.warnings
         station = Station(
-            job.metrics, info, measured, job.trackers, flat(job.model_dump(mode="json", exclude_none=True))
+            job.metrics,
+            info,
+            measured,
+            _trackers(job),
+            flat(job.model_dump(mode="json", exclude_none=True)),
+            warns=warns,
         )
         try:
             directory = open_run_directory(
@@ -137,6 +143,12 @@ def _run_info(job: Job, topology: Topology, plan: Plan, origin: Origin, transpor
         sampling=plan.course.sampling,
         batch_statistics=has_batch_statistics(plan.module),
     )
+
+
+def _trackers(job: Job) -> TrackersSection:
+    """With no more patience than the other ranks have, which wait for rank 0 at the end."""
+    patience = min(job.trackers.patience_seconds, job.transport.timeout_seconds / 2)
+    return job.trackers.model_copy(update={"patience_seconds": patience})
 
 
 def _gradient_bytes(module: nn.Module) -> int:

@@ -30,6 +30,7 @@ from ddp.training.plan import Plan, plan_run
 from ddp.training.signals import StopRequest
 from ddp.training.state import expected_bytes
 from ddp.training.trainer import Trainer
+from ddp.training.watching import LayerWatch
 from ddp.transport.comm_hook import GradientExchange
 
 logger = logging.getLogger("ddp.training")
@@ -62,10 +63,11 @@ def train(
     if topology.restarts and topology.rank == 0 and (before := clear_launched()) is not None:
         logger.info("restart %d; the attempt before ended with %s", topology.restarts, before.message())
     with opened_place(job, topology, board) as place:
-        return _train(place, resume, allow_import)
+        return train_in(place, resume, allow_import)
 
 
-def _train(place: Place, resume: str | None, allow_import: Sequence[str]) -> Path:
+def train_in(place: Place, resume: str | None, allow_import: Sequence[str]) -> Path:
+    """Train the place's job in it; returns the run directory. Collective."""
     job, topology = place.job, place.topology
     plan = together(lambda: plan_run(job, topology.world_size, topology.rank, allow_import=allow_import))
     with (
@@ -95,6 +97,10 @@ def _train_opened(place: Place, plan: Plan, exchange: GradientExchange, run: Ope
     trainer.observers.append(ParameterTable(place.job.record, trainer.model.module))
     if run.station is not None:
         trainer.saving.registry.add("goodput", run.station.goodput)
+        if run.station.warner is not None:
+            trainer.saving.registry.add("warnings", run.station.warner)
+    if place.job.watching.enabled:
+        trainer.observers.append(_layer_watch(trainer))
     together(lambda: _check_saving(trainer, run))
     try:
         trainer.settle()
@@ -109,6 +115,16 @@ def _train_opened(place: Place, plan: Plan, exchange: GradientExchange, run: Ope
         raise
     finally:
         trainer.saving.close()
+
+
+def _layer_watch(trainer: Trainer) -> LayerWatch:
+    return LayerWatch(
+        trainer.job.watching,
+        trainer.model,
+        rank=trainer.rank,
+        world_size=trainer.world_size,
+        device=trainer.device,
+    )
 
 
 def _say_if_it_rounds_otherwise(trainer: Trainer) -> None:

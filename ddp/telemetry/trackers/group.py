@@ -11,7 +11,15 @@ from typing import Any
 
 from ddp.errors import UsageError
 from ddp.job import TrackersSection
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, RunInfo, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+)
 from ddp.telemetry.trackers.environment import hide_secrets, tracker_environment
 from ddp.telemetry.trackers.lines import plain, run_line
 from ddp.telemetry.trackers.tracker import Tracker
@@ -27,7 +35,8 @@ def check_trackers(section: TrackersSection) -> None:
         UsageError: a tracker that the job names is not installed.
     """
     for name in section.names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name in the working directory is none
             raise UsageError(f"trackers.names: {name} is not installed: pip install -e '.[{EXTRAS[name]}]'")
 
 
@@ -63,6 +72,9 @@ class Trackers:
     def event(self, record: RunEvent) -> None:
         if record.kind == "rolled_back":
             self._put(record)
+
+    def layers(self, record: LayersRecord) -> None:
+        """In run.db and the report."""
 
     def parameters(self, record: ParametersRecord) -> None:
         """In run.db alone."""

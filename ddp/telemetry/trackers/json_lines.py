@@ -18,8 +18,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ddp.job import redact
-from ddp.telemetry.records import BatchChange, EvaluationRecord, ParametersRecord, RunEvent, RunInfo, StepRecord
-from ddp.telemetry.trackers.lines import LoggedRecord, line, run_line, text
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    LayersRecord,
+    ParametersRecord,
+    RunEvent,
+    RunInfo,
+    StepRecord,
+)
+from ddp.telemetry.trackers.lines import SURROGATES, LoggedRecord, encoded
 
 FILE_NAME = "log.jsonl"
 QUEUE_LENGTH = 20_000  # records
@@ -41,6 +49,7 @@ class JsonLines:
         """
         self._path, self._interval_seconds = path, interval_seconds
         self._queue: deque[RunInfo | LoggedRecord] = deque([info])
+        self._pending: list[RunInfo | LoggedRecord] = []  # the thread's own
         self._lost, self._warned = 0, False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log.jsonl", daemon=True)
@@ -58,6 +67,9 @@ class JsonLines:
     def event(self, record: RunEvent) -> None:
         self._put(record)
 
+    def layers(self, record: LayersRecord) -> None:
+        """In run.db and the report."""
+
     def parameters(self, record: ParametersRecord) -> None:
         """In run.db alone."""
 
@@ -67,11 +79,11 @@ class JsonLines:
             return
         self._closing.set()
         self._thread.join(timeout=CLOSE_SECONDS)
-        if missing := self._lost + len(self._queue):
+        if missing := self._lost + len(self._pending) + len(self._queue):
             log.warning("%s: %d lines were not written", self._path, missing)
 
     def _put(self, record: LoggedRecord) -> None:
-        if len(self._queue) >= QUEUE_LENGTH:
+        if len(self._pending) + len(self._queue) >= QUEUE_LENGTH:
             self._lost += 1
             self._warn("it does not keep up with the run")
         else:
@@ -81,7 +93,7 @@ class JsonLines:
         while True:
             closing = self._closing.wait(self._interval_seconds)
             try:
-                while self._queue:
+                while self._queue or self._pending:
                     self._write_some()
             except OSError as error:
                 self._warn(error.strerror or str(error))
@@ -89,28 +101,21 @@ class JsonLines:
                 return
 
     def _write_some(self) -> None:
-        """Up to the next record that wants steps forgotten; that one, if it is the first."""
-        first = self._queue[0]
+        """What has gathered, up to the next record that wants steps forgotten; that one, if it is the first."""
+        while self._queue:
+            self._pending.append(self._queue.popleft())
+        first = self._pending[0]
         if isinstance(first, RunInfo):
             _forget_steps_after(self._path, first.start_step)
-        elif isinstance(first, RunEvent) and first.kind == "rolled_back":
+        elif _takes_back(first):
             _forget_steps_after(self._path, first.step)
-        waiting = list(self._queue)
-        count = next((i for i, each in enumerate(waiting) if i and _takes_back(each)), len(waiting))
-        lines = [self._encoded(each) for each in waiting[:count]]
-        _append(self._path, b"".join(lines))
-        self._lost += lines.count(b"")
-        for _ in range(count):
-            self._queue.popleft()
-
-    def _encoded(self, record: RunInfo | LoggedRecord) -> bytes:
-        """Its line; nothing for a record that is none, which must not hold up those behind it."""
-        try:
-            value = run_line(record) if isinstance(record, RunInfo) else line(record)
-            return f"{redact(text(value))}\n".encode()
-        except (TypeError, ValueError, AttributeError) as error:
-            self._warn(str(error))
-            return b""
+        count = next((i for i, each in enumerate(self._pending) if i and _takes_back(each)), len(self._pending))
+        lines = [redact(encoded(each)) for each in self._pending[:count]]
+        _append(self._path, "".join(f"{each}\n" for each in lines if each).encode(errors=SURROGATES))
+        if bad := lines.count(""):
+            self._warn("a record is none")
+            self._lost += bad
+        del self._pending[:count]
 
     def _warn(self, cause: str) -> None:
         if not self._warned:

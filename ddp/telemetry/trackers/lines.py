@@ -16,6 +16,7 @@ from typing import Any
 from ddp.telemetry.records import BatchChange, EvaluationRecord, RunEvent, RunInfo, StepRecord
 
 Line = dict[str, Any]
+SURROGATES = "backslashreplace"  # of names that are no UTF-8: as JSON writes them
 LoggedRecord = StepRecord | EvaluationRecord | BatchChange | RunEvent
 
 STEP_FIELDS = tuple(field.name for field in fields(StepRecord) if field.name not in ("phase_seconds", "noise"))
@@ -44,8 +45,15 @@ def line(record: LoggedRecord) -> Line:
             return {"kind": "event", **plain({("event" if key == "kind" else key): values[key] for key in values})}
 
 
+def encoded(record: LoggedRecord | RunInfo) -> str:
+    """As one line of JSON, without the line's end; "" for a record that is none, which must not hold up those behind it."""
+    try:
+        return text(run_line(record) if isinstance(record, RunInfo) else line(record))
+    except (TypeError, ValueError, AttributeError):
+        return ""
+
+
 def text(value: Any) -> str:
-    """One line of JSON, without the line's end."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 

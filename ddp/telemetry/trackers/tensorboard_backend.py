@@ -7,6 +7,7 @@ after a new session's first step.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ class TensorBoard:
         self._metric = run["metric"]
         self._writer = EventFileWriter(opening["folder"])
         if not opening.get("again"):
-            self._begin_after(run["start_step"], 0.0)
+            self._begin_after(run["start_step"], time.time())
             self._text("job", json.dumps(opening["settings"], indent=2), run["start_step"])
         self._writer.flush()
 

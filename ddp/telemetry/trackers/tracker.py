@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from ddp.job import redact
-from ddp.telemetry.trackers.lines import Line, LoggedRecord, line, text
+from ddp.telemetry.trackers.lines import SURROGATES, Line, LoggedRecord, encoded, text
 
 QUEUE_LENGTH = 2_000  # records
 BATCH_LENGTH = 100  # records, in one request to a server
 INTERVAL_SECONDS = 1.0  # longest time that a record waits for others to be sent with it
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 2.0, 300.0  # before another try
 LAST_TRIES = 2  # once no more comes: a process that is gone, and one in its place
+END = "null"
 LONGEST_CAUSE = 300  # characters of an error that are shown
 
 log = logging.getLogger(__name__)
@@ -110,12 +111,12 @@ class Tracker:
         while self._pending or self._queue or self._process is None:
             if self._process is None:
                 self._start()
-                self._ask(self._opening)
+                self._ask(text(self._opening))
                 self._opening["again"] = True  # a later process goes on with what this one has begun
             while self._queue and len(self._pending) < BATCH_LENGTH:
                 self._pending.append(self._queue.popleft())
             if self._pending:
-                self._ask([line(record) for record in self._pending])
+                self._ask(f"[{','.join(filter(None, map(encoded, self._pending)))}]")
                 self._pending = []
             self._pause_seconds = FIRST_PAUSE_SECONDS
 
@@ -135,15 +136,16 @@ class Tracker:
                 start_new_session=True,  # a signal to the ranks is not for it
             )
 
-    def _ask(self, request: Any) -> None:
-        """
+    def _ask(self, request: str) -> None:
+        """Send one line of JSON, and wait for its answer.
+
         Raises:
             TrackerFailedError: the process has an error to tell, or ends without an answer.
         """
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # its answer, or its end, says more
-            process.stdin.write(f"{text(request)}\n".encode())
+            process.stdin.write(f"{request}\n".encode(errors=SURROGATES))
             process.stdin.flush()
         answer = process.stdout.readline()
         if not answer:
@@ -153,7 +155,7 @@ class Tracker:
 
     def _end(self) -> None:
         """Let the process finish by itself: that may take as long as an upload takes."""
-        self._ask(None)
+        self._ask(END)
         self._forget_process()
 
     def _failed(self, error: Exception) -> None:
