@@ -34,7 +34,13 @@ class Task(Protocol):
         ...
 
     def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
-        """Training and validation sets: `len` and `[i]`; `__getitems__` and `collate` where present are used."""
+        """Training and validation sets: `len` and `[i]`; `__getitems__` and `collate` where present are used.
+
+        Either may have columns, as HuggingFace's have, or be an iterable instead: a training set is then a stream (see
+        `ddp.training.stream`), whose `shard`, `state_dict`, `load_state_dict`, `set_epoch` and `examples_per_epoch` where
+        present are used; a validation set is kept in memory. Sampling by class asks `labels(dataset)`, a method that a
+        task may have, for one integer an example; see `ddp.training.labels` for where else they are looked for.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
