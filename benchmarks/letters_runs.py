@@ -30,7 +30,7 @@ from ddp.training.session import Session, prepared
 LONGER = 1.04  # between two evaluations
 VALIDATION_BATCH = 256
 WARM_STEPS = 20
-NETWORK = {"channels": 8, "units": 64, "activation": "gelu", "batch_norm": False}
+NETWORK = {"channels": 16, "units": 128, "activation": "gelu", "batch_norm": False}
 LOWEST_RATE = {"sgd": 1e-3, "adam": 1e-5}  # of the range test: with fewer steps a decade nothing is learnt in it
 
 Found = dict[str, float]
