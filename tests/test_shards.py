@@ -206,7 +206,13 @@ def test_the_projections_of_buckets_add_up() -> None:
 
 
 def test_a_row_keeps_its_projection_behind_its_numbers() -> None:
-    row = StepRow(3.0, 2.0, measure_seconds=0.5, projection=tuple(float(each) for each in range(1, DIRECTIONS + 1)))
+    row = StepRow(
+        3.0,
+        2.0,
+        measure_seconds=0.5,
+        metric_sum=1.5,
+        projection=tuple(float(each) for each in range(1, DIRECTIONS + 1)),
+    )
     packed = row.pack()
     assert packed.shape == (ROW_LENGTH,) and StepRow.unpack(packed) == row
     names = [field.name for field in fields(StepRow)]
