@@ -60,6 +60,19 @@ def test_it_stops_where_keras_does(
         assert stops == keras(values, mode, patience, min_delta, baseline, start), values
 
 
+def test_an_evaluation_that_is_made_again_counts_once() -> None:
+    """A run that goes on in another directory makes that of its first step again."""
+    before = EarlyStopping(EarlyStoppingSection(patience=2), "min")
+    for step, value in ((3, 1.0), (6, 1.0)):
+        before.observe(step, 0.0, value)
+    after = EarlyStopping(EarlyStoppingSection(patience=2), "min")
+    after.load_state_dict(before.state_dict())
+    after.observe(6, 0.0, 1.0)
+    assert (after.seen, after.waited, after.stopped) == (2, 1, False)
+    after.observe(9, 0.0, 1.0)
+    assert after.stopped
+
+
 def test_a_table_without_patience_is_refused_and_one_with_it_is_read_back(tmp_path: Path) -> None:
     with pytest.raises(JobFileError, match="early stopping needs patience"):
         job(tmp_path, early_stopping__min_delta=0.1)

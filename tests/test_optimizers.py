@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 
+from ddp.errors import CheckpointError
 from ddp.job import OptimizerSection
 from ddp.training.optimizers import build_optimizer, clip_, moments, set_momentum_, set_rate_, weight_decay_penalty
+from ddp.training.state import OptimizerState
 
 SHAPES = [(7,), (3, 5), (), (0,), (1031,), (4, 2, 3, 3)]
 SECTIONS: list[dict[str, Any]] = [
@@ -269,3 +271,36 @@ def test_the_moments_that_a_checkpoint_will_hold_are_counted(name: str) -> None:
     optimizer.step()
     held = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor) and value.dim()]
     assert len(held) == moments(section)
+
+
+def test_a_resumed_run_has_its_jobs_settings_and_the_moments_of_before() -> None:
+    def made(**settings: Any) -> tuple[nn.Module, OptimizerState]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, OptimizerState(build_optimizer(section_of(settings), model.named_parameters()))
+
+    model, before = made(name="adam", weight_decay=0.5)
+    model(torch.ones(1, 3)).sum().backward()
+    before.optimizer.step()
+    _, after = made(name="adam", weight_decay=0.1, betas=[0.8, 0.9])
+    state = before.state_dict()
+    after.check_state(state)
+    after.load_state_dict(state)
+    (group,) = after.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.9))
+    moments = [each["exp_avg"] for each in after.optimizer.state.values()]
+    assert all(map(torch.equal, moments, [each["exp_avg"] for each in before.optimizer.state.values()]))
+
+
+def test_rmsprop_with_moments_that_the_checkpoint_lacks_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    plain = OptimizerState(build_optimizer(section_of({"name": "rmsprop"}), model.named_parameters()))
+    model(torch.ones(1, 3)).sum().backward()
+    plain.optimizer.step()
+    state = plain.state_dict()
+    centered = OptimizerState(
+        build_optimizer(section_of({"name": "rmsprop", "centered": True}), model.named_parameters())
+    )
+    with pytest.raises(CheckpointError, match="RMSprop without grad_avg there"):
+        centered.check_state(state)
+    plain.check_state(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,3 +173,17 @@ def test_a_compiled_model_trains_the_same_and_is_measured(rank_pool: RankPool, t
     compiled = run(rank_pool, tmp_path / "compiled", 2, precision__compile=True, **settings)
     assert [each.loss for each in compiled] == pytest.approx([each.loss for each in plain], rel=1e-3)
     assert noise(compiled) == pytest.approx(noise(plain), rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, where compiled code ends and goes on
+def test_a_compiled_model_may_compute_activations_again() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()), nn.Linear(4, 2))
+    both = copy.deepcopy(plain)
+    checkpoint_activations(both, ["0"], compiled=True)
+    both.compile(backend="eager")
+    inputs = torch.randn(5, 3)
+    for model in (plain, both):
+        model(inputs).square().sum().backward()
+    for one, other in zip(plain.parameters(), both.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

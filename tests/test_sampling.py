@@ -183,6 +183,15 @@ def test_a_state_goes_on_in_the_middle_of_an_epoch() -> None:
     np.testing.assert_array_equal(one.probabilities, other.probabilities)
 
 
+def test_with_another_seed_the_losses_of_the_epoch_before_stay_with_their_examples() -> None:
+    losses = np.random.default_rng(5).exponential(size=EXAMPLES)
+    one, other = loss_weighted(), LossWeighted(EXAMPLES, 4, SamplingSection(name="loss_weighted"))
+    see(one, 0, losses)
+    other.load_state_dict(one.state_dict())
+    assert one.order(plan(), 1).tolist() != other.order(plan(), 1).tolist()
+    np.testing.assert_array_equal(one.probabilities, other.probabilities)
+
+
 def test_states_of_another_run_are_refused() -> None:
     state = loss_weighted().state_dict()
     for wrong, words in ((loss_weighted(9), "61 examples, here are 9"), (loss_weighted(uniform_share=0.5), "0.5")):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ddp.tasks.base import Goal, TensorExamples
 from ddp.training.data import split
 from ddp.training.evaluation import averaged_buffers
 from ddp.training.sync_batch_norm import SyncBatchNorm, synchronised
 from ranks import RankPool, process_group
+from training_runs import job, saved, train_ranks
 
 CPU = torch.device("cpu")
 SHAPES = [(11, 3), (11, 3, 5), (13, 3, 4, 2)]
@@ -102,3 +106,39 @@ def test_parameters_and_buffers_stay_the_same_tensors_under_the_same_names() -> 
             assert len(layers) == 2 and {id(each._group) for each in copies} == {id(layers[0]._group)}
         finally:
             torch.distributed.destroy_process_group()
+
+
+class Normalised:
+    """Classes of points, by a network whose batch normalisation lies in its middle."""
+
+    goals: Mapping[str, Goal] = {"accuracy": "max"}
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+    def datasets(self) -> tuple[TensorExamples, TensorExamples]:
+        inputs = torch.randn(61, 4, generator=torch.Generator().manual_seed(4))
+        data = TensorExamples(inputs, inputs[:, :3].argmax(dim=1))
+        return data, data
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+        return {"accuracy": model(batch[0]).argmax(dim=1) == batch[1]}
+
+
+def test_a_run_with_shares_that_differ_is_that_of_one_rank_with_the_whole_batch(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    """Each example counts alike in what normalisation sends back; and with micro-batches of one all ranks meet as often."""
+    settings = {"task__name": "test_sync_batch_norm:Normalised", "normalisation__sync_batch_norm": True}
+    settings |= {"run__steps": 9, "optimizer__learning_rate": 0.3, "noise_scale__split": False}
+    found = {}
+    for ranks, size in ((1, 7), (2, 7), (3, 7), (2, 1)):
+        folder = tmp_path / f"{ranks}-{size}"
+        ended = train_ranks(rank_pool, ranks, job(folder, global_batch_size=7, micro_batch_size=size, **settings))
+        assert {each.kind for each in ended} == {""}, ended[0].message
+        found[ranks, size] = saved(folder / "run", 9, ranks)["shared"]["parameters"]
+    for case in ((2, 7), (3, 7)):
+        torch.testing.assert_close(found[case], found[1, 7], rtol=1e-4, atol=1e-5)

@@ -16,10 +16,11 @@ from ddp.errors import UsageError
 from ddp.training.sharpness import still_statistics
 
 
-def checkpoint_activations(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+def checkpoint_activations(module: nn.Module, patterns: Sequence[str], *, compiled: bool = False) -> list[str]:
     """Have the modules whose names match one of `patterns` compute their activations again in backward; their names.
 
-    Names of parameters stay as they are. Of modules inside each other the outer one counts.
+    Names of parameters stay as they are. Of modules inside each other the outer one counts. In a model that is to be
+    `compiled` they stay as they are written: torch's compiler takes no checkpoint that has contexts of its own.
 
     Raises:
         UsageError: a pattern that matches nothing.
@@ -38,11 +39,11 @@ def checkpoint_activations(module: nn.Module, patterns: Sequence[str]) -> list[s
         chosen += matching
     outer = [name for name in names if name in chosen and not any(name.startswith(f"{each}.") for each in chosen)]
     for name in outer:
-        names[name].__class__ = _computing_again(type(names[name]))
+        names[name].__class__ = _computing_again(type(names[name]), compiled)
     return outer
 
 
-def _computing_again(kind: type[nn.Module]) -> type[nn.Module]:
+def _computing_again(kind: type[nn.Module], compiled: bool) -> type[nn.Module]:
     """The same class, whose forward keeps no activations: a class and no wrapper, so that names stay and copies are whole."""
 
     class ComputingAgain(kind):  # type: ignore[misc, valid-type]
@@ -55,5 +56,7 @@ def _computing_again(kind: type[nn.Module]) -> type[nn.Module]:
 
             return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
+    if compiled:  # asked first, since it loads the compiler
+        ComputingAgain.forward = torch.compiler.disable(ComputingAgain.forward)  # type: ignore[method-assign]
     ComputingAgain.__name__, ComputingAgain.__qualname__ = kind.__name__, kind.__qualname__
     return ComputingAgain

@@ -107,7 +107,7 @@ def _prepared(job: Job, module: nn.Module, device: torch.device) -> nn.Module:
     if job.normalisation.sync_batch_norm:
         module = synchronised(module, device)
     if job.precision.activation_checkpointing:
-        checkpoint_activations(module, job.precision.activation_checkpointing)
+        checkpoint_activations(module, job.precision.activation_checkpointing, compiled=job.precision.compile)
     return module
 
 

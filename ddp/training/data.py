@@ -31,13 +31,18 @@ OPEN = 1 << 62  # examples of an epoch that nothing ends but the stream itself
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How the examples of an epoch are dealt out; all sizes in examples."""
+    """How the examples of an epoch are dealt out; all sizes in examples.
+
+    `in_step`: ranks have as many micro-batches as each other in every step, since they meet in each forward. Where a micro-batch
+    is to hold one example and shares differ, some then hold two.
+    """
 
     examples: int
     global_batch_size: int
     micro_batch_size: int
     world_size: int
     seed: int
+    in_step: bool = False
 
     def __post_init__(self) -> None:
         _ = self.gradient_accumulation_steps  # refuses a batch smaller than the number of ranks
@@ -86,8 +91,12 @@ class BatchPlan:
         Every rank has as many as the largest share needs, gradient_accumulation_steps in a full batch, and `least`
         where that is more, but none more than it has examples.
         """
-        share = self.share(position, rank)
-        return split(share, min(max(self.passes(len(self.batch(position))), least), len(share)))
+        whole, share = len(self.batch(position)), self.share(position, rank)
+        return split(share, self.parts(whole, len(share), least))
+
+    def parts(self, whole: int, share: int, least: int = 1) -> int:
+        """Micro-batches of a rank that has so many examples of so many."""
+        return min(max(self.passes(whole), least), whole // self.world_size if self.in_step else share)
 
     def passes(self, examples: int) -> int:
         """Micro-batches of the rank with the largest share of so many examples."""

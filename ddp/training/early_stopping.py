@@ -69,6 +69,7 @@ class EarlyStopping:
     waited: int = 0  # evaluations since the best one
     stopped: bool = False
     restored: bool = False  # the weights are the best ones now
+    last_step: int = -1  # of the last evaluation that was taken
 
     @classmethod
     def of(cls, section: EarlyStoppingSection, goal: Goal, module: nn.Module) -> EarlyStopping | None:
@@ -84,9 +85,12 @@ class EarlyStopping:
         """Take in an evaluation of the weights as they are; whether it is the best so far. `stopped` says whether it was the last.
 
         An improvement is more than `min_delta` beyond the best, and beyond the baseline where there is one; without it
-        nothing counts as a wait before `start_from_epoch`. A value that is not a number is no improvement.
+        nothing counts as a wait before `start_from_epoch`. A value that is not a number is no improvement. An evaluation
+        that is made again, where a run goes on from there in another directory, counts once.
         """
-        self.seen += 1
+        if step <= self.last_step:
+            return False
+        self.seen, self.last_step = self.seen + 1, step
         self.restored = self.stopped = False
         if epoch < self.section.start_from_epoch:
             return False
@@ -131,7 +135,7 @@ class EarlyStopping:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best", "best_step", "seen", "waited", "stopped", "restored")
+        names = ("best", "best_step", "seen", "waited", "stopped", "restored", "last_step")
         return {"monitor": self.section.monitor, **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -140,4 +144,5 @@ class EarlyStopping:
         if state["monitor"] == self.section.monitor:
             self.best, self.best_step, self.waited = best, best_step, waited
             self.seen, self.restored = int(state["seen"]), bool(state["restored"])
+            self.last_step = int(state.get("last_step", -1))
             self.stopped = bool(state["stopped"]) and self._has_waited

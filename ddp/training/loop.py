@@ -105,7 +105,7 @@ class Loop:
             batch_size=max(64, trainer.plan.micro_batch_size),
             device=trainer.device,
             asked_to_stop=lambda: trainer.stop.asked,
-            averaged=None if trainer.averaged is None else trainer.averaged.module,
+            averaged=trainer.averaged.module if trainer.averaged is not None and trainer.averaged.updates else None,
             forward_context=trainer.passes.forward_context,
             penalty=weight_decay_penalty(trainer.optimizer),
         )

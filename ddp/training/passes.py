@@ -57,6 +57,7 @@ class Passes:
         rho = job.optimizer.sam_rho
         self._sharpness = None if rho is None else Sharpness(model.module, rho)
         self.scale = LossScale.of(job.precision)  # goes into checkpoints
+        self._synchronised = job.normalisation.sync_batch_norm
 
     def take(self, step: int, data: StepData, plan: BatchPlan, clock: PhaseClock, watch: GradientWatch) -> PassTotals:
         """All of a step; `watch` sees the gradient that is sent. Collective, by the last backward.
@@ -74,7 +75,7 @@ class Passes:
                 watch.begin(step, data, plan)
                 self._accumulate(data, clock, watch)
             loss_sum, metric_sum = at_the_weights[0]
-        sums = self._exchange.take().unscaled(self.scale.value)
+        sums = self._exchange.take().unscaled(self._scale(data))
         finite = math.isfinite(loss_sum) and math.isfinite(sums.own_squared_norm)
         return PassTotals(sums, loss_sum, metric_sum, finite)
 
@@ -91,7 +92,7 @@ class Passes:
 
         It is sent where there is a `watch` to see it.
         """
-        scale, weight = self.scale.value, data.examples / data.global_examples
+        scale, weight = self._scale(data), data.examples / data.global_examples
         self._exchange.weight = weight / scale
         loss_sum, metric_sum, count = 0.0, 0.0, 0
         for index, micro_batch in enumerate(data.micro_batches):
@@ -113,6 +114,16 @@ class Passes:
         if count != data.examples:
             raise UsageError(f"task: loss gave {count} values for {data.examples} examples; one an example is needed")
         return loss_sum, metric_sum
+
+    def _scale(self, data: StepData) -> float:
+        """That the rank's gradient has until it enters the mean.
+
+        Synchronised normalisation adds up what ranks send back in backward: there each example has to count alike, also
+        where shares differ.
+        """
+        if not self._synchronised:
+            return self.scale.value
+        return self.scale.value * (data.examples * self._exchange.transport.world_size / data.global_examples)
 
     def _losses(self, micro_batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The loss of each example, and the metric of each where the task gives it in the same forward."""

@@ -91,7 +91,8 @@ def size_of(dataset: Dataset[Any]) -> int:
 def _dealt(job: Job, world_size: int, examples: int) -> BatchPlan:
     batch = job.batch
     global_batch_size, micro_batch_size = batch.examples_per_step(world_size), batch.examples_at_once(world_size)
-    batches = BatchPlan(examples, global_batch_size, micro_batch_size, world_size, job.run.seed)
+    in_step = job.normalisation.sync_batch_norm and world_size > 1
+    batches = BatchPlan(examples, global_batch_size, micro_batch_size, world_size, job.run.seed, in_step)
     if global_batch_size > examples:
         raise UsageError(
             f"batch.global_batch_size: {global_batch_size:,} examples a step are more than the training set's {examples:,}"

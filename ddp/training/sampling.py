@@ -146,6 +146,7 @@ class LossWeighted:
         """The same on all ranks after `gather`."""
         return {
             "epoch": self._epoch,
+            "seed": self._seed,
             "uniform_share": self._section.uniform_share,
             "latest": torch.from_numpy(self._latest.copy()),
             "here": torch.from_numpy(self._here.copy()),
@@ -163,15 +164,17 @@ class LossWeighted:
             raise CheckpointError(f"its sampling stands in no epoch: {state['epoch']!r}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The epoch that the losses are of stays as it was drawn; the next one is drawn from the run's own seed."""
         self.check_state(state)
         self._epoch, self._drawn = state["epoch"], None
         self._latest = state["latest"].numpy().copy()
         self._here = state["here"].numpy().copy()
+        self._draw(state.get("seed", self._seed))
 
-    def _draw(self) -> NDArray[np.int64]:
+    def _draw(self, seed: int | None = None) -> NDArray[np.int64]:
         if self._drawn is None:
             self.probabilities = mixed(self._latest, self._section.uniform_share)
-            self._drawn = draw(self.probabilities, self._seed, self._epoch)
+            self._drawn = draw(self.probabilities, self._seed if seed is None else seed, self._epoch)
         return self._drawn
 
 

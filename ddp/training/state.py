@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, RMSprop
 
 from ddp.errors import CheckpointError
 from ddp.training.data import OPEN
@@ -133,6 +133,7 @@ class OptimizerState:
                 raise CheckpointError(
                     f"belongs to another optimizer: a group of {', '.join(map(str, names[:3]))} there, of {', '.join(here[:3])} here"
                 )
+        self._check_moments(state)
         parameters = [parameter for group in self._groups for parameter in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -143,11 +144,22 @@ class OptimizerState:
                         f"{tuple(parameter.shape)}"
                     )
 
+    def _check_moments(self, state: Mapping[str, Any]) -> None:
+        """RMSprop alone has some that its settings ask for, and makes none on the way."""
+        if not isinstance(self.optimizer, RMSprop):
+            return
+        for saved, here in zip(state["param_groups"], self._groups, strict=True):
+            asked = {"grad_avg": here["centered"], "momentum_buffer": here["momentum"] > 0}
+            kept = [state["state"][number] for number in saved["params"] if number in state["state"]]
+            if missing := [name for name, on in asked.items() if on and any(name not in each for each in kept)]:
+                raise CheckpointError(
+                    f"belongs to another optimizer: RMSprop without {', '.join(missing)} there, with it here"
+                )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A setting that this version of torch knows and the checkpoint's did not stays as it is."""
+        """The moments; settings are the job's, as those of the schedule and of clipping are."""
         groups = [
-            {**{name: value for name, value in here.items() if name != "params"}, **saved}
-            for here, saved in zip(self._groups, state["param_groups"], strict=True)
+            {**here, "params": saved["params"]} for here, saved in zip(self._groups, state["param_groups"], strict=True)
         ]
         self.optimizer.load_state_dict({**state, "param_groups": groups})
 

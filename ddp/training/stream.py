@@ -89,7 +89,7 @@ class Stream:
         total, is_last = min(size for size, _ in said), any(ends for _, ends in said)
         self._check(said, total, pass_number)
         own = own[: self._share(total)]
-        parts = split(range(len(own)), min(max(plan.passes(total), least_parts), len(own)))
+        parts = split(range(len(own)), plan.parts(total, len(own), least_parts))
         micro_batches = tuple(self._collate(own[part.start : part.stop]) for part in parts)
         if is_last:
             self._say_end(said, pass_number)
