@@ -101,6 +101,7 @@ def load_trained(
 
 
 def _load(place: Place, paths: Sequence[Path], *, averaged: bool, allow_import: Sequence[str]) -> list[Trained]:
+    from ddp.training.initialisation import freeze_
     from ddp.training.plan import plan_run
     from ddp.training.saved_model import read_saved_model
 
@@ -115,6 +116,7 @@ def _load(place: Place, paths: Sequence[Path], *, averaged: bool, allow_import: 
         known = next((each for each in loaded if each.job.task == job.task), None)
         plan = plan_run(job, saved.world_size, rank, allow_import=allow_import) if known is None else known.plan
         module = plan.module if known is None else plan.task.model()
+        freeze_(module, job.initialisation.freeze)  # a plan's own module is, others are not yet
         saved.load_into(module, averaged=averaged)
         loaded.append(Trained(name, job, plan, saved, module.to(place.device).eval()))
     return loaded

@@ -22,7 +22,7 @@ from ddp import checkpoint
 from ddp.checkpoint.export import model_state
 from ddp.ensemble.combining import Ensemble, Member, combine, log_mean_probabilities
 from ddp.ensemble.command import Distil, Request, make_ensemble
-from ddp.ensemble.distillation import soft_loss
+from ddp.ensemble.distillation import OPTIONAL, Distillation, soft_loss
 from ddp.ensemble.same_data import fingerprint
 from ddp.ensemble.sweep_results import best_runs
 from ddp.errors import DdpError, UsageError
@@ -32,6 +32,7 @@ from ddp.tasks.digits import DigitsTask
 from ddp.topology import Topology
 from ddp.training import run
 from ddp.training.data import split
+from ddp.training.labels import labels_of
 from jobs import python, run_command
 from ranks import RankPool
 from training_runs import agent_environment, steps_of
@@ -294,6 +295,31 @@ def test_soft_targets_lose_what_torchs_divergence_says() -> None:
     expected = soft_loss(two[0], (two[1] / 4).log_softmax(1), 1, 4.0)
     torch.testing.assert_close(soft_loss(logit, target, "binary", 4.0), expected)
     torch.testing.assert_close(soft_loss(student, teacher, None, 1.0), (student - teacher).square().mean(dim=1))
+    one_each = soft_loss(student[:, 0], teacher[:, 0], None, 1.0)  # a model that squeezes its outputs
+    torch.testing.assert_close(one_each, (student - teacher)[:, 0].square())
+
+
+def test_a_student_has_its_tasks_labels(runs: Path) -> None:
+    path = checkpoint.newest(runs / "a" / "checkpoints")
+    assert path is not None
+    student = Distillation(task={"name": "digits"}, members=[str(path)])
+    plain = DigitsTask(DigitsSection(name="digits"))
+    assert [hasattr(student, name) for name in OPTIONAL] == [hasattr(plain, name) for name in OPTIONAL]
+    labelled = Distillation(
+        task={"name": "test_ensemble:Labelled"}, members=[str(path)], allow_import=["test_ensemble"]
+    )
+    training, _ = labelled.datasets()
+    assert labels_of(labelled, training, 3).tolist() == [2, 0, 1]
+
+
+class Labelled(DigitsTask):
+    """Its labels are told by the task."""
+
+    def __init__(self) -> None:
+        super().__init__(DigitsSection(name="digits"))
+
+    def labels(self, dataset: Any) -> list[int]:
+        return [2, 0, 1]
 
 
 def test_data_are_the_same_where_examples_are() -> None:
