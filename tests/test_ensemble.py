@@ -24,6 +24,7 @@ from ddp.ensemble.combining import Ensemble, Member, combine, log_mean_probabili
 from ddp.ensemble.command import Distil, Request, make_ensemble
 from ddp.ensemble.distillation import OPTIONAL, Distillation, soft_loss
 from ddp.ensemble.same_data import fingerprint
+from ddp.ensemble.soup import recompute_statistics
 from ddp.ensemble.sweep_results import best_runs
 from ddp.errors import DdpError, UsageError
 from ddp.job import DigitsSection, Job, load_job, parse_job
@@ -32,9 +33,10 @@ from ddp.tasks.digits import DigitsTask
 from ddp.topology import Topology
 from ddp.training import run
 from ddp.training.data import split
+from ddp.training.initialisation import freeze_
 from ddp.training.labels import labels_of
 from jobs import python, run_command
-from ranks import RankPool
+from ranks import RankPool, process_group
 from training_runs import agent_environment, steps_of
 
 CHANNELS = {"a": 4, "b": 4, "c": 6}
@@ -196,6 +198,23 @@ def network_like(module: nn.Module) -> nn.Module:
     result = DigitsTask(DigitsSection(name="digits", channels=4)).model().double()
     result.load_state_dict(module.state_dict())
     return result
+
+
+def frozen_statistics(rank: int, world_size: int, store_address: str) -> tuple[Tensor, Tensor]:
+    with process_group(rank, world_size, store_address):
+        module = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+        nn.init.constant_(cast(Any, module[0]).running_mean, 7.0)
+        freeze_(module, ["0.*"])
+        examples = TensorExamples(torch.arange(80.0).view(40, 2))
+        device = torch.device("cpu")
+        recompute_statistics(module, lambda batch: module(batch[0]), examples, batch_size=8, device=device)
+        return tuple(cast(Any, module[number]).running_mean for number in (0, 1))  # type: ignore[return-value]
+
+
+def test_frozen_layers_keep_their_statistics_in_an_average_of_weights(rank_pool: RankPool) -> None:
+    for frozen, other in rank_pool.run(2, frozen_statistics):
+        assert torch.equal(frozen, torch.full((2,), 7.0))
+        torch.testing.assert_close(other, torch.tensor([32.0, 33.0]), rtol=1e-4, atol=0.0)
 
 
 def test_a_damaged_member_is_one_message_on_all_ranks(rank_pool: RankPool, runs: Path, tmp_path: Path) -> None:

@@ -236,3 +236,5 @@ def test_a_surface_that_is_not_finite_is_drawn_all_the_same() -> None:
     assert to_json([found], asked)["networks"][0]["losses"][0] == [1.0, None, None]
     assert shared_levels([np.full((2, 2), np.nan)])[0] == -1.0 and shared_levels([losses])[-1] == pytest.approx(2.0)
     assert shared_levels([losses - 1.0])[0] == pytest.approx(-0.9)
+    level = shared_levels([np.array([[0.3, np.nextafter(0.3, 1)]])])  # a radius that rounding swallows
+    assert np.all(np.diff(level) > 0) and level[0] < 0.3 < level[-1]
