@@ -27,7 +27,7 @@ from ddp.ensemble.same_data import fingerprint
 from ddp.ensemble.soup import recompute_statistics
 from ddp.ensemble.sweep_results import best_runs
 from ddp.errors import DdpError, UsageError
-from ddp.job import DigitsSection, Job, load_job, parse_job
+from ddp.job import DigitsSection, Job, PrecisionSection, load_job, parse_job
 from ddp.tasks.base import TensorExamples
 from ddp.tasks.digits import DigitsTask
 from ddp.topology import Topology
@@ -297,6 +297,14 @@ def test_a_member_computes_once_for_equal_inputs_while_that_is_asked() -> None:
         assert whole(x + 1).tolist() == [[4.0], [4.0]]
     whole(x)
     assert module.calls == 3
+
+
+def test_a_member_in_low_precision_answers_in_float32() -> None:
+    inputs, module = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), nn.Linear(3, 2)
+    found = Member(module, PrecisionSection(dtype="bfloat16"))(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(inputs)
+    assert found.dtype == torch.float32 and torch.equal(found, expected.float())
 
 
 def test_soft_targets_lose_what_torchs_divergence_says() -> None:
