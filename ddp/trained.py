@@ -5,8 +5,8 @@ For commands that look at several of them side by side. Of one task there is one
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ddp.training.place import Place
     from ddp.training.plan import Plan
     from ddp.training.saved_model import SavedModel
+
+logger = logging.getLogger("ddp.trained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,11 @@ def snapshots(run_directory: Path) -> list[Path]:
     check_run(run_directory)
     found: dict[int, Path] = {}
     for candidate in candidates(run_directory / "checkpoints"):
-        with contextlib.suppress(CheckpointError):
+        try:
             verify(candidate.path)
+        except CheckpointError as fault:
+            logger.warning("passing over a checkpoint: %s", fault)
+        else:
             found.setdefault(candidate.step, candidate.path)
     if not found:
         raise CheckpointError(f"{run_directory}: none of its checkpoints verifies")
@@ -101,6 +106,7 @@ def load_trained(
 
 
 def _load(place: Place, paths: Sequence[Path], *, averaged: bool, allow_import: Sequence[str]) -> list[Trained]:
+    from ddp.training.initialisation import freeze_
     from ddp.training.plan import plan_run
     from ddp.training.saved_model import read_saved_model
 
@@ -115,6 +121,7 @@ def _load(place: Place, paths: Sequence[Path], *, averaged: bool, allow_import: 
         known = next((each for each in loaded if each.job.task == job.task), None)
         plan = plan_run(job, saved.world_size, rank, allow_import=allow_import) if known is None else known.plan
         module = plan.module if known is None else plan.task.model()
+        freeze_(module, job.initialisation.freeze)  # a plan's own module is, others are not yet
         saved.load_into(module, averaged=averaged)
         loaded.append(Trained(name, job, plan, saved, module.to(place.device).eval()))
     return loaded

@@ -22,6 +22,7 @@ from ddp.check.examination import examine
 from ddp.check.matrix_rate import rate_verdict
 from ddp.check.observing import Call
 from ddp.check.overfitting import Overfitted, overfit_verdict
+from ddp.check.preparation import plain_copy
 from ddp.check.ranks import Trained, equal_norms, most_shared
 from ddp.check.subject import Subject, by_number
 from ddp.check.threads import useful_threads
@@ -297,6 +298,15 @@ def test_threads_are_as_before_also_after_an_error() -> None:
     with pytest.raises(ValueError, match="in the middle"), useful_threads(lambda: None):
         raise ValueError("in the middle")
     assert torch.get_num_threads() == threads
+
+
+def test_a_copy_keeps_frozen_what_the_job_freezes() -> None:
+    given = job("checked_tasks:Plain")
+    given = parse_job({**given.model_dump(exclude_none=True), "initialisation": {"freeze": ["0.*"]}})
+    task = load_task(given.task, allow_import=MODULES)
+    copied = plain_copy(given, task, task.model())
+    frozen = [name for name, each in copied.named_parameters() if not each.requires_grad]
+    assert frozen == ["0.weight"]
 
 
 def test_a_stream_is_looked_at_by_its_beginning() -> None:

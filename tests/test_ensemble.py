@@ -22,18 +22,21 @@ from ddp import checkpoint
 from ddp.checkpoint.export import model_state
 from ddp.ensemble.combining import Ensemble, Member, combine, log_mean_probabilities
 from ddp.ensemble.command import Distil, Request, make_ensemble
-from ddp.ensemble.distillation import soft_loss
+from ddp.ensemble.distillation import OPTIONAL, Distillation, soft_loss
 from ddp.ensemble.same_data import fingerprint
+from ddp.ensemble.soup import recompute_statistics
 from ddp.ensemble.sweep_results import best_runs
 from ddp.errors import DdpError, UsageError
-from ddp.job import DigitsSection, Job, load_job, parse_job
+from ddp.job import DigitsSection, Job, PrecisionSection, load_job, parse_job
 from ddp.tasks.base import TensorExamples
 from ddp.tasks.digits import DigitsTask
 from ddp.topology import Topology
 from ddp.training import run
 from ddp.training.data import split
+from ddp.training.initialisation import freeze_
+from ddp.training.labels import labels_of
 from jobs import python, run_command
-from ranks import RankPool
+from ranks import RankPool, process_group
 from training_runs import agent_environment, steps_of
 
 CHANNELS = {"a": 4, "b": 4, "c": 6}
@@ -197,6 +200,23 @@ def network_like(module: nn.Module) -> nn.Module:
     return result
 
 
+def frozen_statistics(rank: int, world_size: int, store_address: str) -> tuple[Tensor, Tensor]:
+    with process_group(rank, world_size, store_address):
+        module = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+        nn.init.constant_(cast(Any, module[0]).running_mean, 7.0)
+        freeze_(module, ["0.*"])
+        examples = TensorExamples(torch.arange(80.0).view(40, 2))
+        device = torch.device("cpu")
+        recompute_statistics(module, lambda batch: module(batch[0]), examples, batch_size=8, device=device)
+        return tuple(cast(Any, module[number]).running_mean for number in (0, 1))  # type: ignore[return-value]
+
+
+def test_frozen_layers_keep_their_statistics_in_an_average_of_weights(rank_pool: RankPool) -> None:
+    for frozen, other in rank_pool.run(2, frozen_statistics):
+        assert torch.equal(frozen, torch.full((2,), 7.0))
+        torch.testing.assert_close(other, torch.tensor([32.0, 33.0]), rtol=1e-4, atol=0.0)
+
+
 def test_a_damaged_member_is_one_message_on_all_ranks(rank_pool: RankPool, runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "a", tmp_path / "a")
     newest = checkpoint.newest(tmp_path / "a" / "checkpoints")
@@ -279,6 +299,14 @@ def test_a_member_computes_once_for_equal_inputs_while_that_is_asked() -> None:
     assert module.calls == 3
 
 
+def test_a_member_in_low_precision_answers_in_float32() -> None:
+    inputs, module = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), nn.Linear(3, 2)
+    found = Member(module, PrecisionSection(dtype="bfloat16"))(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(inputs)
+    assert found.dtype == torch.float32 and torch.equal(found, expected.float())
+
+
 def test_soft_targets_lose_what_torchs_divergence_says() -> None:
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(6, 9, generator=generator, requires_grad=True)
@@ -294,6 +322,31 @@ def test_soft_targets_lose_what_torchs_divergence_says() -> None:
     expected = soft_loss(two[0], (two[1] / 4).log_softmax(1), 1, 4.0)
     torch.testing.assert_close(soft_loss(logit, target, "binary", 4.0), expected)
     torch.testing.assert_close(soft_loss(student, teacher, None, 1.0), (student - teacher).square().mean(dim=1))
+    one_each = soft_loss(student[:, 0], teacher[:, 0], None, 1.0)  # a model that squeezes its outputs
+    torch.testing.assert_close(one_each, (student - teacher)[:, 0].square())
+
+
+def test_a_student_has_its_tasks_labels(runs: Path) -> None:
+    path = checkpoint.newest(runs / "a" / "checkpoints")
+    assert path is not None
+    student = Distillation(task={"name": "digits"}, members=[str(path)])
+    plain = DigitsTask(DigitsSection(name="digits"))
+    assert [hasattr(student, name) for name in OPTIONAL] == [hasattr(plain, name) for name in OPTIONAL]
+    labelled = Distillation(
+        task={"name": "test_ensemble:Labelled"}, members=[str(path)], allow_import=["test_ensemble"]
+    )
+    training, _ = labelled.datasets()
+    assert labels_of(labelled, training, 3).tolist() == [2, 0, 1]
+
+
+class Labelled(DigitsTask):
+    """Its labels are told by the task."""
+
+    def __init__(self) -> None:
+        super().__init__(DigitsSection(name="digits"))
+
+    def labels(self, dataset: Any) -> list[int]:
+        return [2, 0, 1]
 
 
 def test_data_are_the_same_where_examples_are() -> None:

@@ -132,6 +132,22 @@ def test_a_quadratics_surface_is_its_formula_in_every_bit_at_any_number_of_ranks
     assert first.norms[0] == pytest.approx(float(position.norm()), rel=1e-6)
 
 
+def unmoved(rank: int, world_size: int, store_address: str, of: Job, paths: list[Path]) -> list[set[str]]:
+    with agent_environment(store_address), opened_place(of, _at(rank, world_size)) as place:
+        return [unperturbed(each.module) for each in load_trained(place, paths)]
+
+
+def test_the_second_network_of_a_task_is_frozen_as_the_first_is(rank_pool: RankPool, tmp_path: Path) -> None:
+    table = {"name": "digits", "channels": 2}
+    jobs = [
+        parse_job({**job(tmp_path, name, **table).model_dump(exclude_none=True), "initialisation": {"freeze": ["0.*"]}})
+        for name in ("one", "two")
+    ]
+    rank_pool.run(1, trained, jobs)
+    (found,) = rank_pool.run(1, unmoved, jobs[0], [tmp_path / "one", tmp_path / "two"])
+    assert found[0] == found[1] and "0.weight" in found[0]
+
+
 def test_each_filter_gets_its_own_norm_and_biases_and_normalisation_none() -> None:
     torch.manual_seed(5)
     module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4))
@@ -220,3 +236,5 @@ def test_a_surface_that_is_not_finite_is_drawn_all_the_same() -> None:
     assert to_json([found], asked)["networks"][0]["losses"][0] == [1.0, None, None]
     assert shared_levels([np.full((2, 2), np.nan)])[0] == -1.0 and shared_levels([losses])[-1] == pytest.approx(2.0)
     assert shared_levels([losses - 1.0])[0] == pytest.approx(-0.9)
+    level = shared_levels([np.array([[0.3, np.nextafter(0.3, 1)]])])  # a radius that rounding swallows
+    assert np.all(np.diff(level) > 0) and level[0] < 0.3 < level[-1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import runpy
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from ddp.errors import DdpError
 from ddp.job import Job, parse_job
@@ -77,6 +79,22 @@ class Regression:
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
         return {"error": (model(batch[0])[:, 0] - batch[1]).abs()}
+
+
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    """The same examples again and again, which says of no length."""
+
+    def __init__(self, examples: TensorExamples) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.cycle(zip(*self.examples.tensors, strict=True))  # type: ignore[return-value]
+
+
+class EndlessRegression(Regression):
+    def datasets(self) -> tuple[Any, TensorExamples]:
+        training, validation = super().datasets()
+        return Endless(training), validation
 
 
 def _job(name: str = "test_lr_finder:Regression", **settings: Any) -> Job:
@@ -257,6 +275,12 @@ def test_bad_ends_are_clear_and_shared_by_all_ranks(rank_pool: RankPool) -> None
     assert small.epochs > 5 and small.kind == "found" and small.global_batch_size == 30
     assert not isinstance(auto, str), auto
     assert auto.kind == "found" and len(auto.passes) == 1
+
+
+def test_a_stream_without_a_length_has_no_epochs(rank_pool: RankPool) -> None:
+    ((found,),) = rank_pool.run(1, _find_all, [(_job("test_lr_finder:EndlessRegression"), {"zoom": False})])
+    assert isinstance(found, Finding), found
+    assert found.epochs == 0.0 and found.kind == "found"
 
 
 def test_the_rates_are_those_of_the_job_whatever_factor_its_batch_gives_them(rank_pool: RankPool) -> None:

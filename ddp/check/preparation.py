@@ -14,6 +14,7 @@ from ddp.tasks import load_task
 from ddp.tasks.base import Task
 from ddp.training.agreement import together
 from ddp.training.data import StepData, split
+from ddp.training.initialisation import freeze_
 from ddp.training.random_state import preserved_random_state, seed_rank
 from ddp.training.session import Session
 
@@ -67,6 +68,7 @@ def plain_copy(job: Job, task: Task, module: nn.Module) -> nn.Module:
         result.load_state_dict(module.state_dict())
     except RuntimeError as error:
         raise UsageError(f"task: model() made another model the second time: {error}") from None
+    freeze_(result, job.initialisation.freeze)
     return result
 
 

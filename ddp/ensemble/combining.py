@@ -110,9 +110,27 @@ class Member(nn.Module):
         lower = self._dtype != torch.float32
         with torch.autocast(device, self._dtype if lower else None, enabled=lower):
             output = self.module(*args, **kwargs)
+        output = _widened(output) if lower else output
         if self._remembered is not None:
             self._remembered.append((args, kwargs, output))
         return output
+
+
+def _widened(output: Any) -> Any:
+    """In float32, as autocast has it for the losses that follow; means of narrow numbers would round, too."""
+    if isinstance(output, Tensor):
+        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    if isinstance(output, Mapping):
+        wide: Any = copy.copy(output)
+        for name in list(wide):
+            wide[name] = _widened(wide[name])
+        return wide
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(
+            output,
+            **{each.name: _widened(getattr(output, each.name)) for each in dataclasses.fields(output) if each.init},
+        )
+    return output
 
 
 class Ensemble(nn.Module):

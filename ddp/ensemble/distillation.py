@@ -26,6 +26,7 @@ from ddp.training.saved_model import read_saved_model
 
 PACKAGE = "ddp.ensemble"  # to be allowed where such a job is trained
 NAME = "ddp.ensemble.distillation:Distillation"
+OPTIONAL = ("labels", "classes")  # what a task may have besides, for sampling and for the level of chance
 
 
 def student_job(
@@ -83,6 +84,9 @@ class Distillation:
         self.teacher.requires_grad_(False).eval()
         if loss_and_metrics_of(self.task) is not None:
             self.loss_and_metrics = self._loss_and_metrics
+        for name in OPTIONAL:
+            if hasattr(self.task, name):
+                setattr(self, name, getattr(self.task, name))
 
     def model(self) -> nn.Module:
         return self.task.model()
@@ -127,7 +131,7 @@ def soft_loss(outputs: Tensor, targets: Tensor, dimension: ClassDimension, tempe
         targets: log-probabilities of the teacher at that temperature, of the same shape; of "binary" outputs its logits.
     """
     if dimension is None:
-        return (outputs - targets).square().flatten(1).mean(dim=1)
+        return (outputs - targets).square().reshape(len(outputs), -1).mean(dim=1)
     student = outputs.to(targets.dtype) / temperature
     if dimension == "binary":  # two classes, yes and no, along a dimension of their own
         student, targets = (functional.logsigmoid(torch.stack([z, -z], dim=-1)) for z in (student, targets))

@@ -23,6 +23,7 @@ from ddp.training.agreement import together
 from ddp.training.place import Place
 from ddp.training.plan import plan_run, size_of
 from ddp.training.run import train_in
+from ddp.training.stream import is_stream
 
 if TYPE_CHECKING:
     from ddp.ensemble.command import Distil, Request
@@ -118,11 +119,11 @@ def _averaged_network(place: Place, members: Sequence[Trained], weights: Sequenc
     names = [each.name for each in members]
     module = together(lambda: average_of([each.module for each in members], weights, names))
     first = members[0]
-    model = Member(module, first.job.precision)
+    splits, model = first.plan.splits, Member(module, first.job.precision)
     recompute_statistics(
         module,
         lambda batch: first.plan.task.loss(model, batch),
-        first.plan.splits.training,
+        splits.training_sample if is_stream(splits.training) else splits.training,
         batch_size=_batch_size(first),
         device=place.device,
         asked_to_stop=lambda: place.stop.asked,

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from ddp.errors import StoppedError, UsageError
 from ddp.training.data import fetcher, split, to_device
+from ddp.training.initialisation import stays_in_evaluation
 from ddp.training.plan import size_of
 
 
@@ -51,7 +52,7 @@ def recompute_statistics(
     device: torch.device,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Running means and variances become plain means of those of the batches of one pass. Collective.
+    """Running means and variances become plain means of those of the batches of one pass; frozen layers keep theirs. Collective.
 
     Args:
         forward: calls `module` on a batch.
@@ -59,7 +60,11 @@ def recompute_statistics(
     Raises:
         StoppedError: a rank was asked to stop; on all of them.
     """
-    layers = [each for each in module.modules() if isinstance(each, _NormBase) and each.track_running_stats]
+    layers = [
+        each
+        for each in module.modules()
+        if isinstance(each, _NormBase) and each.track_running_stats and not stays_in_evaluation(each)
+    ]
     if not layers:
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()

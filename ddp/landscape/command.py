@@ -61,15 +61,19 @@ def landscape(
             raise UsageError(
                 f"--points {points}: an odd number is needed, so that the trained weights are in the middle"
             )
+        if page.suffix == ".json":
+            raise UsageError(f"--page {page}: the numbers go there, the picture beside it: name it .html")
         job = job_of(sources[0])
         job = job.model_copy(update={"transport": job.transport.model_copy(update={"name": "auto"})})
         from ddp.landscape.finding import Asked, survey, to_json
+        from ddp.telemetry.page_file import check_page
         from ddp.trained import load_trained
         from ddp.training.agreement import together
         from ddp.training.place import opened_place
 
         asked = Asked(radius, points, examples, split, seed)
         with opened_place(job, here) as place:
+            together(lambda: check_page(page) if here.rank == 0 else None)
             networks = load_trained(place, sources, averaged=averaged, allow_import=allow_import or ())
             found = [survey(place, each, asked) for each in networks]
             written = together(lambda: _write(found, asked, page) if here.rank == 0 else [])

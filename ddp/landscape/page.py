@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SQUARE_INCHES = (5.2, 4.3)
 LEVELS = 13
+FLAT = 1e-12  # of the loss: a surface that varies by less is drawn as a level one
 LINE_COLOURS = ("blue", "orange", "green", "violet", "teal", "red", "sand")
 
 
@@ -38,10 +39,11 @@ def render(found: Sequence[Landscape], asked: Asked, unix_time: float) -> str:
     import matplotlib
 
     levels = shared_levels([each.losses for each in found])
+    scale = "Loss on a logarithmic scale." if _is_positive(found) else ""
     with matplotlib.rc_context(SETTINGS):
         charts = [Chart(each.name, _contours(each, asked.axis, levels), _caption(each)) for each in found]
         cuts = [
-            Chart(f"Cut along {ordinal} direction", _cut(found, asked.axis, number), "Loss on a logarithmic scale.")
+            Chart(f"Cut along {ordinal} direction", _cut(found, asked.axis, number), scale)
             for number, ordinal in enumerate(("the first", "the second"))
         ]
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_time))
@@ -61,10 +63,10 @@ def render(found: Sequence[Landscape], asked: Asked, unix_time: float) -> str:
 def shared_levels(surfaces: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Contours from the lowest loss of all to the highest, by equal factors; evenly where one is not above 0."""
     values = np.concatenate([each[np.isfinite(each)] for each in surfaces])
-    if not len(values) or values.min() == values.max():
-        middle = values[0] if len(values) else 0.0
-        return np.linspace(middle - 1, middle + 1, LEVELS)
-    low, high = float(values.min()), float(values.max())
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+    if high - low <= FLAT * max(abs(low), abs(high)):  # levels between would be one number
+        margin = max(1.0, abs(low))
+        return np.linspace(low - margin, low + margin, LEVELS)
     return np.geomspace(low, high, LEVELS) if low > 0 else np.linspace(low, high, LEVELS)
 
 
@@ -98,11 +100,15 @@ def _cut(found: Sequence[Landscape], axis: NDArray[np.float64], number: int) -> 
         losses = each.losses[middle] if number == 0 else each.losses[:, middle]
         axes.plot(axis, losses, color=PALETTE[colour])
         keys.append(Key(each.name, colour))
-    values = np.concatenate([each.losses.ravel() for each in found])
-    if np.nanmin(values) > 0:
+    if _is_positive(found):
         log_axis(axes)
     _plain_ticks(axes)
     return finished_drawing(figure, axes, "loss along a direction", keys, x_label=f"direction {number + 1}")
+
+
+def _is_positive(found: Sequence[Landscape]) -> bool:
+    values = np.concatenate([each.losses[np.isfinite(each.losses)] for each in found])
+    return bool(len(values)) and float(values.min()) > 0
 
 
 def _plain_ticks(axes: Axes) -> None:
@@ -110,7 +116,7 @@ def _plain_ticks(axes: Axes) -> None:
 
 
 def _caption(found: Landscape) -> str:
-    return f"{found.optimizer}. Loss in the middle {found.loss:.4g}; one scale for all networks, by equal factors."
+    return f"{found.optimizer}. Loss in the middle {found.loss:.4g}; one scale for all networks."
 
 
 def _notes(found: Sequence[Landscape]) -> list[str]:

@@ -46,11 +46,13 @@ def find_lr(
         job = load_job(job_file, overrides or ())
         check_import(job.task, allow_import or ())
         from ddp.lr_finder.range_test import HIGH, check_range, find_learning_rate
+        from ddp.telemetry.page_file import check_page
         from ddp.training.agreement import together
         from ddp.training.session import session
 
         check_range(low, HIGH if high is None else high, steps)
         with session(job, here, allow_import=allow_import or ()) as opened:
+            together(lambda: check_page(page) if here.rank == 0 else None)
             found = find_learning_rate(opened, low=low, high=high, steps=steps, zoom=not no_zoom)
             written = together(lambda: _write(found, page, job.task.name) if here.rank == 0 else None)
         print_on_rank_0(_as_json(found, written) if as_json else _in_words(found, written), here)

@@ -37,7 +37,7 @@ class Finding:
         learning_rate: the job's own.
         global_batch_size: in examples; the suggestions are for it.
         batch_factor: of the rates as the optimizer saw them over these, by the rule of the job for its batch size.
-        epochs: passes through the training set in the longest pass.
+        epochs: passes through the training set in the longest pass; 0 of a stream that does not say how long it is.
     """
 
     passes: tuple[RangePass, ...]

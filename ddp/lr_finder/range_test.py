@@ -71,7 +71,7 @@ def find_learning_rate(
         learning_rate=trainer.job.optimizer.learning_rate,
         global_batch_size=trainer.plan.global_batch_size,
         batch_factor=trainer.course.rate.factor(trainer.plan.global_batch_size),
-        epochs=max(len(each.curve.losses) for each in passes) / trainer.plan.steps_per_epoch,
+        epochs=max(len(each.curve.losses) for each in passes) / (trainer.plan.steps_per_epoch or math.inf),
     )
 
 

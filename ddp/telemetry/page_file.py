@@ -10,6 +10,20 @@ from ddp.errors import UsageError
 from ddp.job import redact
 
 
+def check_page(path: Path) -> None:
+    """Refuse a place where `write_page` would fail, before the work whose outcome goes there.
+
+    Raises:
+        UsageError: the directory is not there or not to be written in, or `path` is one itself.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a directory: name a file in it")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: cannot be written: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: cannot be written: {path.parent} is not yours to write in")
+
+
 def write_page(path: Path, text: str) -> Path:
     """Write beside and rename, readable by its owner alone, so that a browser never loads half a page; returns `path`.
 

@@ -102,8 +102,13 @@ def freeze_(module: nn.Module, patterns: Sequence[str]) -> None:
     for prefix, layer in module.named_modules():
         if isinstance(layer, _NormBase) and _is_frozen(prefix, layer, patterns):
             layer.eval()
-            if _stay_in_evaluation not in layer._forward_pre_hooks.values():
+            if not stays_in_evaluation(layer):
                 layer.register_forward_pre_hook(_stay_in_evaluation)
+
+
+def stays_in_evaluation(layer: nn.Module) -> bool:
+    """Whether `freeze_` has found all of it named."""
+    return _stay_in_evaluation in layer._forward_pre_hooks.values()
 
 
 def _is_frozen(prefix: str, layer: nn.Module, patterns: Sequence[str]) -> bool:

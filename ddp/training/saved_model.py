@@ -103,7 +103,7 @@ def _read_checkpoint(path: Path) -> SavedModel:
             metric=manifest.metric,
             world_size=manifest.world_size,
         )
-    except (KeyError, TypeError, ValueError) as fault:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as fault:
         raise CheckpointError(f"{path}: holds no model: {fault!r}") from None
 
 
