@@ -199,6 +199,9 @@ def test_classes_that_do_not_fit_are_named(tmp_path: Path) -> None:
     draw(tmp_path / "val", {"c": [1]})
     with pytest.raises(UsageError, match=f"{tmp_path / 'val' / 'c'}: .* has no class of that name"):
         task(tmp_path).datasets()
+    (tmp_path / "val" / "c").rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=f"{tmp_path / 'val'} has no picture in its classes' folders"):
+        task(tmp_path).datasets()
 
 
 def test_pictures_without_pillow_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

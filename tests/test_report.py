@@ -28,8 +28,10 @@ from ddp.errors import UsageError
 from ddp.telemetry.charts import running_mean
 from ddp.telemetry.critical_batches import CriticalBatch
 from ddp.telemetry.recorder import Recorder
-from ddp.telemetry.records import RunInfo
+from ddp.telemetry.records import RunEvent, RunInfo
 from ddp.telemetry.report import DRAWN_STEPS, write_report
+from ddp.telemetry.report_health import health_cards
+from ddp.watching.finding import Finding
 from telemetry_records import (
     adam_steps,
     batch_changes,
@@ -395,6 +397,18 @@ def test_a_resumed_run_says_so(tmp_path: Path) -> None:
     record_run(tmp_path, run_info(), last_step=60)
     record_run(tmp_path, run_info(start_step=46, restarts=1))
     assert "Step 276 of 276, epoch 12. Resumed from step 46." in words(parse(write_report(tmp_path)))
+
+
+def test_a_card_says_above_the_charts_that_there_are_warnings() -> None:
+    said = [
+        RunEvent(step, 1.0, "warning", -1, Finding(title, "and why").sentence)
+        for step, title in ((1, "a"), (9, "dead"))
+    ]
+    cards = health_cards([run_info()], None, said, None)
+    assert [(card.title, card.value, card.detail) for card in cards] == [
+        ("Warnings", "2", "the latest: dead; all are below")
+    ]
+    assert health_cards([run_info()], None, [], None) == []
 
 
 def test_running_mean_against_a_loop() -> None:

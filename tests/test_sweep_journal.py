@@ -266,6 +266,9 @@ def test_every_trial_failing_ends_the_sweep(tmp_path: Path) -> None:
         one.journal.tell(one.work().trial, TrialResult("failed", "no such device"))
     with pytest.raises(DdpError, match="every trial so far failed, the last one: no such device"):
         one.planner.next()
+    later = desk(tmp_path)  # with room on the disk, say
+    later.journal.tell(later.work().trial, TrialResult("failed", "no such device"))
+    assert later.work().trial.number == 4
 
 
 def test_a_stage_without_anything_to_go_on_from(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Planner:
         self._sweep, self._journal, self._masters = sweep, journal, masters
         self._lock = FileLock(directory / ".planning.lock")
         self._plans: dict[str, StagePlan] = {}
+        self._ended_before: dict[str, int] = {}  # trials of each stage, when this master first saw it
         self.stages = expand(sweep)
 
     def next(self) -> Work | Literal["wait", "done"]:
@@ -80,12 +81,15 @@ class Planner:
             if not self._masters.lives(trial.master):
                 claimed = self._journal.claim(trial, plan, stage.sampler, seed, master)
                 return "wait" if claimed is None else Work(stage, claimed, again=True)
-        self._check_hope(trials)
+        ended = sum(trial.result is not None for trial in trials)
+        before = self._ended_before.setdefault(stage.name, ended)
+        self._check_hope(trials, before if len(trials) < plan.trials else 0)
         if len(trials) < plan.trials:
             return Work(stage, self._journal.ask(stage.name, plan, stage.sampler, seed, master), again=False)
         return "wait" if running else "done"
 
-    def _check_hope(self, trials: Sequence[Trial]) -> None:
+    def _check_hope(self, trials: Sequence[Trial], before: int) -> None:
+        """Failures of `before` this master came count only beside new ones: what caused them may be gone, a full disk for one."""
         ended = [trial.result for trial in trials if trial.result is not None]
-        if len(ended) >= HOPELESS_FAILURES and all(result.state == "failed" for result in ended):
+        if len(ended) - before >= HOPELESS_FAILURES and all(result.state == "failed" for result in ended):
             raise DdpError(f"every trial so far failed, the last one: {ended[-1].cause}")

@@ -63,7 +63,13 @@ def find_pictures(folder: Path) -> Folder | None:
         if (folder / name).is_dir():
             if foreign := sorted(set(_folders(folder / name)) - set(classes)):
                 raise UsageError(f"task.path: {folder / name / foreign[0]}: {training} has no class of that name")
-            return Folder(classes, found, _files(folder / name, classes))
+            validation = _files(folder / name, classes)
+            if not validation.paths:
+                raise UsageError(
+                    f"task.path: {folder / name} has no picture in its classes' folders; without that folder a part of the "
+                    "training set is kept for validation"
+                )
+            return Folder(classes, found, validation)
     return Folder(classes, found, None)
 
 

@@ -8,6 +8,7 @@ from ddp.telemetry.goodput import ratio
 from ddp.telemetry.progress import duration_text
 from ddp.telemetry.records import RunEvent, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card
+from ddp.watching.finding import title_of
 
 
 def health_cards(
@@ -21,10 +22,20 @@ def health_cards(
     Args:
         times: when the run began and the latest record was made, and the seconds of all steps.
     """
-    cards = [] if times is None or last is None else [_goodput_card(parts, events, *times)]
+    cards = _warnings_card(events)
+    if times is not None and last is not None:
+        cards.append(_goodput_card(parts, events, *times))
     if last is not None and parts[-1].world_size > 1:
         cards.append(_straggler_card(last, events))
     return cards + _saves_card(events)
+
+
+def _warnings_card(events: Sequence[RunEvent]) -> list[Card]:
+    """Their table stands below the charts, where nobody looks without a reason."""
+    said = [event for event in events if event.kind == "warning"]
+    if not said:
+        return []
+    return [Card("Warnings", f"{len(said):,}", f"the latest: {title_of(said[-1].text)}; all are below")]
 
 
 def _goodput_card(
