@@ -73,6 +73,14 @@ def test_an_evaluation_that_is_made_again_counts_once() -> None:
     assert after.stopped
 
 
+def test_an_evaluation_that_only_the_end_brought_counts_where_it_is_the_best() -> None:
+    ending = EarlyStopping(EarlyStoppingSection(patience=2), "min")
+    for step, value in ((1, 1.0), (2, 1.5)):
+        ending.observe(step, float(step), value)
+    assert not ending.observe(3, 3.0, 1.2, due=False) and (ending.waited, ending.seen, ending.stopped) == (1, 2, False)
+    assert ending.observe(4, 4.0, 0.5, due=False) and (ending.best_step, ending.waited) == (4, 0)
+
+
 def test_a_table_without_patience_is_refused_and_one_with_it_is_read_back(tmp_path: Path) -> None:
     with pytest.raises(JobFileError, match="early stopping needs patience"):
         job(tmp_path, early_stopping__min_delta=0.1)

@@ -105,7 +105,7 @@ def build_trainer(
 def _prepared(job: Job, module: nn.Module, device: torch.device) -> nn.Module:
     """As the job wants it beyond what the task made."""
     if job.normalisation.sync_batch_norm:
-        module = synchronised(module, device)
+        module = synchronised(module, device, job.transport.timeout_seconds)
     if job.precision.activation_checkpointing:
         checkpoint_activations(module, job.precision.activation_checkpointing, compiled=job.precision.compile)
     return module

@@ -81,17 +81,20 @@ class EarlyStopping:
         parameters = BestTensors(lambda: {name: each.detach() for name, each in module.named_parameters()})
         return cls(section, goal, parameters, BestTensors(lambda: dict(module.named_buffers())))
 
-    def observe(self, step: int, epoch: float, value: float) -> bool:
+    def observe(self, step: int, epoch: float, value: float, *, due: bool = True) -> bool:
         """Take in an evaluation of the weights as they are; whether it is the best so far. `stopped` says whether it was the last.
 
         An improvement is more than `min_delta` beyond the best, and beyond the baseline where there is one; without it
         nothing counts as a wait before `start_from_epoch`. A value that is not a number is no improvement. An evaluation
-        that is made again, where a run goes on from there in another directory, counts once.
+        that is made again, where a run goes on from there in another directory, counts once; one that only the run's end
+        has brought, and that is not `due`, counts where it is the best.
         """
         if step <= self.last_step:
             return False
-        self.seen, self.last_step = self.seen + 1, step
         self.restored = self.stopped = False
+        if not due and not self._is_better(value, self.best):
+            return False
+        self.seen, self.last_step = self.seen + 1, step
         if epoch < self.section.start_from_epoch:
             return False
         is_best = self._is_better(value, self.best) or (math.isnan(self.best) and not math.isnan(value))

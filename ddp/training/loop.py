@@ -79,7 +79,8 @@ class Loop:
         record, ending = self._evaluation(), self.trainer.early_stopping
         if record is not None and ending is not None:
             value = record.value(ending.section.monitor)
-            ending.observe(record.step, record.epoch, math.nan if value is None else value)
+            due = self._evaluation_is_due()
+            ending.observe(record.step, record.epoch, math.nan if value is None else value, due=due)
 
     def _end_early(self) -> None:
         """Say that the run stopped early, if it did; bring the best weights back, if that is asked for."""

@@ -8,6 +8,7 @@ On CUDA it is torch's.
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -17,11 +18,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every batch normalisation over all ranks; the same parameters and buffers. Collective."""
+def synchronised(module: nn.Module, device: torch.device, timeout_seconds: float = 300.0) -> nn.Module:
+    """`module` with every batch normalisation over all ranks; the same parameters and buffers. Collective.
+
+    Args:
+        timeout_seconds: for a rank to come before the others give it up.
+    """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return _converted(module, dist.new_group())
+    return _converted(module, dist.new_group(timeout=timedelta(seconds=timeout_seconds)))
 
 
 def _converted(module: nn.Module, group: Any) -> nn.Module:
@@ -68,7 +73,7 @@ class SyncBatchNorm(_BatchNorm):
         normalised, mean, variance, count = cast(
             "tuple[Tensor, Tensor, Tensor, Tensor]", _Normalise.apply(channels, self.eps, self._group)
         )
-        self._remember(mean, variance, float(count.detach()))
+        self._remember(mean, variance, count.detach())
         shape = (input.shape[1], input.shape[0], *input.shape[2:])
         output = normalised.view(shape).transpose(0, 1)
         if self.weight is not None:
@@ -77,7 +82,7 @@ class SyncBatchNorm(_BatchNorm):
         return output.to(input.dtype).contiguous()
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor, count: float) -> None:
+    def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Running statistics as torch's: the variance without bias, the momentum of None a plain average."""
         if self.running_mean is None or self.running_var is None:
             return
@@ -86,7 +91,7 @@ class SyncBatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
             factor = 1.0 / float(self.num_batches_tracked) if factor is None else factor
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor or 0.0)
-        unbiased = variance * (count / max(count - 1.0, 1.0))
+        unbiased = variance * (count / (count - 1.0).clamp(min=1.0)).to(variance.dtype)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor or 0.0)
 
 
