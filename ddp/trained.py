@@ -99,7 +99,10 @@ def load_trained(
         if place.topology.rank != 0:
             return []
         found = [find_checkpoint(each) for each in sources]
-        return [str(path.absolute()) for path in (*found, *(path for run in runs for path in snapshots(run)))]
+        listed = [str(path.absolute()) for path in (*found, *(path for run in runs for path in snapshots(run)))]
+        if twice := next((each for each in listed if listed.count(each) > 1), None):
+            raise UsageError(f"{twice}: is named twice; name each network once, and give it a weight instead")
+        return listed
 
     paths = [Path(path) for path in json.loads(from_rank_zero(json.dumps(together(find))))]
     return together(lambda: _load(place, paths, averaged=averaged, allow_import=allow_import))

@@ -18,6 +18,7 @@ from ddp.checkpoint import MANIFEST, SHARED, Metric, load_part, rank_file, read_
 from ddp.checkpoint.tensors import make, mean
 from ddp.checkpoint.weights_file import WeightsFile
 from ddp.errors import CheckpointError
+from ddp.training.data import OPEN
 from ddp.training.evaluation import running_statistics
 from ddp.training.extra_state import ExtraState
 from ddp.training.state import Buffers, Parameters, check_same
@@ -107,8 +108,11 @@ def _read_checkpoint(path: Path) -> SavedModel:
         raise CheckpointError(f"{path}: holds no model: {fault!r}") from None
 
 
-def _epoch(shared: Mapping[str, Any]) -> float:
+def _epoch(shared: Mapping[str, Any]) -> float | None:
+    """None of a stream that has none."""
     course, examples = shared["course"], shared["counters"]["training_examples"]
+    if examples >= OPEN:
+        return None
     return course["epoch"] + course["position"] / examples
 
 

@@ -81,19 +81,19 @@ class Trackers:
 
     def close(self) -> None:
         """After the last step: wait `patience_seconds` for all of them together. Safe to call twice."""
-        self._close(self._section.patience_seconds)
+        self._close(self._section.patience_seconds, finished=True)
 
     def abandon(self) -> None:
         """The run ends before its last step: wait STOP_SECONDS at most. Nothing where `close` came before."""
-        self._close(min(STOP_SECONDS, self._section.patience_seconds))
+        self._close(min(STOP_SECONDS, self._section.patience_seconds), finished=False)
 
-    def _close(self, patience_seconds: float) -> None:
+    def _close(self, patience_seconds: float, *, finished: bool) -> None:
         if self._closed:
             return
         self._closed = True
         deadline = time.monotonic() + patience_seconds
         for tracker in self._trackers:
-            tracker.finish()
+            tracker.finish(finished=finished)
         for tracker in self._trackers:
             tracker.leave_by(deadline)
 

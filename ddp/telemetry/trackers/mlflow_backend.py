@@ -34,6 +34,7 @@ class MLflow:
         self._run_id: str = earlier or self._new_run(opening["project"], run)
         if earlier is None:
             self._note.write_text(self._run_id, encoding="utf-8")
+        if earlier is None or opening.get("again"):
             self._tell_settings(opening["settings"])
 
     def write(self, lines: list[dict[str, Any]]) -> None:
@@ -45,8 +46,8 @@ class MLflow:
         for start in range(0, len(metrics), MOST_METRICS):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + MOST_METRICS])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
+    def close(self, *, finished: bool) -> None:
+        self._client.set_terminated(self._run_id, "FINISHED" if finished else "KILLED")
 
     def _earlier_run(self) -> str | None:
         """The one that an earlier process began, if it is still there; it runs again."""

@@ -45,7 +45,7 @@ class TensorBoard:
                 self._writer.add_event(events.Event(wall_time=line["unix_time"], step=line["step"], summary=summary))
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, finished: bool) -> None:
         self._writer.close()
 
     def _begin_after(self, step: int, unix_time: float) -> None:

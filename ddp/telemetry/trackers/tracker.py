@@ -30,7 +30,7 @@ BATCH_LENGTH = 100  # records, in one request to a server
 INTERVAL_SECONDS = 1.0  # longest time that a record waits for others to be sent with it
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 2.0, 300.0  # before another try
 LAST_TRIES = 2  # once no more comes: a process that is gone, and one in its place
-END = "null"
+FINISHED, BROKEN_OFF = "true", "false"  # the last request
 LONGEST_CAUSE = 300  # characters of an error that are shown
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Tracker:
         self._queue: deque[LoggedRecord] = deque()
         self._pending: list[LoggedRecord] = []
         self._dropped, self._said = 0, set[str]()
-        self._finishing, self._leaving = threading.Event(), False
+        self._finishing, self._leaving, self._last = threading.Event(), False, BROKEN_OFF
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()  # of the process's beginning and end
         self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
@@ -78,8 +78,9 @@ class Tracker:
             self._dropped += 1
             self._say_once("full", "does not keep up with the run: records are dropped, training goes on")
 
-    def finish(self) -> None:
-        """No more comes."""
+    def finish(self, *, finished: bool) -> None:
+        """No more comes: the run is `finished`, or stopped, or failed."""
+        self._last = FINISHED if finished else BROKEN_OFF
         self._finishing.set()
 
     def leave_by(self, deadline: float) -> None:
@@ -111,8 +112,9 @@ class Tracker:
         while self._pending or self._queue or self._process is None:
             if self._process is None:
                 self._start()
-                self._ask(text(self._opening))
-                self._opening["again"] = True  # a later process goes on with what this one has begun
+                opening = text(self._opening)
+                self._opening["again"] = True  # a later process goes on with what this one has begun, if only in part
+                self._ask(opening)
             while self._queue and len(self._pending) < BATCH_LENGTH:
                 self._pending.append(self._queue.popleft())
             if self._pending:
@@ -155,7 +157,7 @@ class Tracker:
 
     def _end(self) -> None:
         """Let the process finish by itself: that may take as long as an upload takes."""
-        self._ask(END)
+        self._ask(self._last)
         self._forget_process()
 
     def _failed(self, error: Exception) -> None:

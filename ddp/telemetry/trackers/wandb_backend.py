@@ -54,8 +54,8 @@ class WandB:
             if values := scalars(line, self._metric):
                 self._run.log({"step": line["step"], "epoch": line["epoch"], **values})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, finished: bool) -> None:
+        self._run.finish(exit_code=int(not finished))
 
 
 def _noted(note: Path) -> str | None:

@@ -1,7 +1,7 @@
 """A tracker's process: lines of JSON come in, one answer goes out for each. Started by `tracker` alone.
 
 The first line opens (`{"tracker": ..., "run": ..., "settings": ..., "project": ..., "folder": ..., "again": true}`), a list
-is a batch of records, null is the end. An answer is `{"error": null}`, or what went wrong, after which the process ends.
+is a batch of records, true is the end, false the end of a run that was broken off. An answer is `{"error": null}`, or what went wrong, after which the process ends.
 What a library prints goes nowhere; it yields the processor to whoever wants it.
 """
 
@@ -23,7 +23,7 @@ class Backend(Protocol):
     """One tracker's library. Whatever it raises is the tracker's failure."""
 
     def write(self, lines: list[dict[str, Any]]) -> None: ...
-    def close(self) -> None: ...
+    def close(self, *, finished: bool) -> None: ...
 
 
 def open_backend(opening: Mapping[str, Any]) -> Backend:
@@ -52,15 +52,15 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> int:
         try:
             if backend is None:
                 backend = open_backend(request)
-            elif request is None:
-                backend.close()
+            elif isinstance(request, bool):
+                backend.close(finished=request)
             else:
                 backend.write(request)
         except BaseException as error:  # wandb has its own for what ends a program
             _answer(answers, f"{type(error).__name__}: {error}")
             return 1
         _answer(answers, None)
-        if request is None:
+        if isinstance(request, bool):
             return 0
     return 1  # the run is gone
 
