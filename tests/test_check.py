@@ -115,7 +115,7 @@ def test_what_the_right_jobs_are_told(on_one_rank: list[tuple[dict[str, Any], st
     digits, quadratic, plain, spirals, regression, embedded, text = (checks for checks, _ in on_one_rank[: len(RIGHT)])
     assert digits["gradient of regularisation"]["status"] == "ok"
     assert "log(10)" in digits["loss at chance level"]["found"]
-    assert {"weight decay", "dropout"} == set(digits["stronger regularisation"]["figures"])
+    assert {"weight decay", "dropout", "label smoothing"} == set(digits["stronger regularisation"]["figures"])
     assert "random features" in digits["20 examples overfitted"]["advice"]
     assert quadratic["standardised inputs"]["status"] == "skipped"
     assert quadratic["loss at chance level"]["status"] == "skipped"
@@ -212,7 +212,9 @@ def test_without_regularisation_switches_off_what_has_a_key() -> None:
     assert without_regularisation(plain) == plain
     digits = without_regularisation(load_job(ROOT / "examples/digits.toml", ["task.dropout=0.5"]))
     assert digits.task.dropout == 0.0  # type: ignore[union-attr]
-    assert [each.key for each in regularisers(digits)] == ["optimizer.weight_decay", "task.dropout"]
+    assert [each.key for each in regularisers(digits)] == [
+        *("optimizer.weight_decay", "task.dropout", "task.label_smoothing"),
+    ]
     assert [each.key for each in regularisers(job("quadratic"))] == ["optimizer.weight_decay"]
 
 

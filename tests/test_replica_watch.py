@@ -77,5 +77,5 @@ def test_nobody_is_named_where_all_is_well(rank_pool: RankPool, tmp_path: Path, 
 
 
 def test_the_row_carries_it() -> None:
-    row = StepRow(1, 2.0, checksum_high=4294967295.0, checksum_low=1.0, part_saved=-3.0)
+    row = StepRow(1, 2.0, checksum_high=4294967295.0, checksum_low=1.0, part_saved=-3.0, metric_sum=0.5)
     assert StepRow.unpack(row.pack()) == row

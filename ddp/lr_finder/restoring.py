@@ -27,6 +27,7 @@ def tried_out(trainer: Trainer) -> Iterator[None]:
     shared, own = deepcopy(registry.shared()), deepcopy(registry.own())
     kept = (trainer.sinks, trainer.judge, trainer.course.controller, trainer.course.rate, trainer.course.plan)
     observers, trainer.observers = trainer.observers, []
+    groups = [{name: group[name] for name in group if name != "params"} for group in trainer.optimizer.param_groups]
     trainer.sinks, trainer.course.controller = Sinks(), None
     trainer.judge = Judge(trainer.job.faults.model_copy(update={"on_not_finite": "stop"}))
     try:
@@ -36,3 +37,5 @@ def tried_out(trainer: Trainer) -> Iterator[None]:
         trainer.observers = observers
         trainer.optimizer.zero_grad()
         registry.restore(NO_FILE, shared, own, newcomer=False)
+        for group, settings in zip(trainer.optimizer.param_groups, groups, strict=True):
+            group.update(settings)  # a restored optimizer has the settings that it had last, its rate among them

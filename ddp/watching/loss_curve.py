@@ -32,7 +32,7 @@ class LossCurve:
         self._stretches: list[Stretch] = []
         self._width = 1
         self._first: list[float] = []
-        self._previous = math.nan
+        self._previous, self._last_step = math.nan, 0  # of the last step that counted
 
     @property
     def start(self) -> float:
@@ -54,12 +54,14 @@ class LossCurve:
         self._stretches += [Stretch() for _ in range(place + 1 - len(self._stretches))]
         square = (loss - self._previous) ** 2 if math.isfinite(self._previous) else 0.0
         self._stretches[place].add(Stretch(1, loss, square))
-        self._previous = loss
+        self._previous, self._last_step = loss, step
 
     def forget_after(self, step: int) -> None:
         """The steps after `step` come again; of the stretch that it lies in all goes that is later, too, as a mean."""
+        if self._last_step <= step:
+            return  # it has been brought back already
         del self._stretches[math.ceil(step / self._width) :]
-        self._previous = math.nan
+        self._previous, self._last_step = math.nan, step
 
     def mean(self, begin: float, end: float) -> float:
         """The mean loss between two shares of the steps so far, 0 to 1; at least one stretch."""
@@ -96,12 +98,14 @@ class LossCurve:
             "width": self._width,
             "first": list(self._first),
             "previous": self._previous,
+            "last_step": self._last_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         stretches = [Stretch(int(count), float(total), float(squares)) for count, total, squares in state["stretches"]]
         self._width, self._first = int(state["width"]), [float(each) for each in state["first"]]
         self._stretches, self._previous = stretches, float(state["previous"])
+        self._last_step = int(state["last_step"])
 
 
 def _mean(stretches: list[Stretch]) -> float:
