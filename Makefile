@@ -36,7 +36,7 @@ demo-text: .venv/.demo
 	@$(python) -m launch torchrun --nproc-per-node 2 examples/text.toml
 
 test: .venv/.test .venv-mpich/.made
-	@$(python) -m pytest $(PYTEST_ARGS)
+	@$(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: .venv/.dev
 	$(python) -m ruff format --check .
