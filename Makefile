@@ -21,7 +21,7 @@ mpich_python := .venv-mpich/bin/python
 help:
 	@echo 'make demo        train on handwritten digits with two ranks; ends with a report'
 	@echo 'make demo-text   the same with a byte-level language model'
-	@echo 'make test        the whole test suite (PYTEST_ARGS="tests/test_job.py -k name" for a part)'
+	@echo 'make test        the whole test suite (PYTEST_ARGS="tests/test_job.py -k name" for a part, "-n 2 --dist loadfile" for two files at a time)'
 	@echo 'make check       formatting, lint, types and import layers'
 	@echo 'make bench       the tables of the README, measured here'
 	@echo 'make soak        every fault that a run has to survive, injected for real, and the table of them; an hour or two'
@@ -36,7 +36,7 @@ demo-text: .venv/.demo
 	@$(python) -m launch torchrun --nproc-per-node 2 examples/text.toml
 
 test: .venv/.test .venv-mpich/.made
-	@$(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(python) -m pytest $(PYTEST_ARGS)
 
 check: .venv/.dev
 	$(python) -m ruff format --check .
