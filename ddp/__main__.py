@@ -15,6 +15,7 @@ from ddp import outcome
 from ddp.board import PhaseBoard
 from ddp.check.command import check
 from ddp.checkpoint_command import checkpoints, export
+from ddp.command_options import AllowImport, JobFile, Overrides
 from ddp.diagnostics.command import advise
 from ddp.ending import leave
 from ddp.ensemble.command import ensemble
@@ -39,17 +40,12 @@ app = typer.Typer(
 
 @app.command()
 def train(
-    job_file: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a value of the job file.")
-    ] = None,
+    job_file: JobFile,
+    overrides: Overrides = None,
     resume: Annotated[
         str | None, typer.Option(metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from PATH.")
     ] = None,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
+    allow_import: AllowImport = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve metrics to other machines without TLS, where metrics.host does.")
     ] = False,
@@ -121,10 +117,7 @@ def critical_batch(
             help="branched: go to this sweep's targets and compare; else to those in its directory.",
         ),
     ] = None,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
+    allow_import: AllowImport = None,
 ) -> None:
     """Measure the critical batch size by running: steps to a training loss over batch sizes and learning rates."""
     from ddp.search.branched import search_branches

@@ -21,6 +21,7 @@ from ddp.checkpoint.ownership import check_run, open_own
 from ddp.checkpoint.part_file import read_part
 from ddp.checkpoint.reading import newest, read_manifest, verify
 from ddp.checkpoint.space import in_words
+from ddp.command_options import AsJson
 from ddp.errors import CheckpointError, UsageError
 
 
@@ -42,7 +43,7 @@ class Listed:
 
 def checkpoints(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List a run's checkpoints, the newest first, and verify each."""
     listed = list_checkpoints(_folder(run_directory))

@@ -22,6 +22,7 @@ import typer
 
 from ddp.checkpoint.names import MANIFEST, resolve
 from ddp.checkpoint_command import find_checkpoint
+from ddp.command_options import AllowImport, AsJson, Overrides
 from ddp.errors import CheckpointError, StoppedError, UsageError
 from ddp.job import Job, check_import, load_job
 from ddp.ranked_command import print_on_rank_0, ranked
@@ -51,14 +52,9 @@ def evaluate(
     job_file: Annotated[
         Path | None, typer.Option("--job", metavar="JOB.toml", help="The run's own job.toml where left out.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a value of the job file.")
-    ] = None,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    overrides: Overrides = None,
+    allow_import: AllowImport = None,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate a checkpoint or an exported model, as one process or as one rank of several."""
     with ranked() as here:

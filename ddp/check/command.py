@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ddp.command_options import AllowImport, AsJson, JobFile, Overrides
 from ddp.errors import ChecksFailedError
 from ddp.job import Job, check_import, load_job, redact
 from ddp.ranked_command import ranked
@@ -15,21 +15,16 @@ from ddp.topology import Topology
 
 
 def check(
-    job_file: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a value of the job file.")
-    ] = None,
+    job_file: JobFile,
+    overrides: Overrides = None,
     burn_in: Annotated[
         int, typer.Option(min=1, max=100_000, metavar="STEPS", help="Steps of training before gradients are checked.")
     ] = 10,
     seconds: Annotated[
         float, typer.Option(min=1.0, max=1e6, help="Each of the checks that take long ends about then.")
     ] = 60.0,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    allow_import: AllowImport = None,
+    as_json: AsJson = False,
 ) -> None:
     """Look for bugs before a long run: gradients, losses, inputs, ranks, speed. Ends with 1 where a check failed."""
     with ranked() as here:

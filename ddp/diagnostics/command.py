@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ddp.command_options import AsJson
 from ddp.diagnostics.communication import Links
 from ddp.errors import UsageError
 
@@ -54,7 +55,7 @@ def advise(
             metavar="MODULE", help="Admit a task module:attr from MODULE or below it where batches are tried."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what more ranks or another batch would bring, from a run's record; writes RUN_DIR/advice.html."""
     from ddp.diagnostics.advise import MemoryQuestion, Question

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from ddp import outcome
+from ddp.command_options import AllowImport, AsJson
 from ddp.ensemble.sweep_results import best_runs
 from ddp.errors import UsageError
 from ddp.job import Job, check_exposure, check_import, load_job
@@ -91,11 +92,8 @@ def ensemble(
     resume: Annotated[
         str | None, typer.Option(metavar="auto|PATH", help="Go on with the student's run, as train does.")
     ] = None,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    allow_import: AllowImport = None,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate several networks and their ensemble, as one process or as one rank of several; distil it on request."""
     with ranked() as here:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ddp.command_options import AllowImport, AsJson
 from ddp.errors import UsageError
 from ddp.ranked_command import print_on_rank_0, ranked
 from ddp.trained import job_of
@@ -47,11 +48,8 @@ def landscape(
     page: Annotated[
         Path, typer.Option(metavar="FILE.html", help="Where the picture goes; the numbers go beside it, as .json.")
     ] = PAGE,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    allow_import: AllowImport = None,
+    as_json: AsJson = False,
 ) -> None:
     """Draw the loss around trained weights, as one process or as one rank of several."""
     with ranked() as here:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ddp.command_options import AllowImport, AsJson, JobFile, Overrides
 from ddp.errors import DdpError, DivergedError
 from ddp.job import check_import, load_job
 from ddp.ranked_command import print_on_rank_0, ranked
@@ -23,10 +24,8 @@ PAGE = Path("find-lr.html")
 
 
 def find_lr(
-    job_file: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a value of the job file.")
-    ] = None,
+    job_file: JobFile,
+    overrides: Overrides = None,
     low: Annotated[float, typer.Option("--from", metavar="RATE", help="The first learning rate.")] = 1e-7,
     high: Annotated[
         float | None,
@@ -35,11 +34,8 @@ def find_lr(
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of each pass.")] = 100,
     no_zoom: Annotated[bool, typer.Option("--no-zoom", help="Take the first pass alone.")] = False,
     page: Annotated[Path, typer.Option(metavar="FILE", help="Where the plot goes.")] = PAGE,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    allow_import: AllowImport = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find a learning rate by a range test, as one process or as one rank of several; the model is not changed."""
     with ranked() as here:

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from ddp.command_options import AllowImport
+
 PRIVATE = 0o077
 
 
@@ -26,10 +28,7 @@ def sweep(
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Trials side by side; cores / ranks where left out.")
     ] = None,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Admit a task module:attr from MODULE or below it, which runs its code."),
-    ] = None,
+    allow_import: AllowImport = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the files, print what would run, and stop.")
     ] = False,
