@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ddp import errors
 from ddp.errors import DdpError
@@ -29,6 +29,11 @@ from ddp.job import hide_secrets_in_hooks, redact
 from ddp.search.request import Trial
 from ddp.search.store import TrialResult
 from ddp.search.sweep_file import Sweep
+
+if TYPE_CHECKING:
+    from ddp.search.workload import Workload
+
+T = TypeVar("T")
 
 READY_SECONDS = 300.0  # for a worker to import torch and load the data
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -49,6 +54,10 @@ class Unusable:
 
     kind: str
     message: str
+
+    def error(self) -> DdpError:
+        """The one that it was where it was raised."""
+        return getattr(errors, self.kind, DdpError)(self.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,20 +185,32 @@ def serve(pipe: Connection, limit: Any, sweep: Sweep, allow_import: Sequence[str
     from ddp.search.workload import load_workload, make_model, rehearse
 
     torch.set_num_threads(1)
-    try:
-        workload = load_workload(sweep, allow_import=allow_import)
-        rehearse(make_model(workload, sweep.job.run.seed), sweep.job.optimizer)
-    except DdpError as error:
-        pipe.send(Unusable(type(error).__name__, redact(str(error))))
+
+    def load() -> Workload:
+        loaded = load_workload(sweep, allow_import=allow_import)
+        rehearse(make_model(loaded, sweep.job.run.seed), sweep.job.optimizer)
+        return loaded
+
+    workload = loaded_or_why_not(load)
+    if isinstance(workload, Unusable):
+        pipe.send(workload)
         return
-    except Exception as error:
-        sys.stderr.write(redact("".join(traceback.format_exception(error))))
-        raise SystemExit(1) from None
     pipe.send(Ready(workload.training_examples, workload.device.type))
     attempt = _attempt if workload.device.type != "cpu" else _attempt_in_a_child
     with contextlib.suppress(EOFError, OSError):
         while True:
             pipe.send(attempt(workload, pipe.recv(), limit))
+
+
+def loaded_or_why_not(load: Callable[[], T]) -> T | Unusable:
+    """What `load` gives; an error that is none of ours is shown, and ends this process."""
+    try:
+        return load()
+    except DdpError as error:
+        return Unusable(type(error).__name__, redact(str(error)))
+    except Exception as error:
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        raise SystemExit(1) from None
 
 
 def _attempt_in_a_child(workload: object, trial: Trial, limit: Any) -> TrialResult | Failed:
@@ -246,7 +267,7 @@ def _first_word(worker: _Worker) -> Ready:
             f"the first worker {describe_end(worker.process.exitcode)} while it loaded the task; its error is above"
         ) from None
     if isinstance(answer, Unusable):
-        raise getattr(errors, answer.kind, DdpError)(answer.message)
+        raise answer.error()
     return answer
 
 

@@ -23,9 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
-from ddp.errors import DdpError
 from ddp.job import Job, hide_secrets_in_hooks, redact
-from ddp.search.workers import end_with_parent, leave_signals_to_the_parent
+from ddp.search.workers import Unusable, end_with_parent, leave_signals_to_the_parent, loaded_or_why_not
 
 DEFAULT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -38,14 +37,6 @@ class Ready:
     goal: str
     device: str
     devices: int  # GPUs; 0 on a CPU
-
-
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """Its first word where the job cannot run."""
-
-    kind: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +71,10 @@ def serve(pipe: Connection, job: Job, ranks: int, allow_import: Sequence[str]) -
     end_with_parent(os.getppid())
     leave_signals_to_the_parent()
     hide_secrets_in_hooks()
-    try:
-        pipe.send(look_at(job, ranks, allow_import))
-    except DdpError as error:
-        pipe.send(Unusable(type(error).__name__, redact(str(error))))
+    found = loaded_or_why_not(lambda: look_at(job, ranks, allow_import))
+    pipe.send(found)
+    if isinstance(found, Unusable):
         return
-    except Exception as error:
-        sys.stderr.write(redact("".join(traceback.format_exception(error))))
-        raise SystemExit(1) from None
     gc.collect()
     gc.freeze()  # so that the forks' collectors leave the pages shared
     forks: dict[str, int] = {}

@@ -22,12 +22,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol, Self
 
-from ddp import errors
 from ddp.errors import DdpError, StoppedError
 from ddp.job import Job
 from ddp.outcome import OUTCOME_FILE_VARIABLE, STDERR_VARIABLE
-from ddp.search.workers import PR_SET_PDEATHSIG, READY_SECONDS, describe_end, environment_of_one_thread
-from ddp.sweep.fork_server import Ended, Ready, Signal, Start, Unusable, serve
+from ddp.search.workers import PR_SET_PDEATHSIG, READY_SECONDS, Unusable, describe_end, environment_of_one_thread
+from ddp.sweep.fork_server import Ended, Ready, Signal, Start, serve
 from ddp.sweep.processes import descendants, kill_all, marked, peak_rss_bytes
 from ddp.telemetry.station import NO_REPORT_VARIABLE
 from ddp.topology import FAMILIES, RESTARTED_FROM_OUTSIDE
@@ -167,7 +166,7 @@ class ForkServer:
             raise
         if isinstance(answer, Unusable):
             self.close()
-            raise getattr(errors, answer.kind, DdpError)(answer.message)
+            raise answer.error()
         return answer
 
     def _send(self, message: Start | Signal) -> None:
