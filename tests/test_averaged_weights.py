@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from torch import nn
 from ddp import checkpoint
 from ddp.checkpoint.export import export
 from ddp.errors import CheckpointError
-from ddp.job import AveragedWeightsSection
+from ddp.job import AveragedWeightsSection, Job
 from ddp.telemetry.recording import open_recording, read_evaluations
+from ddp.topology import Topology
 from ddp.training.averaged_weights import AveragedWeights
+from ddp.training.session import session
+from ddp.training.state import READINGS_BYTES, expected_bytes
 from ranks import RankPool
-from training_runs import differences, job, saved, train_ranks
+from training_runs import agent_environment, differences, job, saved, train_ranks
 
 DECAY, STEPS = 0.8, 14
 
@@ -108,3 +113,38 @@ def test_counters_indices_and_masks_are_taken_as_they_are() -> None:
     buffers = dict(averaged.module.named_buffers())
     assert torch.equal(buffers["ids"], torch.arange(5)) and buffers["mask"].tolist() == [True, False]
     assert averaged.updates == 8
+
+
+def one_rank(rank: int, world_size: int, store_address: str, here: Job) -> tuple[int, int]:
+    """Bytes that a checkpoint is expected to take, and those of what it holds."""
+    with agent_environment(store_address), session(here, Topology(rank, world_size, rank, world_size)) as opened:
+        trainer = opened.trainer
+        steps = opened.steps()
+        for step in range(1, 4):
+            trainer.step(steps)
+            if trainer.early_stopping is not None:
+                trainer.early_stopping.observe(step, float(step), -float(step))
+        registry = trainer.saving.registry
+        held = sum(tensor_bytes(each) for each in (registry.shared(), registry.own()))
+        return expected_bytes(trainer) - READINGS_BYTES, held
+
+
+def tensor_bytes(nest: Any) -> int:
+    if isinstance(nest, torch.Tensor):
+        return nest.numel() * nest.element_size()
+    values = nest.values() if isinstance(nest, Mapping) else nest if isinstance(nest, list | tuple) else ()
+    return sum(map(tensor_bytes, values))
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_room_that_is_asked_for_counts_each_copy_of_the_model(
+    rank_pool: RankPool, tmp_path: Path, copies: int
+) -> None:
+    more = {
+        "averaged_weights__decay": DECAY,
+        "early_stopping__patience": 9,
+        "early_stopping__restore_best_weights": True,
+    }
+    settings = {"task__name": "digits", "optimizer__name": "adam", **(more if copies == 3 else {})}
+    ((expected, held),) = rank_pool.run(1, one_rank, job(tmp_path, **settings))
+    assert expected == pytest.approx(held, rel=0.2)

@@ -69,7 +69,11 @@ def expected_bytes(trainer: Trainer) -> int:
     module = trainer.model.module
     trained = sum(_bytes(each) for each in module.parameters() if each.requires_grad)
     kept = sum(map(_bytes, module.parameters())) + trainer.world_size * sum(map(_bytes, module.buffers()))
-    return kept + moments(trainer.job.optimizer) * trained + READINGS_BYTES * (trainer.watch.tracker is not None)
+    ending = trainer.early_stopping
+    copies = 1 + (trainer.averaged is not None) + (ending is not None and ending.parameters is not None)
+    return (
+        copies * kept + moments(trainer.job.optimizer) * trained + READINGS_BYTES * (trainer.watch.tracker is not None)
+    )
 
 
 def _bytes(tensor: Tensor) -> int:
