@@ -9,9 +9,10 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, torch
+import ctypes, resource, torch
 from ddp.training.memory import keep_freed_memory
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault is a page, not 2 MiB
 torch.set_num_threads(1)
 said = keep_freed_memory()
 model = torch.nn.Sequential(*(torch.nn.Linear(1500, 1500) for _ in range(4)))  # gradients of 9 MB each
@@ -23,10 +24,9 @@ def faults() -> int:
         model.zero_grad()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-for _ in range(4):
-    faults()
-kept = faults()
+kept = min(faults() for _ in range(8))
 keep_freed_memory(False)
+held = [torch.empty(1 << 17) for _ in range(512)]  # fills the holes of the heap: how many would hold a gradient, is luck
 print(int(said), kept, faults())
 """
 PAGES_OF_FOUR_BACKWARDS = 4 * 4 * 9_000_000 // os.sysconf("SC_PAGESIZE")
@@ -43,10 +43,10 @@ def _run(variables: dict[str, str]) -> list[int]:
 def test_a_backward_finds_the_memory_of_the_one_before() -> None:
     said, kept, returned = _run({})
     assert said == 1
-    assert kept < PAGES_OF_FOUR_BACKWARDS / 10 < PAGES_OF_FOUR_BACKWARDS / 2 < returned
+    assert kept < PAGES_OF_FOUR_BACKWARDS / 10 < PAGES_OF_FOUR_BACKWARDS * 0.9 < returned
 
 
 def test_what_the_user_has_tuned_is_left_alone() -> None:
     said, kept, _ = _run({"MALLOC_TRIM_THRESHOLD_": "131072"})
     assert said == 0
-    assert kept > PAGES_OF_FOUR_BACKWARDS / 2
+    assert kept > PAGES_OF_FOUR_BACKWARDS * 0.9
