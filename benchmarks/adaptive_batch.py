@@ -32,7 +32,11 @@ from ddp.board import PhaseBoard
 from ddp.errors import StoppedError
 from ddp.job import Job, parse_job
 from ddp.process_group import initialise, shutdown
-from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, ParametersRecord, RunEvent, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    Sink,
+    StepRecord,
+)
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import from_environment
 from ddp.training.building import build_trainer
@@ -116,7 +120,7 @@ class Setting:
 
 
 @dataclass
-class Recorder:
+class Recorder(Sink):
     """Keeps what the analysis needs of each step, and stops the run when its loss is there."""
 
     target: float
@@ -147,18 +151,8 @@ class Recorder:
                 return total / count
         return math.inf
 
-    def event(self, record: RunEvent) -> None: ...
-
-    def layers(self, record: LayersRecord) -> None: ...
-
-    def parameters(self, record: ParametersRecord) -> None: ...
-
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(asdict(record))
-
-    def evaluation(self, record: EvaluationRecord) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def train(setting: Setting, target: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ddp.errors import DivergedError
 from ddp.job import Job, parse_job
 from ddp.lr_finder.range_test import find_learning_rate
-from ddp.telemetry.records import StepRecord
+from ddp.telemetry.records import Sink, StepRecord
 from ddp.telemetry.sinks import Sinks
 from ddp.topology import Topology
 from ddp.training.evaluation import averaged_buffers, evaluate
@@ -181,7 +181,7 @@ def _accuracy(here: Session) -> float:
     return 0.0 if found is None else found.metrics["accuracy"]
 
 
-class Latest:
+class Latest(Sink):
     """A sink that keeps the noise scale as it was last known."""
 
     noise_scale = math.nan
@@ -189,15 +189,3 @@ class Latest:
     def step(self, record: StepRecord) -> None:
         if record.noise is not None and math.isfinite(record.noise.readable.noise_scale):
             self.noise_scale = record.noise.readable.noise_scale
-
-    def evaluation(self, record: object) -> None: ...
-
-    def parameters(self, record: object) -> None: ...
-
-    def batch_change(self, record: object) -> None: ...
-
-    def layers(self, record: object) -> None: ...
-
-    def event(self, record: object) -> None: ...
-
-    def close(self) -> None: ...

@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp.job import DigitsSection, WatchingSection
 from ddp.tasks.networks import convolutional_network
-from ddp.telemetry.records import LayersRecord
+from ddp.telemetry.records import LayersRecord, Sink
 from ddp.telemetry.sinks import Sinks
 from ddp.training.memory import keep_freed_memory
 from ddp.training.watching import LayerWatch
@@ -38,7 +37,7 @@ EVERY = 4
 LONG_RUN = 400  # steps: so early "auto" is bounded by cost alone
 
 
-class Costs:
+class Costs(Sink):
     """A sink that keeps what looks cost, in seconds."""
 
     def __init__(self) -> None:
@@ -59,7 +58,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.inputs, self.targets = inputs, torch.randint(classes, (len(inputs),))
         self.costs, self.number = Costs(), 0
-        self.sinks = Sinks([cast(Any, self.costs)])
+        self.sinks = Sinks([self.costs])
         where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "device": torch.device("cpu")}
         self.watch = LayerWatch(WatchingSection(every=EVERY), self.model, **where) if watched else None
 

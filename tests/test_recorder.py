@@ -32,7 +32,12 @@ from ddp.telemetry.recording import (
     replay,
 )
 from ddp.telemetry.recording_writer import PARTS_SPACING, journal_mode
-from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, ParametersRecord, RunEvent, StepRecord
+from ddp.telemetry.records import (
+    BatchChange,
+    EvaluationRecord,
+    Sink,
+    StepRecord,
+)
 from telemetry_records import (
     adam_steps,
     batch_changes,
@@ -203,7 +208,7 @@ def test_a_reading_written_in_vain_is_written_again(tmp_path: Path) -> None:
     assert repr(read(path)[0]) == repr(expected)
 
 
-class Heard:
+class Heard(Sink):
     """A sink that keeps all it hears, in order."""
 
     def __init__(self) -> None:
@@ -215,17 +220,8 @@ class Heard:
     def evaluation(self, record: EvaluationRecord) -> None:
         self.records.append(record)
 
-    def event(self, record: RunEvent) -> None:
-        """Nothing to show of it."""
-
-    def layers(self, record: LayersRecord) -> None: ...
-
-    def parameters(self, record: ParametersRecord) -> None: ...
-
     def batch_change(self, record: BatchChange) -> None:
         self.records.append(record)
-
-    def close(self) -> None: ...
 
 
 def test_a_replay_tells_what_the_run_told_in_its_order(tmp_path: Path) -> None:

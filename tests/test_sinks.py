@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from ddp.telemetry.recorder import Recorder
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
@@ -16,6 +17,7 @@ from ddp.telemetry.records import (
     ParameterEntries,
     ParametersRecord,
     RunEvent,
+    Sink,
     StepRecord,
 )
 from ddp.telemetry.sinks import Sinks
@@ -26,7 +28,7 @@ PARAMETERS = ParametersRecord(3, (ParameterEntries("0.weight", (2, 2), (0, 3), (
 Record = StepRecord | EvaluationRecord | BatchChange | RunEvent | LayersRecord | ParametersRecord
 
 
-class Hearing:
+class Hearing(Sink):
     """Keeps what it hears; raises at the records that `fails_at` counts, from 1."""
 
     def __init__(self, fails_at: Sequence[int] = (), error: Exception | None = None) -> None:
@@ -60,6 +62,12 @@ class Hearing:
         if self.calls in self.fails_at:
             raise self.error
         self.heard.append(record)
+
+
+@pytest.mark.parametrize("kind", [Sinks, Recorder])
+def test_no_record_is_left_out(kind: type[Sink]) -> None:
+    """By those that take all: a method that `Sink` gains would otherwise go past them without a word."""
+    assert {name for name in vars(Sink) if not name.startswith("_")} <= vars(kind).keys()
 
 
 def _tell(sinks: Sinks) -> list[Record]:

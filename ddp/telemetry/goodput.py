@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-from ddp.telemetry.records import BatchChange, EvaluationRecord, LayersRecord, ParametersRecord, RunEvent, StepRecord
+from ddp.telemetry.records import (
+    RunEvent,
+    Sink,
+    StepRecord,
+)
 
 REMEMBERED_STEPS = 20_000  # that a roll-back can take out again
 
 
-class Goodput:
+class Goodput(Sink):
     """A `Sink` that adds up the time of steps. What it knows of earlier parts is loaded, or recalled from `run.db`."""
 
     def __init__(self, began_unix_time: float) -> None:
@@ -36,21 +40,6 @@ class Goodput:
     def event(self, record: RunEvent) -> None:
         if record.kind == "rolled_back":
             self._forget_after(record.step)
-
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """Time that brings no step."""
-
-    def parameters(self, record: ParametersRecord) -> None:
-        """Takes no time."""
-
-    def batch_change(self, record: BatchChange) -> None:
-        """Takes no time."""
-
-    def layers(self, record: LayersRecord) -> None:
-        """Its time is its step's."""
-
-    def close(self) -> None:
-        """Nothing to release."""
 
     def recall(self, began_unix_time: float, productive_seconds: float, steps: int) -> None:
         """Go on from what an earlier part of the run left; the earlier beginning counts."""

@@ -34,9 +34,9 @@ from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
     LayersRecord,
-    ParametersRecord,
     RunEvent,
     RunInfo,
+    Sink,
     StepRecord,
 )
 
@@ -59,7 +59,7 @@ class Durations:
         return list(zip(bounds, itertools.accumulate(map(float, self.counts)), strict=True))
 
 
-class Metrics(Collector):
+class Metrics(Sink, Collector):
     """A `Sink` that answers scrapes of `registry` with the latest step and evaluation."""
 
     def __init__(
@@ -117,9 +117,6 @@ class Metrics(Collector):
             if record.kind == "rolled_back":
                 kept = {split: each for split, each in self._evaluations.items() if each.step <= record.step}
                 self._evaluations = kept
-
-    def parameters(self, record: ParametersRecord) -> None:
-        """For the record, not for Prometheus."""
 
     def batch_change(self, record: BatchChange) -> None:
         with self._lock:

@@ -24,10 +24,9 @@ from ddp.noise.readings import Metric
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
-    LayersRecord,
-    ParametersRecord,
     RunEvent,
     RunInfo,
+    Sink,
     StepRecord,
     headline_metric,
 )
@@ -189,7 +188,7 @@ class Rate:
         return (last.unix_time - self._first.unix_time) * (1.0 - share) / done
 
 
-class Progress:
+class Progress(Sink):
     """A `Sink` that shows the run's line on `stream`. A stream that has gone away ends the showing, not the run."""
 
     def __init__(self, info: RunInfo, stream: TextIO | None = None, *, interval_seconds: float = 5.0) -> None:
@@ -230,12 +229,6 @@ class Progress:
             self._evaluation = None
         if record.kind != "saved":
             self._attempt(lambda: self._put_line(event_text(record)))
-
-    def parameters(self, record: ParametersRecord) -> None:
-        """Too much for a line."""
-
-    def layers(self, record: LayersRecord) -> None:
-        """What is off in them comes as a warning."""
 
     def batch_change(self, record: BatchChange) -> None:
         self._attempt(lambda: self._put_line(change_text(self._info, record)))

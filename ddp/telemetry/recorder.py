@@ -24,6 +24,7 @@ from ddp.telemetry.records import (
     ParametersRecord,
     RunEvent,
     RunInfo,
+    Sink,
     StepRecord,
 )
 
@@ -33,7 +34,7 @@ QUEUE_LENGTH = 20_000  # records; a step at 1 ms and a database that is stuck fo
 BATCH_LENGTH = 500  # records that are written without waiting for the second to pass
 
 
-class Recorder:
+class Recorder(Sink):
     """A `Sink` that keeps all records in an SQLite file, continuing one that a resumed run has."""
 
     def __init__(

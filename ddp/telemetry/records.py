@@ -1,4 +1,4 @@
-"""The values that the trainer hands to its sinks, and the one contract every sink fills in.
+"""The values that the trainer hands to its sinks, and the one contract of all sinks.
 
 A sink lives on rank 0 only; a telemetry failure never stops a run, which is each sink's own business.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from ddp.noise.noise_scale import Reading
 from ddp.noise.readings import Metric, NoiseReadings
@@ -195,8 +195,8 @@ def headline_metric(noise: NoiseReadings) -> Metric:
     return "plain" if noise.preconditioned is None else noise.headline
 
 
-class Sink(Protocol):
-    """Takes records on rank 0."""
+class Sink:
+    """Takes records on rank 0. A sink overrides the methods of what it wants to hear; the rest goes past it."""
 
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, record: EvaluationRecord) -> None: ...

@@ -25,7 +25,7 @@ from ddp.telemetry.records import (
 log = logging.getLogger(__name__)
 
 
-class Sinks:
+class Sinks(Sink):
     """A `Sink` that hands each record to all others; without any, as on ranks other than 0, it does nothing."""
 
     def __init__(self, sinks: Iterable[Sink] = ()) -> None:

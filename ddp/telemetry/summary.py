@@ -24,10 +24,9 @@ from ddp.telemetry.progress import (
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
-    LayersRecord,
-    ParametersRecord,
     RunEvent,
     RunInfo,
+    Sink,
     StepRecord,
     headline_metric,
 )
@@ -59,7 +58,7 @@ class TimedReading:
 Kept = TypeVar("Kept", StepRecord, EvaluationRecord, TimedReading)
 
 
-class History:
+class History(Sink):
     """A `Sink` that keeps what `summary` needs, in bounded memory."""
 
     def __init__(self, info: RunInfo) -> None:
@@ -134,9 +133,6 @@ class History:
         if _until(step, self.target_reached) is None:
             self.target_reached = self.at_target = None
 
-    def parameters(self, record: ParametersRecord) -> None:
-        """The summary does not speak of them."""
-
     def batch_change(self, record: BatchChange) -> None:
         self.changes.append(record)
 
@@ -157,12 +153,6 @@ class History:
         self._validations.append(record)
         if self.target_reached is None and self._info.target_reached_by(record.value(self._info.metric)):
             self.target_reached, self.at_target = record, self._latest
-
-    def layers(self, record: LayersRecord) -> None:
-        """What is off in them comes as a warning."""
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 def _until(step: int, record: Kept | None) -> Kept | None:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ddp.telemetry.records import (
-    BatchChange,
     EvaluationRecord,
     LayersRecord,
-    ParametersRecord,
     RunEvent,
     RunInfo,
+    Sink,
     StepRecord,
 )
 from ddp.watching.curve_findings import curve_findings
@@ -27,7 +26,7 @@ FIRST_JUDGED_STEP, JUDGED_AGAIN = 20, 1.25  # the curve is looked at again when 
 PRESENT = 0.9  # of the curve: from here on it is "now"
 
 
-class WarningSink:
+class WarningSink(Sink):
     """A `Sink` that tells the others.
 
     The loss curve goes into checkpoints. Evaluations, and what it has said, come back from the record: see `recall`.
@@ -91,15 +90,6 @@ class WarningSink:
             self._said.add(title_of(record.text))
         if record.kind == "rolled_back":
             self._forget_after(record.step)
-
-    def parameters(self, record: ParametersRecord) -> None:
-        """For the record alone."""
-
-    def batch_change(self, record: BatchChange) -> None:
-        """The curve goes on."""
-
-    def close(self) -> None:
-        """Nothing to release."""
 
     def _accuracy(self, record: EvaluationRecord) -> float:
         """The watched metric where it is an accuracy, a share that is better when larger; else NaN."""

@@ -12,12 +12,10 @@ from typing import Any
 from ddp.errors import UsageError
 from ddp.job import TrackersSection
 from ddp.telemetry.records import (
-    BatchChange,
     EvaluationRecord,
-    LayersRecord,
-    ParametersRecord,
     RunEvent,
     RunInfo,
+    Sink,
     StepRecord,
 )
 from ddp.telemetry.trackers.environment import hide_secrets, tracker_environment
@@ -40,7 +38,7 @@ def check_trackers(section: TrackersSection) -> None:
             raise UsageError(f"trackers.names: {name} is not installed: pip install -e '.[{EXTRAS[name]}]'")
 
 
-class Trackers:
+class Trackers(Sink):
     """Hands records on; a step whose number `every_steps` divides, and the first one."""
 
     def __init__(
@@ -66,18 +64,9 @@ class Trackers:
     def evaluation(self, record: EvaluationRecord) -> None:
         self._put(record)
 
-    def batch_change(self, record: BatchChange) -> None:
-        """Steps tell their batch size."""
-
     def event(self, record: RunEvent) -> None:
         if record.kind == "rolled_back":
             self._put(record)
-
-    def layers(self, record: LayersRecord) -> None:
-        """In run.db and the report."""
-
-    def parameters(self, record: ParametersRecord) -> None:
-        """In run.db alone."""
 
     def close(self) -> None:
         """After the last step: wait `patience_seconds` for all of them together. Safe to call twice."""

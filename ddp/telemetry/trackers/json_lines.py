@@ -21,10 +21,9 @@ from ddp.job import redact
 from ddp.telemetry.records import (
     BatchChange,
     EvaluationRecord,
-    LayersRecord,
-    ParametersRecord,
     RunEvent,
     RunInfo,
+    Sink,
     StepRecord,
 )
 from ddp.telemetry.trackers.lines import SURROGATES, LoggedRecord, encoded
@@ -37,7 +36,7 @@ LINES_WITH_STEPS = ("step", "evaluation", "batch_change")  # that a step taken a
 log = logging.getLogger(__name__)
 
 
-class JsonLines:
+class JsonLines(Sink):
     """A `Sink` that appends to one file, continuing one that a resumed run has."""
 
     def __init__(self, path: Path, info: RunInfo, *, interval_seconds: float = 1.0) -> None:
@@ -66,12 +65,6 @@ class JsonLines:
 
     def event(self, record: RunEvent) -> None:
         self._put(record)
-
-    def layers(self, record: LayersRecord) -> None:
-        """In run.db and the report."""
-
-    def parameters(self, record: ParametersRecord) -> None:
-        """In run.db alone."""
 
     def close(self) -> None:
         """Write what is left. Safe to call twice."""
