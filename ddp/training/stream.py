@@ -48,7 +48,7 @@ def declared_examples(task: object, dataset: object) -> int:
             return declared
     try:
         return len(dataset) or OPEN  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError):  # how data sets say that they have no length
         return OPEN
 
 
