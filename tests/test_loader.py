@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import resource
@@ -161,7 +162,7 @@ ENDINGS: list[tuple[Callable[[], object], type[DdpError], str]] = [
         LoaderError,
         r"worker \d \(pid \d+\) of rank 0 was killed by SIGKILL",
     ),
-    (lambda: os.kill(os.getpid(), signal.SIGABRT), LoaderError, "was ended by SIGABRT"),
+    (lambda: (faulthandler.disable(), os.abort()), LoaderError, "was ended by SIGABRT"),
     (lambda: os._exit(7), LoaderError, "ended with code 7: a data set must not end its process"),
     (lambda: sys.exit(3), LoaderError, "ended with code 3: a data set must not end its process"),
     (share_too_much, LoaderError, "raised OSError: .*File too large"),
