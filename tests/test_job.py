@@ -132,6 +132,7 @@ def test_malformed_overrides_are_named(override: str) -> None:
     ("override", "path", "words"),
     [
         ("run.stps=3", "run.stps", ["unknown key", "did you mean steps?", "valid: id, directory"]),
+        ("run.global_batch_size=3", "run.global_batch_size", ["unknown key (did you mean batch.global_batch_size?)"]),
         ("batsh.size=3", "batsh", ["unknown key", "did you mean batch?"]),
         ("task.chanels=3", "task.chanels", ["did you mean channels?", "valid: name, channels"]),
         ("task.name=digit", "task.name", ["'digit'", "did you mean digits?", "module:attr"]),

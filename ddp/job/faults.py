@@ -43,7 +43,8 @@ def _describe(fault: ErrorDetails, whole: type[BaseModel]) -> str:
     match fault["type"]:
         case "extra_forbidden":
             valid = list(section.model_fields) if section else []
-            return f"{where}: unknown key{_did_you_mean(path[-1], valid)}; valid: {', '.join(valid)}"
+            hint = _did_you_mean(path[-1], valid) or _belongs_to(path[-1], whole)
+            return f"{where}: unknown key{hint}; valid: {', '.join(valid)}"
         case "missing":
             return f"{where}: missing"
         case "union_tag_not_found":
@@ -97,6 +98,12 @@ def _table_of(annotation: object) -> type[BaseModel] | None:
 def _did_you_mean(word: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(valid), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _belongs_to(key: str, whole: type[BaseModel]) -> str:
+    tables = {name: _table_of(field.annotation) for name, field in whole.model_fields.items()}
+    homes = [f"{name}.{key}" for name, table in tables.items() if table is not None and key in table.model_fields]
+    return f" (did you mean {homes[0]}?)" if len(homes) == 1 else ""
 
 
 def _short(value: object) -> str:
