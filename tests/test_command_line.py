@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import time
@@ -223,6 +224,7 @@ def test_a_closed_pipe_does_not_fail_a_finished_run(tmp_path: Path) -> None:
 
 
 NO_TORCH = """
+import shutil
 import sys
 from {module}.__main__ import main
 try: main({arguments!r})
@@ -266,6 +268,17 @@ def test_the_worker_gets_all_that_launch_was_given() -> None:
         *["-m", "ddp", "train", "a.toml", "--set", "run.seed=3", "--set", "x.y=z"],
         *["--resume", "auto", "--allow-import", "misbehaving"],
     ]
+
+
+def test_a_run_that_saved_nothing_begins_again_and_says_so(tmp_path: Path) -> None:
+    write_job(tmp_path, steps=3)
+    command = python("-m", "ddp", "train", "job.toml", "--resume", "auto", *ALLOWED)
+    first = run_command(command, tmp_path)
+    assert (first.code, "begins" in first.stderr) == (0, False), first
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
+    again = run_command(command, tmp_path)
+    assert again.code == 0, again
+    assert again.stderr.count("runs/run has no checkpoint: the run begins at its first step again\n") == 1, again.stderr
 
 
 def test_resume_auto_needs_a_run(tmp_path: Path) -> None:

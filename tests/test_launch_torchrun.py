@@ -73,5 +73,6 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(tmp_path: Path, nu
         again = run_command([*LAUNCH, "--resume", "auto"], tmp_path)
         written = outcome.read(tmp_path / "runs" / "run" / "outcome.json")
         assert again.code == 0, again
+        assert again.stderr.count("goes on from step") == 1, again.stderr
         assert written is not None
         assert written.code == 0

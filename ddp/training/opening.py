@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from ddp.training.attempt import (
 from ddp.training.plan import Plan, size_of
 from ddp.training.resume import Origin, find_origin
 from ddp.training.run_directory import RunDirectory, discarded_on_usage_error, flat, open_run_directory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,20 @@ def opened(job: Job, topology: Topology, plan: Plan, resume: str | None, transpo
                 refuse_to_diverge_again(directory.path, topology)
                 clear(directory.path)
                 station.open(directory.path)
+                _say_where_it_begins(directory, origin)
                 yield Opened(directory, origin, station)
             finally:
                 station.close()  # before the directory may go
     finally:
         directory.close()
+
+
+def _say_where_it_begins(directory: RunDirectory, origin: Origin) -> None:
+    """A new run says nothing."""
+    if origin.checkpoint is not None:
+        logger.info("goes on from step %d, from %s", origin.step, origin.checkpoint)
+    elif directory.reopened:
+        logger.info("%s has no checkpoint: the run begins at its first step again", directory.path)
 
 
 def _origin(job: Job, topology: Topology, resume: str | None) -> Origin:
