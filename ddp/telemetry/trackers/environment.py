@@ -7,6 +7,7 @@ none. A job file that is handed on must not send them somewhere else.
 from __future__ import annotations
 
 import os
+import site
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -48,7 +49,8 @@ def _point_mlflow(result: dict[str, str], section: TrackersSection, folder: Path
     if uri != result.get(MLFLOW_URI):
         for name in [name for name in result if name.startswith("MLFLOW_TRACKING_")]:
             del result[name]
-        result |= {"HOME": str(folder), "NETRC": os.devnull}  # where credentials may lie too
+        packages = site.getuserbase()  # MLflow may be installed there, and is found by HOME
+        result |= {"HOME": str(folder), "NETRC": os.devnull, "PYTHONUSERBASE": packages}  # credentials may lie in HOME
     result[MLFLOW_URI] = uri
 
 
