@@ -51,13 +51,23 @@ def job_of(source: Path) -> Job:
         CheckpointError: there is nothing.
         UsageError: the run has no job.toml, or none that is valid.
     """
+    return load_job(job_file_of(source))
+
+
+def job_file_of(source: Path, instead: str = "give a run's directory, or a checkpoint in it") -> Path:
+    """Where that job is; `instead` says what to do where the run has none.
+
+    Raises:
+        CheckpointError: there is nothing.
+        UsageError: the run has no job.toml.
+    """
     source = resolve(source)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such checkpoint or run")
     run = source.absolute().parent.parent if (source / MANIFEST).exists() else source
     if not (run / "job.toml").is_file():
-        raise UsageError(f"{run / 'job.toml'}: not there: give a run's directory, or a checkpoint in it")
-    return load_job(run / "job.toml")
+        raise UsageError(f"{run / 'job.toml'}: not there: {instead}")
+    return run / "job.toml"
 
 
 def snapshots(run_directory: Path) -> list[Path]:

@@ -193,19 +193,33 @@ def feed(sink: Sink, info: RunInfo, last_step: int | None = None) -> None:
             sink.evaluation(evaluations.pop(0))
 
 
+OLDER = {  # the tables and columns of version 3, written down so that a column which came since is not taken for one
+    "run": "part started_unix_time run_id task optimizer transport version world_size global_batch_size micro_batch_size "
+    "training_examples validation_examples steps steps_per_epoch epochs metric target start_step restarts goal nodes "
+    "gradient_bytes learning_rate_rule batch_statistics",
+    "steps": "step part epoch unix_time examples examples_total loss learning_rate gradient_norm duration_seconds "
+    "all_reduce_bytes straggler_rank global_batch_size slowdown_ratio headline method sampled_every plain_step "
+    "preconditioned_step",
+    "phases": "step rank data_seconds forward_seconds backward_seconds all_reduce_seconds wait_seconds optimizer_seconds",
+    "readings": "step place metric part name state noise_scale low high squared_norm variance_trace observations window "
+    "steps_needed drifting",
+    "batch_changes": "step epoch unix_time before after learning_rate_factor reason",
+    "evaluations": "step split part epoch unix_time examples loss",
+    "evaluation_metrics": "step split name value",
+    "events": "id part step unix_time kind rank text duration_seconds stall_seconds",
+    "critical_batches": "method optimizer target critical_batch_size low high",
+}
+
+
 def make_older(path: Path) -> None:
     """The record as the release before wrote it: version 3, without what came since."""
     with closing(sqlite3.connect(path)) as database:
-        for view in ("runs", "training", "validation", "parameters"):
-            database.execute(f"DROP VIEW {view}")
-        for table in ("parameter_values", "parameter_entries"):
-            database.execute(f"DROP TABLE {table}")
-        for table, column in (
-            ("steps", "metric"),
-            ("steps", "momentum"),
-            ("steps", "cpu_seconds"),
-            ("evaluations", "penalty"),
-        ):
-            database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        for kind, name in database.execute("SELECT type, name FROM sqlite_schema WHERE type <> 'index'").fetchall():
+            if name not in OLDER:
+                database.execute(f"DROP {kind} {name}")
+        for table, columns in OLDER.items():
+            for (column,) in database.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall():
+                if column not in columns.split():
+                    database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         database.execute("PRAGMA user_version = 3")
         database.commit()

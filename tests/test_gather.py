@@ -221,6 +221,10 @@ def test_the_forms_of_an_answer() -> None:
         ["c", "", "x'00ff'"],
     ]
     assert render(Answer(("a", "bc"), [])) == "a  bc\n-  --\n"
+    joined = Answer(("loss", "loss"), [(0.25, 0.5)])
+    assert render(joined, "csv") == "loss,loss\n0.25,0.5\n"
+    with pytest.raises(UsageError, match="several columns are called loss: name them apart with AS"):
+        render(joined, "json")
 
 
 def test_the_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,7 @@ def test_a_file_that_is_not_to_be_trusted_is_refused(tmp_path: Path) -> None:
         "huge header": struct.pack("<Q", 1 << 62) + b"{}",
         "deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
         "gap": content + b"\0",
+        "texts that are none": struct.pack("<Q", 18) + b'{"__metadata__":5}',
     }
     for name, text in bad.items():
         path = tmp_path / name

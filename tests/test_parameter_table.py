@@ -15,7 +15,7 @@ from torch import nn
 from ddp.errors import JobFileError, UsageError
 from ddp.job import RecordSection, parse_job
 from ddp.telemetry.gather import gather
-from ddp.telemetry.records import ParametersRecord
+from ddp.telemetry.records import ParametersRecord, Sink
 from ddp.telemetry.sinks import Sinks
 from ddp.training.parameter_table import ParameterTable, spread_places
 from ranks import RankPool
@@ -24,8 +24,8 @@ from training_runs import job, train_ranks
 PARAMETERS = ("0.weight", "*.bias")
 
 
-class Kept:
-    """Of a sink what this needs: the records of parameters."""
+class Kept(Sink):
+    """A sink that keeps the records of parameters."""
 
     def __init__(self) -> None:
         self.records: list[ParametersRecord] = []
@@ -37,7 +37,7 @@ class Kept:
 def table(module: nn.Module, **settings: Any) -> tuple[ParameterTable, Kept, Sinks]:
     kept = Kept()
     section = RecordSection.model_validate({"parameters": ["*"], **settings})
-    return ParameterTable(section, module), kept, Sinks([kept])  # type: ignore[list-item]
+    return ParameterTable(section, module), kept, Sinks([kept])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 31, 32, 33, 1000, 12_345_677])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import site
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,14 @@ def test_a_job_file_does_not_send_credentials_elsewhere(
     known = {"MLFLOW_TRACKING_URI": server.url, "MLFLOW_TRACKING_TOKEN": "t", "HOME": "/home/me"}
     same = tracker_environment("mlflow", section("mlflow", mlflow_uri=server.url), tmp_path, known)
     assert (same["MLFLOW_TRACKING_TOKEN"], same["HOME"]) == ("t", "/home/me")
+
+
+def test_a_home_without_credentials_has_the_users_packages_all_the_same(tmp_path: Path) -> None:
+    """`pip install --user` puts MLflow under HOME, which is another one in its process."""
+    environment = tracker_environment("mlflow", section("mlflow"), tmp_path, os.environ)
+    asked = [sys.executable, "-c", "import site; print(site.getuserbase())"]
+    found = subprocess.run(asked, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+    assert environment["HOME"] == str(tmp_path) and found == site.getuserbase()
 
 
 FULL = """

@@ -16,6 +16,7 @@ from ddp.errors import JobFileError, UsageError
 from ddp.job import MetricsSection, parse_job
 from ddp.telemetry.records import RunEvent, RunInfo
 from ddp.telemetry.station import Station
+from ddp.telemetry.trackers.environment import mlflow_uri, tracker_environment
 from ddp.telemetry.trackers.group import Trackers, check_trackers
 from ddp.telemetry.trackers.scalars import scalars
 from ddp.training.run_directory import changed_settings
@@ -130,6 +131,28 @@ def _wandb_records(content: bytes) -> Iterator[bytes]:
         if kind in (1, 4):  # full, or the last piece
             yield whole
             whole = b""
+
+
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [
+        ("sqlite:///some/mlflow.db", "sqlite:///{here}/some/mlflow.db"),
+        ("file:mlruns", "file:{here}/mlruns"),
+        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+        ("file:///tmp/mlruns", "file:///tmp/mlruns"),
+        ("https://mlflow.example/a", "https://mlflow.example/a"),
+    ],
+)
+def test_a_store_of_many_runs_is_where_they_are_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, meant: str
+) -> None:
+    """MLflow's process works in the run's own folder, where a relative path would be a store of that run alone."""
+    monkeypatch.chdir(tmp_path)
+    folder, meant = tmp_path / "runs" / "a", meant.format(here=tmp_path)
+    assert mlflow_uri(section("mlflow", mlflow_uri=named), folder, {}) == meant
+    known = {"MLFLOW_TRACKING_URI": named, "MLFLOW_TRACKING_TOKEN": "t"}
+    environment = tracker_environment("mlflow", section("mlflow"), folder, known)
+    assert (environment["MLFLOW_TRACKING_URI"], environment["MLFLOW_TRACKING_TOKEN"]) == (meant, "t")
 
 
 def test_a_roll_back_takes_steps_out_of_tensorboard(tmp_path: Path) -> None:

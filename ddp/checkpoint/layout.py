@@ -97,6 +97,8 @@ def parse_any(text: bytes, data_bytes: int) -> tuple[dict[str, Any], list[Place]
         table = json.loads(text.decode("utf-8"))
         metadata = table.pop("__metadata__", {})
         places = [_place(name, entry) for name, entry in table.items()]
+        if not isinstance(metadata, dict):
+            raise TypeError(f"__metadata__ is {metadata!r:.200}")
     except (TypeError, KeyError, AttributeError, RecursionError) as fault:
         raise ValueError(f"its header is not of this form: {fault!r:.200}") from None
     places.sort(key=lambda place: (place.start, place.stop))

@@ -57,7 +57,7 @@ class WeightsFile:
         length = header_length(file.read(LENGTH_BYTES), file_bytes)
         begin = LENGTH_BYTES + length
         texts, places = parse_any(file.read(length), file_bytes - begin)
-        return begin, {place.name: place for place in places}, dict(texts)
+        return begin, {place.name: place for place in places}, texts
 
     def _tensor(self, place: Place) -> Tensor:
         from ddp.checkpoint.tensors import make

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -68,8 +69,16 @@ def _hint(error: Exception) -> str:
 
 
 def render(answer: Answer, form: Form = "table") -> str:
-    """As text that ends with a line's end. JSON has null for NaN, and texts for infinities and bytes."""
+    """As text that ends with a line's end. JSON has null for NaN, and texts for infinities and bytes.
+
+    Raises:
+        UsageError: two columns have one name, of which an object of JSON would keep one.
+    """
     if form == "json":
+        if twice := [name for name, count in Counter(answer.columns).items() if count > 1]:
+            raise UsageError(
+                f"query: several columns are called {', '.join(twice)}: name them apart with AS, or take --csv"
+            )
         rows = [dict(zip(answer.columns, map(_plain, row), strict=True)) for row in answer.rows]
         return json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if form == "csv":

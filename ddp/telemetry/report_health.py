@@ -8,6 +8,7 @@ from ddp.telemetry.goodput import ratio
 from ddp.telemetry.progress import duration_text
 from ddp.telemetry.records import RunEvent, RunInfo, StepRecord
 from ddp.telemetry.report_page import Card
+from ddp.telemetry.warning_text import warnings_of
 from ddp.watching.finding import title_of
 
 
@@ -32,7 +33,7 @@ def health_cards(
 
 def _warnings_card(events: Sequence[RunEvent]) -> list[Card]:
     """Their table stands below the charts, where nobody looks without a reason."""
-    said = [event for event in events if event.kind == "warning"]
+    said = warnings_of(events)
     if not said:
         return []
     return [Card("Warnings", f"{len(said):,}", f"the latest: {title_of(said[-1].text)}; all are below")]

@@ -80,7 +80,11 @@ STEP_TABLES = (
     *("steps", "phases", "readings", "batch_changes", "evaluations", "evaluation_metrics", "parameter_values"),
     *LAYER_TABLES,
 )
-ADDED_COLUMNS = {"steps": ("metric", "momentum", "cpu_seconds"), "evaluations": ("penalty",)}  # since OLDEST_VERSION
+ADDED_COLUMNS = {  # since OLDEST_VERSION
+    "run": ("sampling TEXT NOT NULL DEFAULT 'uniform'",),
+    "steps": ("metric REAL", "momentum REAL", "cpu_seconds REAL"),
+    "evaluations": ("penalty REAL",),
+}
 
 
 def create_schema(database: sqlite3.Connection) -> None:
@@ -95,10 +99,10 @@ def create_schema(database: sqlite3.Connection) -> None:
     if version not in (0, *range(OLDEST_VERSION, SCHEMA_VERSION + 1)):
         raise sqlite3.DatabaseError(f"its schema is version {version}, this program writes {SCHEMA_VERSION}")
     added = "".join(
-        f"ALTER TABLE {table} ADD COLUMN {column} REAL;\n"
+        f"ALTER TABLE {table} ADD COLUMN {column};\n"
         for table, columns in ADDED_COLUMNS.items()
         for column in columns
-        if version and column not in columns_of(database, table)
+        if version and column.split()[0] not in columns_of(database, table)
     )
     whole = f"BEGIN IMMEDIATE;\n{added}{SCHEMA}{LAYER_SCHEMA}{views()}PRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;"
     try:

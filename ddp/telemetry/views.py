@@ -3,7 +3,7 @@
 One text for a run's own file and for many runs gathered in one database (`gather`), where `run_id` is a column of every
 table. `accuracy` is the evaluation metric, whatever its name is: `metric_name` says it. Times count from the run's first
 beginning: `elapsed_seconds` on the clock, interruptions included; `cpu_seconds` is the processor time of all ranks in the
-steps up to that one. `validation` has a row for each evaluation of the validation set, with rates and sizes of the step
+steps before that one. `validation` has a row for each evaluation of the validation set, with rates and sizes of the step
 before it; other splits are in `evaluations`. An entry of a parameter has its place in the flattened parameter (`index`),
 and in the matrix of `row`s that the first dimension makes; the name is the module's, the subname the parameter's in it.
 """

@@ -52,8 +52,6 @@ class WarningSink(Sink):
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """The training sample comes before the validation set."""
-        if record.split == "training":
-            self._training = record
         if self._take_pair(record):
             self._tell(gap_findings(list(self._pairs), self._curve.start), record.step, record.unix_time)
 
@@ -62,12 +60,12 @@ class WarningSink(Sink):
         for event in events:
             self.event(event)
         for record in evaluations:
-            if record.split == "training":
-                self._training = record
             self._take_pair(record)
 
     def _take_pair(self, record: EvaluationRecord) -> bool:
         """Whether `record` and the training sample's before it are of one step."""
+        if record.split == "training":
+            self._training = record
         training = self._training
         if record.split != "validation" or training is None or training.step != record.step:
             return False

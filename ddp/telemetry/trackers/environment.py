@@ -7,6 +7,7 @@ none. A job file that is handed on must not send them somewhere else.
 from __future__ import annotations
 
 import os
+import site
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,15 +41,26 @@ def tracker_environment(
 
 def mlflow_uri(section: TrackersSection, folder: Path, environ: Mapping[str, str]) -> str:
     """Where MLflow's runs go: as the job says, else the environment, else into the run's directory."""
-    return section.mlflow_uri or environ.get(MLFLOW_URI) or folder.resolve().as_uri()
+    named = section.mlflow_uri or environ.get(MLFLOW_URI)
+    return _from_here(named) if named else folder.resolve().as_uri()
+
+
+def _from_here(uri: str) -> str:
+    """A path in it counts from where the run was started, not from the folder that MLflow's process works in."""
+    for beginning in ("sqlite:///", "file:"):
+        path = uri.removeprefix(beginning)
+        if path != uri and not path.startswith("/"):
+            return beginning + os.path.join(os.getcwd(), path)
+    return uri
 
 
 def _point_mlflow(result: dict[str, str], section: TrackersSection, folder: Path) -> None:
     uri = mlflow_uri(section, folder, result)
-    if uri != result.get(MLFLOW_URI):
+    if uri != _from_here(result.get(MLFLOW_URI, "")):
         for name in [name for name in result if name.startswith("MLFLOW_TRACKING_")]:
             del result[name]
-        result |= {"HOME": str(folder), "NETRC": os.devnull}  # where credentials may lie too
+        packages = site.getuserbase()  # MLflow may be installed there, and is found by HOME
+        result |= {"HOME": str(folder), "NETRC": os.devnull, "PYTHONUSERBASE": packages}  # credentials may lie in HOME
     result[MLFLOW_URI] = uri
 
 
