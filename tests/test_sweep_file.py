@@ -172,6 +172,29 @@ def test_borders() -> None:
     assert Dimension("x", "int", low=1, high=4).border(1) == "lower"
 
 
+@pytest.mark.parametrize(
+    ("dimension", "lower", "upper"),
+    [
+        (Dimension("task.channels", "choice", choices=("8", "16", "64")), True, True),
+        (Dimension("task.channels", "choice", choices=("2", "64")), True, True),
+        (Dimension("task.channels", "choice", choices=("1", "2")), False, True),
+        (Dimension("task.channels", "int", low=1, high=9), False, True),
+        (Dimension("optimizer.learning_rate", "choice", choices=("0.01", "1e-4", "0.001")), True, True),
+        (Dimension("optimizer.learning_rate", "float", low=0.001, high=1.0), True, True),
+        (Dimension("optimizer.momentum", "float", low=0.5, high=0.99), True, True),
+        (Dimension("task.dropout", "choice", choices=("0.0", "0.2", "0.4")), False, True),
+        (Dimension("task.dropout", "float", low=0.0, high=0.4), False, True),
+    ],
+)
+def test_the_job_is_asked_for_what_lies_just_beyond_a_border(
+    sweep_file: Path, dimension: Dimension, lower: bool, upper: bool
+) -> None:
+    """Ranges and lists that the job ends itself, on one side, and those that it would take more of."""
+    sweep = load_sweep(sweep_file, ["optimizer.name=momentum"])
+    assert sweep.accepts({dimension.key: dimension.beyond("lower")}) == lower
+    assert sweep.accepts({dimension.key: dimension.beyond("upper")}) == upper
+
+
 def test_stages_narrow_around_the_best_of_the_stage_before(sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file)
     coarse, fine = expand(sweep)
