@@ -259,6 +259,29 @@ def test_what_is_written_and_said(tmp_path: Path) -> None:
     assert sum(results["stages"][0]["importance"].values()) == pytest.approx(1)
 
 
+def test_masters_that_end_together_write_the_best_job_one_after_another(tmp_path: Path) -> None:
+    source = Path(__file__).resolve().parent.parent / "examples" / "digits.toml"
+    code = (
+        "import sys; from pathlib import Path; from ddp.job import load_job; from ddp.sweep.job_of_trial import write_job\n"
+        f"job = load_job({str(source)!r}); print(flush=True); sys.stdin.readline()\n"
+        "for _ in range(300): write_job(Path(sys.argv[1]), job)"
+    )
+
+    def ready() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", code, str(tmp_path / "best.toml")]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    with ready() as one, ready() as other:
+        for each in (one, other):
+            assert each.stdin is not None and each.stdout is not None
+            each.stdout.readline()
+            each.stdin.write(b"\n")
+            each.stdin.flush()
+        assert [each.wait(timeout=60) for each in (one, other)] == [0, 0]
+    assert load_job(tmp_path / "best.toml") == load_job(source)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.toml"]
+
+
 def test_every_trial_failing_ends_the_sweep(tmp_path: Path) -> None:
     one = desk(tmp_path)
     for _ in range(3):

@@ -20,6 +20,7 @@ from ddp.search.critical_batch import difference
 from ddp.sweep.locks import FileLock, Masters, held
 from ddp.sweep.stages import expand
 from ddp.sweep.sweep_file import Sweep
+from ddp.telemetry.page_file import replace_file
 
 DEFINITION = "sweep.json"
 
@@ -69,9 +70,7 @@ def _check_directory(sweep: Sweep, masters: Masters, *, resume: bool, join: bool
         if others and not join:
             raise UsageError(f"{sweep.directory}: is run by {', '.join(others)}; give --join to work beside it")
         if not path.exists():
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps(sweep.definition(), indent=1), encoding="utf-8")
-            partial.replace(path)
+            replace_file(path, json.dumps(sweep.definition(), indent=1))
 
 
 def _check_same(path: Path, sweep: Sweep) -> None:
