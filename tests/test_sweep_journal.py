@@ -18,7 +18,8 @@ from ddp.job import load_job
 from ddp.sweep.findings import Findings, find, write_findings
 from ddp.sweep.findings_text import in_words
 from ddp.sweep.journal import FILE_NAME, Journal, build_sampler
-from ddp.sweep.locks import FileLock, Masters, held
+from ddp.sweep.locks import PLANNING_LOCK, FileLock, Masters, held
+from ddp.sweep.opening import opened_directory
 from ddp.sweep.page import write_sweep_page
 from ddp.sweep.planning import Planner, Work
 from ddp.sweep.stages import plan_stage
@@ -317,6 +318,28 @@ def test_locks_end_with_their_holder(tmp_path: Path) -> None:
         assert not one.lives(gone) and not one.lives("") and one.lives(one.name)
         assert one.others() == []
     assert list((tmp_path / "masters").iterdir()) == []
+
+
+def test_a_master_comes_in_while_no_other_looks_who_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that has made its file, and not locked it yet, is taken for gone for good, and its trials run twice."""
+    seen: list[str] = []
+    look = (
+        "import sys, ddp.sweep.locks as l; l.PATIENCE_SECONDS = 0.0\n"
+        "try: l.FileLock(l.Path(sys.argv[1])).acquire()\n"
+        "except l.DdpError: print('held')"
+    )
+
+    class Slow(Masters):
+        def __enter__(self) -> Masters:
+            seen.append(elsewhere(look, tmp_path / "out" / PLANNING_LOCK))
+            return super().__enter__()
+
+    monkeypatch.setattr("ddp.sweep.opening.Masters", Slow)
+    (tmp_path / "s.toml").write_text(SWEEP.format(sampler="random"))
+    sweep = load_sweep(tmp_path / "s.toml", [f"sweep.directory={tmp_path / 'out'}"])
+    with opened_directory(sweep, resume=False, join=True):
+        assert seen == ["held\n"]
+        assert elsewhere(look, tmp_path / "out" / PLANNING_LOCK) == ""
 
 
 def elsewhere(code: str, path: Path) -> str:
