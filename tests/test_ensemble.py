@@ -256,7 +256,7 @@ def test_the_log_of_the_mean_of_probabilities_is_normalised_logits() -> None:
     assert log_mean_probabilities([logits[0].bfloat16()], [1.0], 1).dtype == torch.float32
 
 
-@dataclass
+@dataclass(frozen=True)
 class Several:
     """As models of transformers answer."""
 
