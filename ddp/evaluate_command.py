@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ddp.checkpoint.names import MANIFEST, resolve
+from ddp.checkpoint.names import resolve
 from ddp.checkpoint_command import find_checkpoint
 from ddp.command_options import AllowImport, AsJson, Overrides
-from ddp.errors import CheckpointError, StoppedError, UsageError
+from ddp.errors import StoppedError, UsageError
 from ddp.job import Job, check_import, load_job
 from ddp.ranked_command import print_on_rank_0, ranked
 from ddp.topology import Topology
+from ddp.trained import job_file_of, without_transport
 
 if TYPE_CHECKING:
     from ddp.telemetry.records import EvaluationRecord
@@ -100,8 +101,7 @@ def evaluate_saved(
     from ddp.training.plan import plan_run
     from ddp.training.saved_model import read_saved_model
 
-    section = job.transport.model_copy(update={"name": "auto"})  # no gradient travels
-    job = job.model_copy(update={"transport": section})
+    job = without_transport(job)
     with opened_place(job, topology) as place:
         found = together(lambda: str(_found(source)) if topology.rank == 0 else "")
         path = Path(from_rank_zero(found))
@@ -200,9 +200,4 @@ def _own_job_file(source: Path) -> Path:
     """The job.toml of the run that `source` is, or is a checkpoint of."""
     if source.is_file():
         raise UsageError(f"{source}: an exported model does not say what it is of: give the job file, --job JOB.toml")
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: no such checkpoint or run")
-    run = source.absolute().parent.parent if (source / MANIFEST).exists() else source
-    if not (run / "job.toml").is_file():
-        raise UsageError(f"{run / 'job.toml'}: not there: give the job file of the run, --job JOB.toml")
-    return run / "job.toml"
+    return job_file_of(source, "give the job file of the run, --job JOB.toml")

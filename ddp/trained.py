@@ -51,13 +51,27 @@ def job_of(source: Path) -> Job:
         CheckpointError: there is nothing.
         UsageError: the run has no job.toml, or none that is valid.
     """
+    return load_job(job_file_of(source, "give a run's directory, or a checkpoint in it"))
+
+
+def job_file_of(source: Path, otherwise: str) -> Path:
+    """Its job.toml; where there is none, the message says what to do `otherwise`.
+
+    Raises:
+        CheckpointError, UsageError: see `job_of`.
+    """
     source = resolve(source)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such checkpoint or run")
     run = source.absolute().parent.parent if (source / MANIFEST).exists() else source
     if not (run / "job.toml").is_file():
-        raise UsageError(f"{run / 'job.toml'}: not there: give a run's directory, or a checkpoint in it")
-    return load_job(run / "job.toml")
+        raise UsageError(f"{run / 'job.toml'}: not there: {otherwise}")
+    return run / "job.toml"
+
+
+def without_transport(job: Job) -> Job:
+    """No gradient travels: whatever carried it where the network was trained need not be here."""
+    return job.model_copy(update={"transport": job.transport.model_copy(update={"name": "auto"})})
 
 
 def snapshots(run_directory: Path) -> list[Path]:
