@@ -110,6 +110,11 @@ def test_whole_numbers_at_both_ends_of_what_takes_fractions_are_a_range(sweep_fi
             '"optimizer.nme" = "sgd"',
             r"optimizer.nme is no dimension \(did you mean optimizer.name",
         ),
+        (
+            '"optimizer.name" = "sgd"',
+            '"optimizer.name" = ["sgd", "adamw"]',
+            r"momentum.when: optimizer.name is never \"adamw\": its values are \"sgd\", \"adam\"",
+        ),
         ('network = ["task.channels"', 'network = ["task.chanels"', r"subjects.network: task.chanels is no dimension"),
         ("epochs = 0.3", "epochs = 0.3\nsteps = 3", r"stages.0: give either epochs or steps"),
         ("epochs = 0.3", 'set = ["evaluation.every_step=3"]', r"stages.coarse.set.*every_step: unknown key"),
@@ -240,6 +245,20 @@ def test_a_condition_may_name_a_key_that_is_not_searched(sweep_file: Path) -> No
     assert all("optimizer.momentum" not in each for each in space_of(load_sweep(sweep_file)).grid()[:50])  # adamw
     sweep_file.write_text(f'{text}\n[optimizer]\nname = "sgd"\n')
     assert all("optimizer.momentum" in each for each in space_of(load_sweep(sweep_file)).grid()[:50])
+
+
+def test_a_condition_means_the_number_however_it_is_written(sweep_file: Path) -> None:
+    """The job's dropout is 0.0, and true is no number."""
+    text = (
+        sweep_file.read_text().replace('"task.dropout" = { low = 0, high = 0.6 }\n', "").replace('"task.dropout", ', "")
+    )
+    met = text.replace("high = 1e-2", 'high = 1e-2, when = { "task.dropout" = 0, "task.batch_norm" = true }')
+    sweep_file.write_text(met)
+    grid = space_of(load_sweep(sweep_file)).grid()
+    assert all(("optimizer.weight_decay" in each) == each["task.batch_norm"] for each in grid)
+    sweep_file.write_text(met.replace('"task.batch_norm" = true }', '"task.batch_norm" = 1 }'))
+    with pytest.raises(JobFileError, match="task.batch_norm is never 1: its values are true, false"):
+        load_sweep(sweep_file)
 
 
 def test_ranking() -> None:

@@ -126,6 +126,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_same(one: object, other: object) -> bool:
+    """As a job takes them: 0 and 0.0 are, 1 and true are not."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 def value_to_toml(value: Any) -> str:
     """The text of a number, word, truth value or list of those that `--set` reads back as the same."""
     return json.dumps(value)

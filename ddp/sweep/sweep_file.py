@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from ddp.errors import JobFileError, UsageError
 from ddp.job import Job, apply_overrides, parse_job, read_toml
 from ddp.job.faults import in_words
-from ddp.sweep.dimensions import Dimension, is_log_by_default, override, value_to_toml
+from ddp.sweep.dimensions import Dimension, is_log_by_default, is_same, override, toml_to_value, value_to_toml
 from ddp.sweep.sections import DimensionSection, StageSection, SweepSection
 from ddp.sweep.space import Space, Values, in_order
 
@@ -209,9 +209,13 @@ def _check(sweep: Sweep, source: str) -> None:
     for dimension in sweep.dimensions:
         if dimension.key in ("run.id", "run.directory", "run.epochs", "run.steps"):
             raise JobFileError(f"{source}: sweep.dimensions: {dimension.key} is the sweep's own; see sweep.stages")
-        for parent in dimension.when:
+        for parent, allowed in dimension.when.items():
+            where = f"{source}: sweep.dimensions.{dimension.key}.when"
             if parent not in keys and sweep.job_value(parent) is None:
-                raise JobFileError(f"{source}: sweep.dimensions.{dimension.key}.when: {_unknown(parent, keys)}")
+                raise JobFileError(f"{where}: {_unknown(parent, keys)}")
+            choices = next((each.choices for each in sweep.dimensions if each.key == parent), ())
+            if choices and (never := [text for text in allowed if not _is_among(text, choices)]):
+                raise JobFileError(f"{where}: {parent} is never {never[0]}: its values are {', '.join(choices)}")
     named = [(f"subjects.{name}", key) for name, group in sweep.section.subjects.items() for key in group]
     named += [(f"stages.{each.name}.vary", key) for each in sweep.stages for key in sweep.keys_of(each.vary)]
     for where, key in named:
@@ -247,6 +251,10 @@ def _check_values(sweep: Sweep, source: str) -> None:
             parse_job(apply_overrides(sweep.table, words), source=source)
         except JobFileError as error:
             raise JobFileError(f"{error}\n{source}: sweep.dimensions: with {', '.join(words)}") from None
+
+
+def _is_among(text: str, choices: Sequence[str]) -> bool:
+    return any(is_same(toml_to_value(text), toml_to_value(choice)) for choice in choices)
 
 
 def _unknown(name: str, valid: Sequence[str]) -> str:
