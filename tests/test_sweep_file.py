@@ -247,6 +247,15 @@ def test_a_condition_may_name_a_key_that_is_not_searched(sweep_file: Path) -> No
     assert all("optimizer.momentum" in each for each in space_of(load_sweep(sweep_file)).grid()[:50])
 
 
+def test_a_condition_is_of_the_job_as_the_stage_has_it(sweep_file: Path) -> None:
+    text = sweep_file.read_text().replace('"optimizer.name" = ["sgd", "adam"]\n', "")
+    sweep_file.write_text(text.replace("epochs = 0.3", 'sampler = "grid"\nset = ["optimizer.name=sgd"]'))
+    sweep = load_sweep(sweep_file)
+    coarse, fine = (plan_stage(sweep, stage, ()) for stage in expand(sweep))
+    assert all("optimizer.momentum" in values for values in coarse.grid)
+    assert "optimizer.momentum" not in fine.space.fill(lambda each: each.grid()[0])  # adamw, the job's own
+
+
 def test_a_condition_means_the_number_however_it_is_written(sweep_file: Path) -> None:
     """The job's dropout is 0.0, and true is no number."""
     text = (

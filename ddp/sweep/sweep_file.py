@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -70,6 +70,13 @@ class Sweep:
         for part in key.split("."):
             value = cast(dict[str, Any], value).get(part) if isinstance(value, dict) else None
         return value
+
+    def at(self, stage: StageSection) -> Sweep:
+        """With what a stage sets on top of the job."""
+        if not stage.set:
+            return self
+        table = apply_overrides(self.table, stage.set)
+        return replace(self, table=table, job=parse_job(table))
 
     def keys_of(self, names: Iterable[str]) -> tuple[str, ...]:
         """The dimensions that subjects and keys name, each once."""
