@@ -277,6 +277,8 @@ def test_values_are_averaged_as_they_are_and_mappings_by_their_keys() -> None:
     assert both["hidden"].tolist() == [[2.0], [4.0]] and both["n"] == 3
     with pytest.raises(UsageError, match="different shapes"):
         combine([one, one[:1]], [0.5, 0.5], None)
+    with pytest.raises(UsageError, match="its model's dict has no logits"):
+        combine([{"scores": each} for each in logits], [0.5, 0.5], 1)
     with pytest.raises(UsageError, match="answers with a str"):
         combine(["a", "b"], [0.5, 0.5], None)
 

@@ -54,7 +54,7 @@ def combine(
     """Of tensors, or of mappings or dataclasses of tensors, whose "logits" are then what has classes.
 
     Raises:
-        UsageError: the members answer with different shapes, or with something else.
+        UsageError: the members answer with different shapes, with something else, or with no logits where there are classes.
     """
     first = outputs[0]
     if isinstance(first, Tensor):
@@ -76,13 +76,19 @@ def _combine_parts(
     outputs: Sequence[Any], weights: Sequence[float], dimension: ClassDimension, temperature: float
 ) -> Any:
     """A copy of the first, with every tensor in it replaced."""
+    first = outputs[0]
+    if dimension is not None and not (LOGITS in first if isinstance(first, Mapping) else hasattr(first, LOGITS)):
+        raise UsageError(
+            f"ensemble: the task has a class_dimension, and its model's {type(first).__name__} has no {LOGITS}: probabilities of "
+            "what? Name them so, or leave class_dimension out"
+        )
 
     def combined(name: str, value: Any) -> Any:
         values = [each[name] if isinstance(each, Mapping) else getattr(each, name) for each in outputs]
         own = dimension if name == LOGITS else None
         return combine(values, weights, own, temperature) if isinstance(value, Tensor) else value
 
-    return _with_parts(outputs[0], combined)
+    return _with_parts(first, combined)
 
 
 def _with_parts(output: Any, changed: Callable[[str, Any], Any]) -> Any:
