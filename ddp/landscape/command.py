@@ -88,11 +88,13 @@ def in_words(found: Sequence[Landscape], written: Sequence[Path]) -> str:
             "" if math.isnan(each.largest_eigenvalue) else f"; largest Hessian eigenvalue {each.largest_eigenvalue:.4g}"
         )
         lines.append(f"{each.name.ljust(width)}  {each.optimizer}: loss {each.loss:.4g}; mean rise {rises}{eigenvalue}")
+    if len(written) == 1:
+        lines.append("No picture: it needs matplotlib: pip install -e '.[report]'")
     return "\n".join([*lines, *map(str, written)])
 
 
 def _write(found: Sequence[Landscape], asked: Asked, page: Path) -> list[Path]:
-    """The numbers, and the picture where matplotlib is there to draw it."""
+    """The picture where matplotlib is there to draw it, and the numbers."""
     from ddp.landscape.finding import to_json
     from ddp.telemetry.page_file import write_page
 
