@@ -27,7 +27,7 @@ from ddp.errors import StoppedError, UsageError
 from ddp.job import Job, check_import, load_job
 from ddp.ranked_command import print_on_rank_0, ranked
 from ddp.topology import Topology
-from ddp.trained import job_file_of
+from ddp.trained import job_file_of, without_transport
 
 if TYPE_CHECKING:
     from ddp.telemetry.records import EvaluationRecord
@@ -101,8 +101,7 @@ def evaluate_saved(
     from ddp.training.plan import plan_run
     from ddp.training.saved_model import read_saved_model
 
-    section = job.transport.model_copy(update={"name": "auto"})  # no gradient travels
-    job = job.model_copy(update={"transport": section})
+    job = without_transport(job)
     with opened_place(job, topology) as place:
         found = together(lambda: str(_found(source)) if topology.rank == 0 else "")
         path = Path(from_rank_zero(found))

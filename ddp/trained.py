@@ -70,6 +70,11 @@ def job_file_of(source: Path, instead: str = "give a run's directory, or a check
     return run / "job.toml"
 
 
+def without_transport(job: Job) -> Job:
+    """No gradient travels: whatever carried it where the network was trained need not be here."""
+    return job.model_copy(update={"transport": job.transport.model_copy(update={"name": "auto"})})
+
+
 def snapshots(run_directory: Path) -> list[Path]:
     """All checkpoints of a run that verify, the oldest first.
 

@@ -1,4 +1,4 @@
-"""Seeds of one job as an ensemble, their last snapshots as one network, and one network that learns from all of them.
+"""Seeds of one job as an ensemble, one network that learns from all of them, and the snapshots of one run as one network.
 
 python examples/ensemble.py --seeds 3 --directory runs/ensemble
 

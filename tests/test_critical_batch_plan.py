@@ -308,6 +308,10 @@ def test_a_sweep_may_name_a_job_file_or_hold_its_tables(tmp_path: Path) -> None:
     other = load_sweep(tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5", "sweep.workers=3"])
     assert other.definition() == sweep.definition()
     assert load_sweep(tmp_path / "named.toml").definition() != sweep.definition()
+    redrawn = load_sweep(
+        tmp_path / "named.toml", ["task.channels=7", "sweep.seeds=5", "initialisation.weights=orthogonal"]
+    )
+    assert redrawn.definition() != sweep.definition()
 
 
 @pytest.mark.parametrize(

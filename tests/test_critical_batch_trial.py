@@ -287,6 +287,19 @@ def test_a_batch_that_is_larger_than_the_data_is_refused() -> None:
         workload({"name": "digits"}, {"name": "sgd"}, batch_sizes=[4, 8, 16, 32, 2048])
 
 
+def test_what_a_trials_steps_do_not_have_is_refused() -> None:
+    """They would train without it, and the critical batch size would be that of another training."""
+    for optimizer, words in (
+        ({"name": "sgd", "sam_rho": 0.05}, "leave out optimizer.sam_rho$"),
+        (
+            {"name": "momentum", "momentum": 0.5, "final_momentum": 0.9, "momentum_steps": 9},
+            "leave out optimizer.final_momentum$",
+        ),
+    ):
+        with pytest.raises(UsageError, match=words):
+            workload(bowl(), {**optimizer, "learning_rate": 0.1})
+
+
 def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
     load = workload({"name": "digits", "batch_norm": False, "channels": 2}, {"name": "adam", "learning_rate": 0.02})
     first, again, other = (run(load, 16, 0.02, 1.8, seed=seed, steps=60) for seed in (0, 0, 1))

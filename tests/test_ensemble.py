@@ -256,7 +256,7 @@ def test_the_log_of_the_mean_of_probabilities_is_normalised_logits() -> None:
     assert log_mean_probabilities([logits[0].bfloat16()], [1.0], 1).dtype == torch.float32
 
 
-@dataclass
+@dataclass(frozen=True)
 class Several:
     """As models of transformers answer."""
 
@@ -277,6 +277,8 @@ def test_values_are_averaged_as_they_are_and_mappings_by_their_keys() -> None:
     assert both["hidden"].tolist() == [[2.0], [4.0]] and both["n"] == 3
     with pytest.raises(UsageError, match="different shapes"):
         combine([one, one[:1]], [0.5, 0.5], None)
+    with pytest.raises(UsageError, match="its model's dict has no logits"):
+        combine([{"scores": each} for each in logits], [0.5, 0.5], 1)
     with pytest.raises(UsageError, match="answers with a str"):
         combine(["a", "b"], [0.5, 0.5], None)
 

@@ -23,6 +23,7 @@ from ddp import checkpoint
 from ddp.checkpoint.export import model_state
 from ddp.errors import StoppedError
 from ddp.job import Job, parse_job
+from ddp.landscape.command import in_words
 from ddp.landscape.curvature import largest_eigenvalue
 from ddp.landscape.directions import filter_normalised, norm_of, unperturbed
 from ddp.landscape.finding import Asked, Landscape, Rise, survey, to_json
@@ -233,6 +234,8 @@ def test_a_surface_that_is_not_finite_is_drawn_all_the_same() -> None:
     ElementTree.fromstring(
         render([found, replace(found, name="b", losses=np.full((3, 3), 2.0))], asked, 0.0).partition("\n")[2]
     )
+    assert "needs matplotlib" in in_words([found], [Path("n.json")])
+    assert "needs matplotlib" not in in_words([found], [Path("n.html"), Path("n.json")])
     assert to_json([found], asked)["networks"][0]["losses"][0] == [1.0, None, None]
     assert shared_levels([np.full((2, 2), np.nan)])[0] == -1.0 and shared_levels([losses])[-1] == pytest.approx(2.0)
     assert shared_levels([losses - 1.0])[0] == pytest.approx(-0.9)

@@ -343,3 +343,5 @@ def test_a_trials_environment_says_nothing_of_its_masters_place(tmp_path: Path) 
         "DDP_NO_REPORT": "1",
         "CUDA_VISIBLE_DEVICES": "2,3",
     }
+    given = request.environment({"CUDA_VISIBLE_DEVICES": "1,4,5,GPU-7c"})
+    assert given["CUDA_VISIBLE_DEVICES"] == "5,GPU-7c"  # of the master's own, not the machine's

@@ -110,6 +110,11 @@ def test_whole_numbers_at_both_ends_of_what_takes_fractions_are_a_range(sweep_fi
             '"optimizer.nme" = "sgd"',
             r"optimizer.nme is no dimension \(did you mean optimizer.name",
         ),
+        (
+            '"optimizer.name" = "sgd"',
+            '"optimizer.name" = ["sgd", "adamw"]',
+            r"momentum.when: optimizer.name is never \"adamw\": its values are \"sgd\", \"adam\"",
+        ),
         ('network = ["task.channels"', 'network = ["task.chanels"', r"subjects.network: task.chanels is no dimension"),
         ("epochs = 0.3", "epochs = 0.3\nsteps = 3", r"stages.0: give either epochs or steps"),
         ("epochs = 0.3", 'set = ["evaluation.every_step=3"]', r"stages.coarse.set.*every_step: unknown key"),
@@ -172,6 +177,29 @@ def test_borders() -> None:
     assert Dimension("x", "int", low=1, high=4).border(1) == "lower"
 
 
+@pytest.mark.parametrize(
+    ("dimension", "lower", "upper"),
+    [
+        (Dimension("task.channels", "choice", choices=("8", "16", "64")), True, True),
+        (Dimension("task.channels", "choice", choices=("2", "64")), True, True),
+        (Dimension("task.channels", "choice", choices=("1", "2")), False, True),
+        (Dimension("task.channels", "int", low=1, high=9), False, True),
+        (Dimension("optimizer.learning_rate", "choice", choices=("0.01", "1e-4", "0.001")), True, True),
+        (Dimension("optimizer.learning_rate", "float", low=0.001, high=1.0), True, True),
+        (Dimension("optimizer.momentum", "float", low=0.5, high=0.99), True, True),
+        (Dimension("task.dropout", "choice", choices=("0.0", "0.2", "0.4")), False, True),
+        (Dimension("task.dropout", "float", low=0.0, high=0.4), False, True),
+    ],
+)
+def test_the_job_is_asked_for_what_lies_just_beyond_a_border(
+    sweep_file: Path, dimension: Dimension, lower: bool, upper: bool
+) -> None:
+    """Ranges and lists that the job ends itself, on one side, and those that it would take more of."""
+    sweep = load_sweep(sweep_file, ["optimizer.name=momentum"])
+    assert sweep.accepts({dimension.key: dimension.beyond("lower")}) == lower
+    assert sweep.accepts({dimension.key: dimension.beyond("upper")}) == upper
+
+
 def test_stages_narrow_around_the_best_of_the_stage_before(sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file)
     coarse, fine = expand(sweep)
@@ -217,6 +245,29 @@ def test_a_condition_may_name_a_key_that_is_not_searched(sweep_file: Path) -> No
     assert all("optimizer.momentum" not in each for each in space_of(load_sweep(sweep_file)).grid()[:50])  # adamw
     sweep_file.write_text(f'{text}\n[optimizer]\nname = "sgd"\n')
     assert all("optimizer.momentum" in each for each in space_of(load_sweep(sweep_file)).grid()[:50])
+
+
+def test_a_condition_is_of_the_job_as_the_stage_has_it(sweep_file: Path) -> None:
+    text = sweep_file.read_text().replace('"optimizer.name" = ["sgd", "adam"]\n', "")
+    sweep_file.write_text(text.replace("epochs = 0.3", 'sampler = "grid"\nset = ["optimizer.name=sgd"]'))
+    sweep = load_sweep(sweep_file)
+    coarse, fine = (plan_stage(sweep, stage, ()) for stage in expand(sweep))
+    assert all("optimizer.momentum" in values for values in coarse.grid)
+    assert "optimizer.momentum" not in fine.space.fill(lambda each: each.grid()[0])  # adamw, the job's own
+
+
+def test_a_condition_means_the_number_however_it_is_written(sweep_file: Path) -> None:
+    """The job's dropout is 0.0, and true is no number."""
+    text = (
+        sweep_file.read_text().replace('"task.dropout" = { low = 0, high = 0.6 }\n', "").replace('"task.dropout", ', "")
+    )
+    met = text.replace("high = 1e-2", 'high = 1e-2, when = { "task.dropout" = 0, "task.batch_norm" = true }')
+    sweep_file.write_text(met)
+    grid = space_of(load_sweep(sweep_file)).grid()
+    assert all(("optimizer.weight_decay" in each) == each["task.batch_norm"] for each in grid)
+    sweep_file.write_text(met.replace('"task.batch_norm" = true }', '"task.batch_norm" = 1 }'))
+    with pytest.raises(JobFileError, match="task.batch_norm is never 1: its values are true, false"):
+        load_sweep(sweep_file)
 
 
 def test_ranking() -> None:

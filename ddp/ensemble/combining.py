@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ def combine(
     """Of tensors, or of mappings or dataclasses of tensors, whose "logits" are then what has classes.
 
     Raises:
-        UsageError: the members answer with different shapes, or with something else.
+        UsageError: the members answer with different shapes, with something else, or with no logits where there are classes.
     """
     first = outputs[0]
     if isinstance(first, Tensor):
@@ -76,17 +76,30 @@ def _combine_parts(
     outputs: Sequence[Any], weights: Sequence[float], dimension: ClassDimension, temperature: float
 ) -> Any:
     """A copy of the first, with every tensor in it replaced."""
-    is_mapping = isinstance(outputs[0], Mapping)
-    combined: Any = copy.copy(outputs[0])
-    for name in list(combined) if is_mapping else [each.name for each in dataclasses.fields(combined)]:
-        values = [each[name] if is_mapping else getattr(each, name) for each in outputs]
-        if isinstance(values[0], Tensor):
-            value = combine(values, weights, dimension if name == LOGITS else None, temperature)
-            if is_mapping:
-                combined[name] = value
-            else:
-                setattr(combined, name, value)
-    return combined
+    first = outputs[0]
+    if dimension is not None and not (LOGITS in first if isinstance(first, Mapping) else hasattr(first, LOGITS)):
+        raise UsageError(
+            f"ensemble: the task has a class_dimension, and its model's {type(first).__name__} has no {LOGITS}: probabilities of "
+            "what? Name them so, or leave class_dimension out"
+        )
+
+    def combined(name: str, value: Any) -> Any:
+        values = [each[name] if isinstance(each, Mapping) else getattr(each, name) for each in outputs]
+        own = dimension if name == LOGITS else None
+        return combine(values, weights, own, temperature) if isinstance(value, Tensor) else value
+
+    return _with_parts(first, combined)
+
+
+def _with_parts(output: Any, changed: Callable[[str, Any], Any]) -> Any:
+    """A copy of a mapping or a dataclass, which may be frozen, with each part as `changed` has it."""
+    if isinstance(output, Mapping):
+        copied: Any = copy.copy(output)
+        for name, value in output.items():
+            copied[name] = changed(name, value)
+        return copied
+    names = [each.name for each in dataclasses.fields(output) if each.init]
+    return dataclasses.replace(output, **{name: changed(name, getattr(output, name)) for name in names})
 
 
 def _shapes(outputs: Sequence[Any]) -> str:
@@ -120,16 +133,8 @@ def _widened(output: Any) -> Any:
     """In float32, as autocast has it for the losses that follow; means of narrow numbers would round, too."""
     if isinstance(output, Tensor):
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-    if isinstance(output, Mapping):
-        wide: Any = copy.copy(output)
-        for name in list(wide):
-            wide[name] = _widened(wide[name])
-        return wide
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return dataclasses.replace(
-            output,
-            **{each.name: _widened(getattr(output, each.name)) for each in dataclasses.fields(output) if each.init},
-        )
+    if isinstance(output, Mapping) or (dataclasses.is_dataclass(output) and not isinstance(output, type)):
+        return _with_parts(output, lambda _, value: _widened(value))
     return output
 
 

@@ -23,7 +23,7 @@ from ddp.errors import UsageError
 from ddp.job import Job, check_exposure, check_import, load_job
 from ddp.ranked_command import print_on_rank_0, ranked
 from ddp.topology import Topology
-from ddp.trained import job_of
+from ddp.trained import job_of, without_transport
 
 Split = Literal["validation", "training"]
 
@@ -131,7 +131,7 @@ def make_ensemble(request: Request, student: Distil | None, here: Topology, *, a
     from ddp.ensemble.making import evaluated, with_student
     from ddp.training.place import opened_place
 
-    job = student.job if student is not None else _without_transport(job_of([*request.sources, *request.runs][0]))
+    job = student.job if student is not None else without_transport(job_of([*request.sources, *request.runs][0]))
     with opened_place(job, here) as place:
         found = evaluated(place, request)
         findings, run_directory = found.findings, None
@@ -142,11 +142,6 @@ def make_ensemble(request: Request, student: Distil | None, here: Topology, *, a
     print_on_rank_0(f"{text}\n", here)
     if run_directory is not None and here.rank == 0:
         outcome.record(outcome.success(here.rank, here.world_size), run_directory)
-
-
-def _without_transport(job: Job) -> Job:
-    """No gradient travels: whatever carried it where the member was trained need not be here."""
-    return job.model_copy(update={"transport": job.transport.model_copy(update={"name": "auto"})})
 
 
 def _numbers(text: str) -> list[float]:

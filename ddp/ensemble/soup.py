@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset
 
-from ddp.errors import StoppedError, UsageError
+from ddp.errors import UsageError
+from ddp.training.agreement import stop_together
 from ddp.training.data import fetcher, split, to_device
 from ddp.training.initialisation import stays_in_evaluation
 from ddp.training.plan import size_of
@@ -83,7 +84,7 @@ def recompute_statistics(
                 if first + rank < len(batches):
                     rows = batches[first + rank]
                     forward(to_device(fetch(order[rows.start : rows.stop].tolist()), device))
-                _stop_together(asked_to_stop())
+                stop_together(asked_to_stop(), "ensemble")
         _average_over_ranks(layers, count=len(range(rank, len(batches), world_size)))
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
@@ -106,10 +107,3 @@ def _average_over_ranks(layers: Sequence[_NormBase], count: int) -> None:
 
 def _as_vector(count: int, like: Tensor) -> Tensor:
     return torch.tensor([float(count)], dtype=torch.float64, device=like.device)
-
-
-def _stop_together(asked: bool) -> None:
-    flag = torch.tensor([float(asked)])
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    if flag.item():
-        raise StoppedError("ensemble: stopped by a signal: run it again")

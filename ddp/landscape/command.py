@@ -17,7 +17,7 @@ import typer
 from ddp.command_options import AllowImport, AsJson
 from ddp.errors import UsageError
 from ddp.ranked_command import print_on_rank_0, ranked
-from ddp.trained import job_of
+from ddp.trained import job_of, without_transport
 
 if TYPE_CHECKING:
     from ddp.landscape.finding import Asked, Landscape
@@ -61,8 +61,7 @@ def landscape(
             )
         if page.suffix == ".json":
             raise UsageError(f"--page {page}: the numbers go there, the picture beside it: name it .html")
-        job = job_of(sources[0])
-        job = job.model_copy(update={"transport": job.transport.model_copy(update={"name": "auto"})})
+        job = without_transport(job_of(sources[0]))
         from ddp.landscape.finding import Asked, survey, to_json
         from ddp.telemetry.page_file import check_page
         from ddp.trained import load_trained
@@ -89,11 +88,13 @@ def in_words(found: Sequence[Landscape], written: Sequence[Path]) -> str:
             "" if math.isnan(each.largest_eigenvalue) else f"; largest Hessian eigenvalue {each.largest_eigenvalue:.4g}"
         )
         lines.append(f"{each.name.ljust(width)}  {each.optimizer}: loss {each.loss:.4g}; mean rise {rises}{eigenvalue}")
+    if len(written) == 1:
+        lines.append("No picture: it needs matplotlib: pip install -e '.[report]'")
     return "\n".join([*lines, *map(str, written)])
 
 
 def _write(found: Sequence[Landscape], asked: Asked, page: Path) -> list[Path]:
-    """The numbers, and the picture where matplotlib is there to draw it."""
+    """The picture where matplotlib is there to draw it, and the numbers."""
     from ddp.landscape.finding import to_json
     from ddp.telemetry.page_file import write_page
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ddp.landscape.surface import Examples, stop_together
+from ddp.landscape.surface import COMMAND, Examples
 from ddp.trained import Trained
+from ddp.training.agreement import stop_together
 from ddp.training.place import Place
 
 ITERATIONS = 60  # at most
@@ -66,7 +67,7 @@ def hessian_product(
         total[-1] = 1.0
     if world_size > 1:
         dist.all_reduce(total)
-    stop_together(place)
+    stop_together(place.stop.asked, COMMAND)
     if total[-1] > 0:
         return None
     parts = (total[:-1] / examples.count).split([each.numel() for each in parameters])

@@ -18,15 +18,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddp.errors import StoppedError
 from ddp.tasks.base import Batch
 from ddp.trained import Trained
+from ddp.training.agreement import stop_together
 from ddp.training.data import fetcher, split, to_device
 from ddp.training.place import Place
 from ddp.training.plan import size_of
 from ddp.training.precision import autocast
 from ddp.training.random_state import preserved_random_state, seed_rank
 
+COMMAND = "landscape"
 BATCH_SIZE = 256
 
 
@@ -69,7 +70,7 @@ def losses_at(
             if first + rank < len(points):
                 _move_(module, weights, points[first + rank]())
                 values[first + rank] = mean_loss(place, trained, examples)
-            stop_together(place)
+            stop_together(place.stop.asked, COMMAND)
     if world_size > 1:
         dist.all_reduce(values)
     return values.numpy()
@@ -97,14 +98,6 @@ def kept(module: nn.Module) -> Iterator[list[Tensor]]:
         with torch.no_grad():
             for parameter, weight in zip(module.parameters(), weights, strict=True):
                 parameter.copy_(weight)
-
-
-def stop_together(place: Place) -> None:
-    """All ranks stop where any was asked to. Collective."""
-    flag = torch.tensor([float(place.stop.asked)])
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    if flag.item():
-        raise StoppedError("landscape: stopped by a signal: run it again")
 
 
 def _move_(module: nn.Module, weights: Sequence[Tensor], offset: Sequence[Tensor]) -> None:

@@ -104,8 +104,8 @@ class Sweep:
     def definition(self) -> dict[str, Any]:
         """Everything that results depend on, JSON-able."""
         section = self.section.model_dump(mode="json", exclude={"job", "directory", "workers"})
-        tables = self.job.model_dump(mode="json", include={"task", "batch", "optimizer", "schedule", "evaluation"})
-        return {"sweep": section, **tables, "seed": self.job.run.seed}
+        names = {"task", "batch", "initialisation", "optimizer", "schedule", "evaluation"}
+        return {"sweep": section, **self.job.model_dump(mode="json", include=names), "seed": self.job.run.seed}
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset
 
 from ddp.errors import UsageError
-from ddp.job import OptimizerSection
+from ddp.job import Job, OptimizerSection
 from ddp.search.sweep_file import Sweep
 from ddp.tasks import load_task
 from ddp.tasks.base import Batch, Task, metric_goal
@@ -49,17 +49,19 @@ def load_workload(sweep: Sweep, *, allow_import: Sequence[str] = ()) -> Workload
     """Build the task and its data.
 
     Raises:
-        UsageError: the task or the device is not there, or a batch size is more than the training set.
+        UsageError: the task or the device is not there, a batch size is more than the training set, or the job asks for what
+            trials do not have.
     """
     device = choose_device(sweep.job.run.device, SINGLE_PROCESS)
     seed_rank(sweep.job.run.seed, 0)
     task = load_task(sweep.job.task, allow_import=allow_import)
     training, validation = task.datasets()
-    if is_stream(training) or sweep.job.sampling.name != "uniform":
+    if is_stream(training):
         raise UsageError(
-            "critical-batch draws examples of the training set by number, each once an epoch: it takes neither a stream nor "
-            f'sampling.name = "{sweep.job.sampling.name}"; leave [sampling] out and name a task whose data set has a length'
+            "critical-batch draws examples of the training set by number, which a stream does not have: name a task whose data "
+            "set has a length"
         )
+    _check_steps(sweep.job)
     metric_goal(task, sweep.job.evaluation.metric)
     workload = Workload(sweep, task, training, validation, device)
     largest = sweep.section.batch_sizes[-1]
@@ -69,6 +71,19 @@ def load_workload(sweep: Sweep, *, allow_import: Sequence[str] = ()) -> Workload
             f"has {workload.training_examples} examples"
         )
     return workload
+
+
+def _check_steps(job: Job) -> None:
+    """What a trial's steps would pass over in silence is refused: the answer would be another training's."""
+    passed_over = {
+        "sampling.name": job.sampling.name != "uniform",
+        "optimizer.sam_rho": job.optimizer.sam_rho is not None,
+        "optimizer.final_momentum": job.optimizer.final_momentum is not None,
+    }
+    if keys := ", ".join(key for key, is_given in passed_over.items() if is_given):
+        raise UsageError(
+            f"critical-batch takes plain steps, of one momentum, each example once an epoch: leave out {keys}"
+        )
 
 
 def make_model(workload: Workload, seed: int) -> nn.Module:

@@ -77,17 +77,21 @@ class Dimension:
         return "lower" if share <= BORDER else "upper" if share >= 1 - BORDER else None
 
     def beyond(self, end: Literal["lower", "upper"]) -> Any:
-        """A value a little outside of the range."""
-        if self.kind == "choice":
-            ordered = sorted(toml_to_value(text) for text in self.choices)
-            low, high = ordered[0], ordered[-1]
-            outside = low - (high - low) if end == "lower" else 2 * high - low
-            return outside if isinstance(low, float) else round(outside)
+        """The nearest value outside of the range; of a list of whole numbers one as far out as the list goes on.
+
+        Only the nearest says whether there is anything beyond: a longer step would leave what a job takes, too.
+        """
         if self.kind == "int":
             return round(self.low) - 1 if end == "lower" else round(self.high) + 1
-        width = self._to_scale(self.high) - self._to_scale(self.low)
-        at = self._to_scale(self.low) - 0.1 * width if end == "lower" else self._to_scale(self.high) + 0.1 * width
-        return self._from_scale(at)
+        if self.kind == "float":
+            return math.nextafter(self.low, -math.inf) if end == "lower" else math.nextafter(self.high, math.inf)
+        ordered = sorted((toml_to_value(text) for text in self.choices), reverse=end == "upper")
+        last, before = ordered[:2]
+        if not all(isinstance(value, int) for value in ordered):
+            return math.nextafter(last, -math.inf if end == "lower" else math.inf)
+        if end == "upper" or last <= 0:
+            return 2 * last - before
+        return max(min(1, last - 1), last * last // before)
 
     def narrowed(self, whole: Dimension, around: Any, to_share: float) -> Dimension:
         """A range `to_share` times as wide by its scale with `around` in the middle, cut where `whole` ends."""
@@ -120,6 +124,11 @@ def is_log_by_default(key: str) -> bool:
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_same(one: object, other: object) -> bool:
+    """As a job takes them: 0 and 0.0 are, 1 and true are not."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def value_to_toml(value: Any) -> str:

@@ -13,6 +13,7 @@ from ddp.sweep.space import Values
 from ddp.sweep.stages import Stage, steps_of
 from ddp.sweep.sweep_file import Sweep
 from ddp.sweep.trials import Trial
+from ddp.telemetry.page_file import replace_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,7 @@ def with_values(table: dict[str, Any], stage: Stage, values: Values) -> dict[str
 
 def write_job(path: Path, job: Job, note: str = "") -> None:
     """As TOML with a comment above; a link there is replaced, not followed."""
-    text = (f"# {note}\n" if note else "") + job.to_toml()
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8") as file:
-        file.write(text)
-    partial.replace(path)
+    replace_file(path, (f"# {note}\n" if note else "") + job.to_toml())
 
 
 def _as_long_as(table: dict[str, Any], sweep: Sweep, stage: Stage, training_examples: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from ddp.topology import FAMILIES, RESTARTED_FROM_OUTSIDE
 from ddp.training.signals import StopRequest
 
 LOOK_SECONDS = 0.1
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 MARK = "DDP_SWEEP_TRIAL"  # in the environment of a command: which trial it is
 
 
@@ -62,7 +63,7 @@ class Request:
         name: with its stage's, unique in the sweep.
         arguments: after `python -m ddp`.
         outcome: the file in which its ranks say how they ended.
-        devices: GPUs that it may see; None: all there are.
+        devices: GPUs that it may see, counted among those that this process sees; None: all of them.
     """
 
     name: str
@@ -77,7 +78,10 @@ class Request:
         told |= {*RESTARTED_FROM_OUTSIDE, STDERR_VARIABLE, "DDP_RUN_ID", "TORCHELASTIC_ERROR_FILE"}
         own = {OUTCOME_FILE_VARIABLE: str(self.outcome), NO_REPORT_VARIABLE: "1"}
         if self.devices is not None:
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
+            visible = (
+                environ[VISIBLE].split(",") if VISIBLE in environ else None
+            )  # numbers or names, as a scheduler gave them
+            own[VISIBLE] = ",".join(str(each) if visible is None else visible[each] for each in self.devices)
         return {name: value for name, value in environ.items() if name not in told} | own
 
 

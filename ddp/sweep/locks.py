@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ddp.errors import DdpError, UsageError
 
+PLANNING_LOCK = ".planning.lock"  # in the sweep's directory: for what belongs together, and for coming in
 PATIENCE_SECONDS = 120.0  # for a lock that masters hold for milliseconds
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 

@@ -175,10 +175,10 @@ class Master:
     def _show(self, stage: Stage) -> None:
         if stage.name != self._shown:
             plan = self.planner.plan(stage)
-            begun = sum(trial.result is not None for trial in self.journal.trials(stage.name))
+            ended = sum(trial.result is not None for trial in self.journal.trials(stage.name))
             if self._shown:
                 self.progress.end()
-            self.progress.begin(f"stage {stage.name}", (0 if plan is None else plan.trials) - begun, self.workers)
+            self.progress.begin(f"stage {stage.name}", (0 if plan is None else plan.trials) - ended, self.workers)
             self._shown = stage.name
 
     def _stop_all(self) -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from ddp.errors import DdpError, UsageError
 from ddp.search.critical_batch import difference
-from ddp.sweep.locks import FileLock, Masters, held
+from ddp.sweep.locks import PLANNING_LOCK, FileLock, Masters, held
 from ddp.sweep.stages import expand
 from ddp.sweep.sweep_file import Sweep
+from ddp.telemetry.page_file import replace_file
 
 DEFINITION = "sweep.json"
 
@@ -47,8 +48,9 @@ def _entered(sweep: Sweep, *, resume: bool, join: bool) -> Iterator[Masters]:
     with contextlib.ExitStack() as stack:
         try:
             sweep.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            masters = stack.enter_context(Masters(sweep.directory))
-            _check_directory(sweep, masters, resume=resume, join=join)
+            with held(FileLock(sweep.directory / PLANNING_LOCK)):  # who looks for gone masters meets none half-way in
+                masters = stack.enter_context(Masters(sweep.directory))
+                _check_directory(sweep, masters, resume=resume, join=join)
         except OSError as error:
             raise UsageError(
                 f"{error.filename or sweep.directory}: {error.strerror}; give another sweep.directory"
@@ -58,20 +60,15 @@ def _entered(sweep: Sweep, *, resume: bool, join: bool) -> Iterator[Masters]:
 
 def _check_directory(sweep: Sweep, masters: Masters, *, resume: bool, join: bool) -> None:
     path = sweep.directory / DEFINITION
-    with held(FileLock(sweep.directory / ".planning.lock")):
-        others = masters.others()
-        if path.exists():
-            if not (resume or join):
-                raise UsageError(
-                    f"{path}: there is a sweep already; give --resume to go on, or another sweep.directory"
-                )
-            _check_same(path, sweep)
-        if others and not join:
-            raise UsageError(f"{sweep.directory}: is run by {', '.join(others)}; give --join to work beside it")
-        if not path.exists():
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps(sweep.definition(), indent=1), encoding="utf-8")
-            partial.replace(path)
+    others = masters.others()
+    if path.exists():
+        if not (resume or join):
+            raise UsageError(f"{path}: there is a sweep already; give --resume to go on, or another sweep.directory")
+        _check_same(path, sweep)
+    if others and not join:
+        raise UsageError(f"{sweep.directory}: is run by {', '.join(others)}; give --join to work beside it")
+    if not path.exists():
+        replace_file(path, json.dumps(sweep.definition(), indent=1))
 
 
 def _check_same(path: Path, sweep: Sweep) -> None:

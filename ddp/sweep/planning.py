@@ -10,7 +10,7 @@ from typing import Literal
 from ddp.errors import DdpError
 from ddp.sweep.dimensions import Dimension
 from ddp.sweep.journal import Journal
-from ddp.sweep.locks import FileLock, Masters, held
+from ddp.sweep.locks import PLANNING_LOCK, FileLock, Masters, held
 from ddp.sweep.stages import Stage, StagePlan, expand, plan_stage, restored_plan
 from ddp.sweep.sweep_file import Sweep
 from ddp.sweep.trials import Trial
@@ -34,7 +34,7 @@ class Planner:
 
     def __init__(self, sweep: Sweep, journal: Journal, masters: Masters, directory: Path) -> None:
         self._sweep, self._journal, self._masters = sweep, journal, masters
-        self._lock = FileLock(directory / ".planning.lock")
+        self._lock = FileLock(directory / PLANNING_LOCK)
         self._plans: dict[str, StagePlan] = {}
         self._ended_before: dict[str, int] = {}  # trials of each stage, when this master first saw it
         self.stages = expand(sweep)

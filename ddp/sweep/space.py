@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ddp.errors import UsageError
-from ddp.sweep.dimensions import Dimension, toml_to_value, value_to_toml
+from ddp.sweep.dimensions import Dimension, is_same, toml_to_value, value_to_toml
 
 Values = dict[str, Any]
 MOST_GRID_POINTS = 10_000
@@ -84,7 +84,7 @@ class Space:
     def counts(self, dimension: Dimension, values: Values) -> bool:
         """Whether `dimension`'s condition is met by the `values` of those before it."""
         return all(
-            value_to_toml(values[key] if key in values else self.job_value(key)) in allowed
+            any(is_same(values[key] if key in values else self.job_value(key), toml_to_value(text)) for text in allowed)
             for key, allowed in dimension.when.items()
         )
 

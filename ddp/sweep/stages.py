@@ -98,7 +98,7 @@ def plan_stage(
         _range(each, stage, before, values) if each.key in stage.varied else each for each in sweep.dimensions
     )
     fixed = {key: value for key, value in values.items() if key not in stage.varied}
-    return planned(sweep, stage, Space(ranges, stage.varied, fixed, sweep.job_value))
+    return planned(sweep, stage, ranges, fixed)
 
 
 def restored_plan(sweep: Sweep, stage: Stage, kept: Mapping[str, Any]) -> StagePlan:
@@ -109,10 +109,11 @@ def restored_plan(sweep: Sweep, stage: Stage, kept: Mapping[str, Any]) -> StageP
         else each
         for each in sweep.dimensions
     )
-    return planned(sweep, stage, Space(ranges, stage.varied, dict(kept["fixed"]), sweep.job_value))
+    return planned(sweep, stage, ranges, dict(kept["fixed"]))
 
 
-def planned(sweep: Sweep, stage: Stage, space: Space) -> StagePlan:
+def planned(sweep: Sweep, stage: Stage, ranges: tuple[Dimension, ...], fixed: Values) -> StagePlan:
+    space = Space(ranges, stage.varied, fixed, sweep.at(stage.section).job_value)
     grid = tuple(space.grid()) if stage.sampler == "grid" else ()
     return StagePlan(space, len(grid) or stage.section.trials or sweep.section.trials, grid)
 

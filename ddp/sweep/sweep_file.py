@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from ddp.errors import JobFileError, UsageError
 from ddp.job import Job, apply_overrides, parse_job, read_toml
 from ddp.job.faults import in_words
-from ddp.sweep.dimensions import Dimension, is_log_by_default, override, value_to_toml
+from ddp.sweep.dimensions import Dimension, is_log_by_default, is_same, override, toml_to_value, value_to_toml
 from ddp.sweep.sections import DimensionSection, StageSection, SweepSection
 from ddp.sweep.space import Space, Values, in_order
 
@@ -70,6 +70,13 @@ class Sweep:
         for part in key.split("."):
             value = cast(dict[str, Any], value).get(part) if isinstance(value, dict) else None
         return value
+
+    def at(self, stage: StageSection) -> Sweep:
+        """With what a stage sets on top of the job."""
+        if not stage.set:
+            return self
+        table = apply_overrides(self.table, stage.set)
+        return replace(self, table=table, job=parse_job(table))
 
     def keys_of(self, names: Iterable[str]) -> tuple[str, ...]:
         """The dimensions that subjects and keys name, each once."""
@@ -209,9 +216,13 @@ def _check(sweep: Sweep, source: str) -> None:
     for dimension in sweep.dimensions:
         if dimension.key in ("run.id", "run.directory", "run.epochs", "run.steps"):
             raise JobFileError(f"{source}: sweep.dimensions: {dimension.key} is the sweep's own; see sweep.stages")
-        for parent in dimension.when:
+        for parent, allowed in dimension.when.items():
+            where = f"{source}: sweep.dimensions.{dimension.key}.when"
             if parent not in keys and sweep.job_value(parent) is None:
-                raise JobFileError(f"{source}: sweep.dimensions.{dimension.key}.when: {_unknown(parent, keys)}")
+                raise JobFileError(f"{where}: {_unknown(parent, keys)}")
+            choices = next((each.choices for each in sweep.dimensions if each.key == parent), ())
+            if choices and (never := [text for text in allowed if not _is_among(text, choices)]):
+                raise JobFileError(f"{where}: {parent} is never {never[0]}: its values are {', '.join(choices)}")
     named = [(f"subjects.{name}", key) for name, group in sweep.section.subjects.items() for key in group]
     named += [(f"stages.{each.name}.vary", key) for each in sweep.stages for key in sweep.keys_of(each.vary)]
     for where, key in named:
@@ -247,6 +258,10 @@ def _check_values(sweep: Sweep, source: str) -> None:
             parse_job(apply_overrides(sweep.table, words), source=source)
         except JobFileError as error:
             raise JobFileError(f"{error}\n{source}: sweep.dimensions: with {', '.join(words)}") from None
+
+
+def _is_among(text: str, choices: Sequence[str]) -> bool:
+    return any(is_same(toml_to_value(text), toml_to_value(choice)) for choice in choices)
 
 
 def _unknown(name: str, valid: Sequence[str]) -> str:

@@ -36,14 +36,23 @@ def write_page(path: Path, text: str) -> Path:
                 f"{path}: not written, the directory belongs to user {owner}, not to you (user {os.geteuid()}): "
                 "copy it and name the copy"
             )
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(redact(text))
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(path, redact(text))
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
     return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write beside, readable by its owner alone, and rename; nothing is left behind. Several may do so at a time.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ddp import errors
-from ddp.errors import DdpError
+from ddp.errors import DdpError, StoppedError
 
 T = TypeVar("T")
 
@@ -54,3 +54,15 @@ def together(action: Callable[[], T]) -> T:
     error: DdpError = getattr(errors, kind, DdpError)(message)
     error.consequence = True  # the rank that found it says it
     raise error
+
+
+def stop_together(asked: bool, what: str) -> None:
+    """End `what` on all ranks where any was asked to stop. Collective.
+
+    Raises:
+        StoppedError: on all of them.
+    """
+    flag = torch.tensor([float(asked)])
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    if flag.item():
+        raise StoppedError(f"{what}: stopped by a signal: run it again")
