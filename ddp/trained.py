@@ -133,8 +133,6 @@ def _load(place: Place, paths: Sequence[Path], *, averaged: bool, allow_import: 
         job = job_of(path)
         check_import(job.task, allow_import)
         saved = read_saved_model(path)
-        if averaged and saved.averaged is None:
-            raise CheckpointError(f"{path}: has no averaged weights; its run kept none (averaged_weights.decay)")
         rank = place.topology.rank % saved.world_size
         known = next((each for each in loaded if each.job.task == job.task), None)
         plan = plan_run(job, saved.world_size, rank, allow_import=allow_import) if known is None else known.plan

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ddp.tasks.base import Goal, TensorExamples
 
@@ -45,6 +45,8 @@ class Plain:
 
     def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
         generator = torch.Generator().manual_seed(1 + (dist.get_rank() if self.fault == "own data set" else 0))
+        if self.fault == "unseeded data":  # which is none
+            generator = torch.default_generator
         labels = torch.randint(CLASSES, (self.examples,), generator=generator)
         x = 2 * torch.eye(CLASSES, INPUTS)[labels] + torch.randn(self.examples, INPUTS, generator=generator)
         x = (x - x.mean(dim=0)) / x.std(dim=0)
@@ -68,6 +70,46 @@ class Plain:
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
         return {"accuracy": model(batch[0]).argmax(dim=1) == batch[1]}
+
+
+class Streamed(Plain):
+    """The same points, in the order in which they come."""
+
+    def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
+        training, validation = super().datasets()
+        assert isinstance(training, TensorExamples)
+        return _Stream(*training.tensors), validation
+
+
+class LongTail(Plain):
+    """Nine classes have three points each."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, 10))
+
+    def datasets(self) -> tuple[Dataset[Any], Dataset[Any]]:
+        _, validation = super().datasets()
+        labels = (1 + torch.arange(self.examples)).clamp(max=28) // 3 % 10
+        x = torch.randn(self.examples, INPUTS, generator=torch.Generator().manual_seed(1))
+        return TensorExamples(x, labels), validation
+
+
+class _Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    """Goes on from where it is, as its own state says."""
+
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.x, self.labels, self.position = x, labels, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.position < len(self.x):
+            self.position += 1
+            yield self.x[self.position - 1], self.labels[self.position - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.position = state["position"]
 
 
 class _Float32(nn.Module):

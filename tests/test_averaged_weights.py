@@ -15,9 +15,11 @@ from ddp import checkpoint
 from ddp.checkpoint.export import export
 from ddp.errors import CheckpointError
 from ddp.job import AveragedWeightsSection, Job
+from ddp.tasks import load_task
 from ddp.telemetry.recording import open_recording, read_evaluations
 from ddp.topology import Topology
 from ddp.training.averaged_weights import AveragedWeights
+from ddp.training.saved_model import read_saved_model
 from ddp.training.session import session
 from ddp.training.state import READINGS_BYTES, expected_bytes
 from ranks import RankPool
@@ -86,12 +88,17 @@ def test_the_average_is_exported_and_one_that_is_not_there_is_missed(rank_pool: 
         assert torch.equal(found[name], weight)
     means = [state["own"][rank]["averaged_buffers"]["1.running_mean"].double() for rank in range(2)]
     torch.testing.assert_close(found["1.running_mean"].double(), sum(means) / 2, rtol=1e-6, atol=1e-9)
-    here = job(tmp_path / "plain", run__steps=1)
+    here = job(tmp_path / "plain", run__steps=1, task__name="digits", task__channels=4)
     train_ranks(rank_pool, 1, here)
     plain = checkpoint.find(tmp_path / "plain" / "run" / "checkpoints", 1)
     with pytest.raises(CheckpointError, match="has no averaged weights"):
         export(plain, tmp_path / "none.safetensors", averaged=True)
     assert not (tmp_path / "none.safetensors").exists()
+    model = load_task(here.task).model()
+    with pytest.raises(
+        CheckpointError, match=r"has no averaged weights; its run kept none \(averaged_weights.decay\)$"
+    ):
+        read_saved_model(plain).load_into(model, averaged=True)
 
 
 def load_names(path: Path) -> set[str]:

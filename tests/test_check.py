@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from ddp.check.chance import count_classes
 from ddp.check.command import check_job
@@ -24,7 +21,7 @@ from ddp.check.observing import Call
 from ddp.check.overfitting import Overfitted, overfit_verdict
 from ddp.check.preparation import plain_copy
 from ddp.check.ranks import Trained, equal_norms, most_shared
-from ddp.check.subject import Subject, by_number
+from ddp.check.subject import Subject
 from ddp.check.threads import useful_threads
 from ddp.check.verdicts import Verdict, to_json
 from ddp.errors import DdpError
@@ -90,6 +87,7 @@ RIGHT = [
     job("checked_tasks:Regression"),
     job("checked_tasks:Regression", embedded=True),
     job("text", context_length=32, layers=1, heads=2, width=32, validation_examples=8),
+    job("checked_tasks:Streamed", examples=100),
 ]
 
 
@@ -112,7 +110,9 @@ def test_right_jobs_pass(on_one_rank: list[tuple[dict[str, Any], str]], number: 
 
 
 def test_what_the_right_jobs_are_told(on_one_rank: list[tuple[dict[str, Any], str]]) -> None:
-    digits, quadratic, plain, spirals, regression, embedded, text = (checks for checks, _ in on_one_rank[: len(RIGHT)])
+    digits, quadratic, plain, spirals, regression, embedded, text, streamed = (
+        checks for checks, _ in on_one_rank[: len(RIGHT)]
+    )
     assert digits["gradient of regularisation"]["status"] == "ok"
     assert "log(10)" in digits["loss at chance level"]["found"]
     assert {"weight decay", "dropout", "label smoothing"} == set(digits["stronger regularisation"]["figures"])
@@ -127,6 +127,7 @@ def test_what_the_right_jobs_are_told(on_one_rank: list[tuple[dict[str, Any], st
     assert "no classes" in regression["loss at chance level"]["found"]
     assert "int64" in embedded["standardised inputs"]["found"]
     assert "embedding" in embedded["standardised inputs"]["advice"]
+    assert streamed["20 examples overfitted"]["figures"]["examples"] == 20  # the first steps have taken 96 of 100
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -157,11 +158,19 @@ def test_two_ranks(rank_pool: RankPool) -> None:
         parse_job(
             {**job("checked_tasks:Plain").model_dump(exclude_none=True), "normalisation": {"sync_batch_norm": True}}
         ),
+        job("checked_tasks:Plain", fault="unseeded data", dropout=0.2),
+        parse_job(
+            {
+                **job("checked_tasks:LongTail").model_dump(exclude_none=True),
+                "batch": {"global_batch_size": 80},
+                "sampling": {"name": "class_balanced"},
+            }
+        ),
     ]
     first, second = rank_pool.run(2, checked, jobs, timeout=200.0)
     assert [ended for _, ended in first] == [ended for _, ended in second]
     assert all(checks == {} for checks, _ in second)  # rank 0 speaks
-    right, same, own, normalised, quadratic, stopped, synchronised = first
+    right, same, own, normalised, quadratic, stopped, synchronised, unseeded, balanced = first
     for checks, ended in (right, synchronised):
         assert ended == ""
         assert [name for name, check in checks.items() if check["status"] in ("failed", "warning")] == []
@@ -170,6 +179,8 @@ def test_two_ranks(rank_pool: RankPool) -> None:
     assert same[0]["different data on each rank"]["status"] == "failed"
     assert "ranks 0 and 1 have 100% of their examples in common" in same[0]["different data on each rank"]["found"]
     assert own[0]["one data set on all ranks"]["status"] == "warning"
+    assert unseeded[0]["one data set on all ranks"]["status"] == "ok"
+    assert balanced[0]["different data on each rank"]["status"] == "ok", balanced[0]["different data on each rank"]
     assert "BatchNorm" in normalised[0]["no BatchNorm on the output"]["found"]
     assert stopped == ({}, "StoppedError: stopped by SIGTERM before all was checked: run the check again")
     assert quadratic[1] == ""
@@ -309,17 +320,6 @@ def test_a_copy_keeps_frozen_what_the_job_freezes() -> None:
     copied = plain_copy(given, task, task.model())
     frozen = [name for name, each in copied.named_parameters() if not each.requires_grad]
     assert frozen == ["0.weight"]
-
-
-def test_a_stream_is_looked_at_by_its_beginning() -> None:
-    class Numbers(IterableDataset[int]):
-        def __iter__(self) -> Iterator[int]:
-            return itertools.count()
-
-    head = by_number(Numbers())
-    assert (len(head), head[0], head[511]) == (512, 0, 511)  # type: ignore[arg-type]
-    indexed = TensorExamples(torch.zeros(3))
-    assert by_number(indexed) is indexed
 
 
 def test_a_line_and_json_say_the_same() -> None:

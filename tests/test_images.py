@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ddp.job import ImagesSection, load_job
 from ddp.tasks import pictures
 from ddp.tasks.augmentation import RandomAffine
 from ddp.tasks.idx import write_idx
-from ddp.tasks.images import ImagesTask
+from ddp.tasks.images import STATISTICS_VALUES, ImagesTask, Pictures
 from ranks import RankPool
 from training_runs import differences, job, losses_of, saved, train_ranks
 
@@ -157,6 +158,23 @@ def test_pictures_are_told_by_the_folders_they_lie_in(tmp_path: Path) -> None:
     grey, _ = task(tmp_path, size=4, colour=False).datasets()
     assert grey[0][0].shape == (1, 4, 4)
     assert made.model()(images).shape == (5, 2)
+
+
+def test_the_statistics_of_large_pictures_take_no_more_memory_than_those_of_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, taken = Pictures.take, []
+
+    def noted(self: Pictures, indices: Sequence[int]) -> torch.Tensor:
+        pixels = take(self, indices)
+        taken.append(pixels.numel())
+        return pixels
+
+    monkeypatch.setattr(Pictures, "take", noted)
+    draw(tmp_path, {"a": [1, 2, 3, 4], "b": [5, 6, 7, 8]})
+    training, _ = task(tmp_path, size=700).datasets()
+    assert len(training) == 7 and max(taken) <= STATISTICS_VALUES
+    assert abs(float(training.__getitems__(range(7))[0][:, 0].mean())) < 1e-5
 
 
 def test_classes_without_a_validation_set_are_split(tmp_path: Path) -> None:

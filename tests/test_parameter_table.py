@@ -91,7 +91,8 @@ def test_which_steps_are_recorded() -> None:
 
 def test_a_pattern_that_fits_nothing_is_a_usage_error() -> None:
     with pytest.raises(
-        UsageError, match=r"'0.wieght' fits no parameter of the model \(did you mean 0.weight\?\); there are"
+        UsageError,
+        match=r"record.parameters: '0.wieght' names nothing of the model \(did you mean 0.weight\?\); it has 0.weight",
     ):
         table(nn.Sequential(nn.Linear(2, 1)), parameters=["0.wieght"])
 
@@ -166,5 +167,5 @@ def test_gradients_are_the_mean_over_the_whole_batch(recorded: dict[int, Path]) 
 def test_a_pattern_that_fits_nothing_leaves_nothing_behind(rank_pool: RankPool, tmp_path: Path) -> None:
     ended = train_ranks(rank_pool, 2, job(tmp_path, record__parameters=["body.*"]))
     assert [each.kind for each in ended] == ["UsageError"] * 2
-    assert "'body.*' fits no parameter of the model" in ended[0].message
+    assert "'body.*' names nothing of the model" in ended[0].message
     assert not (tmp_path / "run").exists()

@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ddp.errors import CheckpointError, UsageError
+from ddp.job import QuadraticSection, parse_job
+from ddp.tasks import load_task
 from ddp.tasks.base import TensorExamples
 from ddp.training.data import OPEN, BatchPlan
 from ddp.training.finite import finite, sample_of_stream
+from ddp.training.plan import plan_run
 from ddp.training.stream import Stream, declared_examples, is_stream
 from ranks import RankPool, process_group
 
@@ -207,6 +210,31 @@ def test_how_long_an_epoch_is() -> None:
 def test_what_a_stream_is() -> None:
     assert is_stream(Numbers(3)) and is_stream(iter([1]))
     assert not is_stream(TensorExamples(torch.zeros(3))) and not is_stream([1, 2])
+
+
+class OnceOnly:
+    """Its training set is a generator; else the task `quadratic`'s."""
+
+    def __init__(self) -> None:
+        self.task: Any = load_task(QuadraticSection(name="quadratic"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def datasets(self) -> tuple[Any, Any]:
+        training, validation = self.task.datasets()
+        return (training[index] for index in range(100)), validation
+
+
+def test_a_generator_which_can_be_read_once_is_no_training_set() -> None:
+    table = {
+        "run": {"steps": 3},
+        "task": {"name": "test_stream:OnceOnly"},
+        "batch": {"global_batch_size": 8},
+        "evaluation": {"metric": "loss"},
+    }
+    with pytest.raises(UsageError, match="the training set is a generator, which can be read only once"):
+        plan_run(parse_job(table), 1, 0, allow_import=["test_stream"])
 
 
 class Pairs(Numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -119,6 +120,19 @@ def test_it_goes_on_from_every_place(kind: type[Numbers], shuffle_buffer: int) -
         assert other.look(2) == one.look(2)
         assert kind is Numbers or dataset.read <= max(2 * shuffle_buffer, 2)
         assert rest_of_pass(other) == passes[number][place:] == rest_of_pass(one)
+
+
+def test_states_of_places_that_are_gone_are_not_kept() -> None:
+    class State(dict[str, int]):
+        pass
+
+    class Kept(Stateful):
+        def state_dict(self) -> dict[str, int]:
+            return State(at=self.at)
+
+    one = source(Kept(1000), shuffle_buffer=5)
+    assert len(rest_of_pass(one)) == 1000
+    assert sum(type(each) is State for each in gc.get_objects()) < 5
 
 
 def test_reading_over_leaves_the_generators_as_they_are() -> None:

@@ -10,7 +10,7 @@ dtypes         parameters, buffers, examples and whatever the forward makes are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd  # the one base of all dropout
 from torch.overrides import TorchFunctionMode
 
 from ddp.tasks.base import Batch, Task
+from ddp.training.data import mapped
 from ddp.training.random_state import preserved_random_state, seed_rank
 
 NARROW = {torch.float32, torch.float16, torch.bfloat16}
@@ -39,16 +40,8 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def to_double(batch: Batch) -> Batch:
-    """The batch with its floating-point tensors in float64, through tuples, lists and mappings."""
-    if isinstance(batch, Tensor):
-        return batch.double() if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return {key: to_double(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_double(value) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_double(value) for value in batch)
-    return batch
+    """The batch with its floating-point tensors in float64."""
+    return mapped(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
 @contextmanager

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from ddp.check.ranks import COMPARED, Trained, equal_norms, example_hashes
-from ddp.check.subject import Subject, by_number
+from ddp.check.subject import Subject
 from ddp.errors import DivergedError, ReplicaError, UsageError
 from ddp.job import Job, without_regularisation
 from ddp.tasks import load_task
 from ddp.tasks.base import Task
 from ddp.training.agreement import together
 from ddp.training.data import StepData, split
+from ddp.training.finite import sample_of_stream
 from ddp.training.initialisation import freeze_
 from ddp.training.random_state import preserved_random_state, seed_rank
 from ddp.training.session import Session
+from ddp.training.stream import is_stream
+
+HEAD = 512  # examples of a stream that are looked at
 
 
 def prepare(
@@ -33,7 +39,8 @@ def prepare(
     training = plan.splits.training
     if plain_job.task != job.task:
         plain_task = together(lambda: load_task(plain_job.task, allow_import=allow_import))
-        training, _ = together(plain_task.datasets)
+    if plain_task is not plan.task or is_stream(training):  # a stream stands where the run has come to
+        training = together(lambda: by_number(job, plain_task))
     module = trainer.model.module
     initial = together(lambda: plain_copy(job, plan.task, module))
     trained = _train(session, steps)
@@ -41,7 +48,7 @@ def prepare(
         *(job, plain_job, plan.task, plain_task),
         initial=initial,
         model=together(lambda: plain_copy(job, plan.task, module)),
-        training=by_number(training),
+        training=training,
         decay=_decay(session, module),
         device=session.device,
         rank=session.rank,
@@ -50,6 +57,18 @@ def prepare(
         seconds=seconds,
     )
     return subject, trained
+
+
+def by_number(job: Job, task: Task) -> Dataset[Any]:
+    """The task's training set made once more, on all ranks alike; of a stream the beginning.
+
+    Raises:
+        UsageError: the stream has no examples.
+    """
+    with preserved_random_state():
+        seed_rank(job.run.seed, 0)
+        training, _ = task.datasets()
+    return sample_of_stream(training, HEAD) if is_stream(training) else training
 
 
 def plain_copy(job: Job, task: Task, module: nn.Module) -> nn.Module:

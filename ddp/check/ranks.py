@@ -20,6 +20,7 @@ WEIGHTS, DATA, DATA_SET = "same weights on all ranks", "different data on each r
 COMPARED = 16  # examples of the data set itself
 REPEATED = 0.5  # share of a rank's examples that may be copies of each other, for anything to be told
 COPIED = 0.5  # share of a rank's examples that another has too, that is a failure
+SAME = 1.0  # the same where ranks draw with replacement, so that both may come upon the few examples of a rare class
 ALONE = "there is one rank"
 
 
@@ -61,8 +62,9 @@ def check_data(subject: Subject, trained: Trained) -> Verdict:
     indices = subject.examples(max(min(COMPARED, subject.size // subject.world_size), 1))
     ranks = [each.split() for each in gather_texts(" ".join(trained.fetched))]
     unaugmented = [each.split() for each in gather_texts(" ".join(hashes(subject, indices)))]
-    for seen, how in ((ranks, "in training"), (unaugmented, "before augmentation")):
-        if (pair := most_shared(seen)) is not None and pair[2] >= COPIED:
+    limit = COPIED if subject.job.sampling.name == "uniform" else SAME
+    for seen, how, most in ((ranks, "in training", limit), (unaugmented, "before augmentation", COPIED)):
+        if (pair := most_shared(seen)) is not None and pair[2] >= most:
             found = f"ranks {pair[0]} and {pair[1]} have {pair[2]:.0%} of their examples in common, {how}"
             return Verdict(DATA, "failed", found, _ADVICE_DATA, {"ranks": pair[:2], "share": pair[2]})
     if trained.same_gradients:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from ddp.job import Job
 from ddp.tasks.base import Batch, Task
@@ -19,7 +18,6 @@ from ddp.training.data import fetcher, to_device
 from ddp.training.random_state import preserved_random_state, seed_rank
 
 EXAMPLES_SEED = 3  # beside the job's: which examples are looked at
-HEAD = 512  # examples of a stream
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Subject:
     Attributes:
         task, plain_task: as the job has it, and without its regularisation; the same where it has none.
         initial, model: the model as the run begins, and after a few steps of training.
-        training: the training set without augmentation.
+        training: the training set without augmentation, or the beginning of a stream.
         decay: weight decay of each parameter that has some, by name.
         asked_to_stop: whether a signal came to this rank: long checks then end early.
         seconds: that each of the long checks may take, about.
@@ -69,25 +67,3 @@ class Subject:
         with preserved_random_state():
             seed_rank(self.job.run.seed, 0)
             return to_device(fetcher(self.training)(indices), self.device)
-
-
-class Head(Dataset[Any]):
-    """The first examples of a stream, which has none by number."""
-
-    def __init__(self, stream: Iterable[Any]) -> None:
-        self._examples = list(itertools.islice(stream, HEAD))
-        if hasattr(stream, "collate"):
-            self.collate = stream.collate  # type: ignore[attr-defined]
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._examples[index]
-
-
-def by_number(dataset: Dataset[Any]) -> Dataset[Any]:
-    """The data set, or the first 512 examples of one that can only be read in its order."""
-    if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
-        return dataset
-    return Head(cast(Iterable[Any], dataset))

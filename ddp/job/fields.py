@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -32,4 +33,10 @@ class Section(BaseModel):
 
 def differs_from_defaults(section: Section) -> bool:
     """Whether any key says something; which keys were written does not count, as a resolved job has them all."""
-    return any(getattr(section, name) != field.default for name, field in type(section).model_fields.items())
+    return bool(differing(section, type(section).model_fields))
+
+
+def differing(section: Section, keys: Iterable[str]) -> list[str]:
+    """Those of the keys that say something else than their defaults."""
+    fields = type(section).model_fields
+    return [key for key in keys if getattr(section, key) != fields[key].default]

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddp.job.fields import PathText, Section
+from ddp.job.fields import PathText, Section, differing
 
 
 class InitialisationSection(Section):
@@ -28,8 +28,6 @@ class InitialisationSection(Section):
     def _keys_have_something_to_say(self) -> Self:
         if self.file is None and (self.only or self.skip):
             raise ValueError("only and skip say what to take from a file: they need initialisation.file")
-        defaults = {key: field.default for key, field in InitialisationSection.model_fields.items()}
-        idle = [key for key in ("activation", "biases") if getattr(self, key) != defaults[key]]
-        if self.weights == "default" and idle:
+        if self.weights == "default" and (idle := differing(self, ("activation", "biases"))):
             raise ValueError(f"{', '.join(idle)} needs initialisation.weights: the default is as the task made them")
         return self

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from ddp.job.fields import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from ddp.job.fields import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section, differing
 
 # Where they are not what the fields below say; torch's own.
 DEFAULTS: Mapping[str, Mapping[str, float]] = {
@@ -101,8 +101,7 @@ class OptimizerSection(Section):
     @model_validator(mode="after")
     def _keys_of_this_optimizer(self) -> Self:
         foreign = {key for keys in OWN.values() for key in keys} - set(OWN[self.name])
-        defaults = {key: field.default for key, field in OptimizerSection.model_fields.items()}
-        if wrong := sorted(key for key in foreign if getattr(self, key) != defaults[key]):
+        if wrong := sorted(differing(self, foreign)):
             raise ValueError(f"{', '.join(wrong)} is not a setting of {self.name}{self._instead(wrong)}")
         if (self.uses_nesterov or self.name == "momentum") and not self.momentum:
             raise ValueError(f"{'nesterov' if self.uses_nesterov else self.name} needs a momentum above 0")

@@ -54,7 +54,7 @@ def with_regulariser(job: Job, key: str, value: float | bool) -> Job:
 def without_regularisation(job: Job) -> Job:
     """The job with weight decay 0 and the task's dropout, label smoothing and augmentation off, where it has such keys.
 
-    Dropout that a custom model has without a key for it stays.
+    Dropout that a custom model has without a key for it stays, and so does a weight decay of [[optimizer.groups]].
     """
     for regulariser in regularisers(job):
         if regulariser.is_on and (off := _off(regulariser.value)) is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddp.job.fields import NonNegative, Section
+from ddp.job.fields import NonNegative, Section, differing
 
 
 class SamplingSection(Section):
@@ -31,8 +31,7 @@ class SamplingSection(Section):
 
     @model_validator(mode="after")
     def _keys_of_this_sampling(self) -> Self:
-        defaults = {key: SamplingSection.model_fields[key].default for key in ("uniform_share", "correct_bias")}
-        wrong = [key for key, default in defaults.items() if getattr(self, key) != default]
+        wrong = differing(self, ("uniform_share", "correct_bias"))
         if wrong and self.name != "loss_weighted":
             raise ValueError(f"{', '.join(wrong)} is not a setting of {self.name}")
         return self

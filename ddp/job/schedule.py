@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from ddp.job.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from ddp.job.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, differing
 
 ANOTHER_NAME = {"1/t": "inverse_time"}
 # The settings beside warm-up that each schedule has.
@@ -62,9 +62,8 @@ class ScheduleSection(Section):
     @model_validator(mode="after")
     def _keys_of_this_schedule(self) -> Self:
         foreign = {key for keys in OWN.values() for key in keys} - set(OWN[self.name])
-        defaults = {key: field.default for key, field in ScheduleSection.model_fields.items()}
         # final_fraction was let pass with every schedule from the start
-        if wrong := sorted(key for key in foreign - {"final_fraction"} if getattr(self, key) != defaults[key]):
+        if wrong := sorted(differing(self, foreign - {"final_fraction"})):
             raise ValueError(f"{', '.join(wrong)} is not a setting of {self.name}")
         if self.warmup_epochs is not None and self.warmup_steps:
             raise ValueError("give either warmup_steps or warmup_epochs")

@@ -29,7 +29,7 @@ from ddp.tasks.pictures import FORMATS, Folder, find_pictures, read_picture, req
 
 SPLIT_SEED = 0  # not the run's: every run is validated on the same images
 STATISTICS_PICTURES = 512  # that mean and deviation are taken from, where decoding all of them would take long
-STATISTICS_IMAGES = 4096  # at once
+STATISTICS_VALUES = 1 << 22  # at once, 32 MiB in float64
 
 
 class Source(Protocol):
@@ -218,12 +218,14 @@ def _scale(source: Source, rows: NDArray[np.int64]) -> Scale:
         rows = rows[np.linspace(0, len(rows) - 1, min(STATISTICS_PICTURES, len(rows))).astype(int)]
     moments: list[Tensor] = []
     try:
-        for start in range(0, len(rows), STATISTICS_IMAGES):
-            pixels = source.take(rows[start : start + STATISTICS_IMAGES].tolist()).double()
+        first = source.take([int(rows[0])])[0]
+        at_once = max(STATISTICS_VALUES // first.numel(), 1)
+        for start in range(0, len(rows), at_once):
+            pixels = source.take(rows[start : start + at_once].tolist()).double()
             moments.append(torch.stack([pixels.sum(dim=(0, 2, 3)), pixels.square().sum(dim=(0, 2, 3))]))
     except LoaderError as error:
         raise UsageError(str(error)) from None
-    count = len(rows) * source.take([int(rows[0])])[0, 0].numel()
+    count = len(rows) * first[0].numel()
     mean, square = torch.stack(moments).sum(dim=0) / count
     variance = square - mean.square()
     if float(variance.max()) <= 0:

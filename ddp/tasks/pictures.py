@@ -54,8 +54,9 @@ def find_pictures(folder: Path) -> Folder | None:
     if not classes:
         return None
     found = _files(training, classes)
+    seen = set(found.labels)
     for number, name in enumerate(classes):
-        if number not in set(found.labels):
+        if number not in seen:
             raise UsageError(f"task.path: {training / name} has no picture in it; known are {', '.join(FORMATS)}")
     if training == folder:
         return Folder(classes, found, None)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ddp.errors import UsageError
+from ddp.training.patterns import matches, require_matches
 from ddp.training.sharpness import still_statistics
 
 
@@ -26,18 +24,9 @@ def checkpoint_activations(module: nn.Module, patterns: Sequence[str], *, compil
         UsageError: a pattern that matches nothing.
     """
     names = {name: each for name, each in module.named_modules() if name}
-    chosen: list[str] = []
-    for pattern in patterns:
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            close = difflib.get_close_matches(pattern, names, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UsageError(
-                f"precision.activation_checkpointing: the model has no module {pattern!r}{hint}; it has "
-                f"{', '.join(list(names)[:12])}"
-            )
-        chosen += matching
-    outer = [name for name in names if name in chosen and not any(name.startswith(f"{each}.") for each in chosen)]
+    require_matches(patterns, list(names), "precision.activation_checkpointing")
+    chosen = [name for name in names if matches(name, patterns)]
+    outer = [name for name in chosen if not any(name.startswith(f"{each}.") for each in chosen)]
     for name in outer:
         names[name].__class__ = _computing_again(type(names[name]), compiled)
     return outer

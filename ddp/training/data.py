@@ -189,13 +189,18 @@ def collator(dataset: Dataset[Any]) -> Callable[[Any], Batch]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`, through tuples, lists and mappings; other values stay as they are."""
+    """The batch with its tensors on `device`."""
+    return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with each tensor changed, through tuples, lists and mappings; other values stay as they are."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: mapped(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple takes its values one by one
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(mapped(value, change) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(mapped(value, change) for value in batch)
     return batch

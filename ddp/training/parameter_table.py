@@ -6,20 +6,16 @@ write it down on their own thread. Of a large parameter it takes entries that ar
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from ddp.errors import UsageError
 from ddp.job import RecordSection
 from ddp.telemetry.records import ParameterEntries, ParametersRecord
 from ddp.telemetry.sinks import Sinks
-
-MOST_NAMED = 10  # parameters in a message
+from ddp.training.patterns import matches, require_matches
 
 
 class ParameterTable:
@@ -67,17 +63,8 @@ def spread_places(count: int, most: int) -> tuple[int, ...]:
 def _chosen(patterns: Sequence[str], module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """In the model's order."""
     named = list(module.named_parameters())
-    names = [name for name, _ in named]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            close = difflib.get_close_matches(pattern, names, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-            raise UsageError(
-                f"record.parameters: {pattern!r} fits no parameter of the model{hint}; "
-                f"there are {', '.join(names[:MOST_NAMED])}{more}"
-            )
-    return [(name, each) for name, each in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    require_matches(patterns, [name for name, _ in named], "record.parameters")
+    return [(name, each) for name, each in named if matches(name, patterns)]
 
 
 def _entries(name: str, parameter: nn.Parameter, places: tuple[int, ...]) -> ParameterEntries:

@@ -1,4 +1,4 @@
-"""Names of parameters by patterns: "*" stands for any part of a name, dots too, so "features.*" is all below features."""
+"""Names of parameters and modules by patterns: "*" stands for any part of a name, dots too, so "features.*" is all below features."""
 
 from __future__ import annotations
 

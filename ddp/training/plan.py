@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,11 @@ def _keys_in_epochs(job: Job) -> list[str]:
 
 
 def _stream(job: Job, training: Dataset[Any], rank: int, world_size: int) -> Stream:
+    if isinstance(training, Iterator) and type(training).__module__ in ("builtins", "itertools"):
+        raise UsageError(
+            f"task: the training set is a {type(training).__name__}, which can be read only once: give an object whose __iter__ "
+            "begins anew each time, such as an IterableDataset"
+        )
     if job.data.workers:
         raise UsageError(
             "data.workers: a training set that is a stream is read by each rank itself: leave data.workers out, or set it "

@@ -63,8 +63,10 @@ class SavedModel:
         """Fill `module`, which is on the CPU or on any device, with it; with `averaged`, with the average.
 
         Raises:
-            CheckpointError: it belongs to another model; nothing is changed then.
+            CheckpointError: it belongs to another model, or there is no average; nothing is changed then.
         """
+        if averaged and self.averaged is None:
+            raise CheckpointError(f"{self.path}: has no averaged weights; its run kept none (averaged_weights.decay)")
         weights = self.averaged if averaged else self.weights
         try:
             if weights is None:

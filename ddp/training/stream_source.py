@@ -84,8 +84,7 @@ class Source:
         self._go_to(self._pass + 1, Anchor())
 
     def state_dict(self) -> dict[str, Any]:
-        while len(self._anchors) > 1 and self._anchors[1].place <= self._place:
-            self._anchors.popleft()
+        self._drop_anchors()
         anchor = self._anchors[0]
         return {
             "pass": self._pass,
@@ -172,7 +171,13 @@ class Source:
     def _add_anchor(self) -> None:
         place = self._place + len(self._ahead)
         if self._is_stateful and place > self._anchors[-1].place:
+            self._drop_anchors()
             self._anchors.append(self._anchor(place))
+
+    def _drop_anchors(self) -> None:
+        """All before the last one that is not ahead of the run; a rank that saves no state has no other use for them."""
+        while len(self._anchors) > 1 and self._anchors[1].place <= self._place:
+            self._anchors.popleft()
 
     def _anchor(self, place: int) -> Anchor:
         return Anchor(place, self._buffers, deepcopy(self._dataset.state_dict()))
